@@ -1,0 +1,25 @@
+// Work sharing for the CPU kernels: OpenMP with torch's thread count, which Python passes in.
+//
+// Included by files compiled once per instruction set, so everything lives in namespace
+// msvq::MSVQ_ISA: an inline function shared between the copies would be merged by the linker, and
+// the portable path could then run AVX-512 code.
+#pragma once
+#include <cstdint>
+
+namespace msvq {
+namespace MSVQ_ISA {
+
+// Calls body(i) for i in [0, n). Which thread runs which i never changes what body(i) computes, so
+// results do not depend on the thread count.
+template <class Body>
+inline void parallel_for(int64_t n, int threads, const Body& body) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && n > 1)
+#else
+  (void)threads;
+#endif
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+}  // namespace MSVQ_ISA
+}  // namespace msvq

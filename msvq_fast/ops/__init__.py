@@ -1,0 +1,17 @@
+"""The functional API: one function per op, each with its contract in its docstring."""
+
+from msvq_fast.ops.checks import InputError
+from msvq_fast.ops.gaussian_blur import (
+    default_kernel_size,
+    default_sigma,
+    gaussian_blur,
+    gaussian_pyramid,
+)
+
+__all__ = [
+    "InputError",
+    "default_kernel_size",
+    "default_sigma",
+    "gaussian_blur",
+    "gaussian_pyramid",
+]

@@ -1,0 +1,108 @@
+"""Which implementation runs: one ordered table per device, decided from the tensors of the call.
+
+Every op folder may hold ``native.py`` (C++ on CPU tensors, CUDA C++ on CUDA tensors) and
+``triton_kernels.py`` beside its ``reference.py``. Each of the two has a function
+``unsupported(...) -> str | None`` that says why it cannot run a call. The same reasons feed
+``msvq info``, the error of an explicit ``backend=`` and the tests' skips.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from msvq_fast.ops.checks import InputError
+
+Backend = Literal["reference", "native", "triton"]
+BACKENDS: tuple[Backend, ...] = ("reference", "native", "triton")
+ORDER: dict[str, tuple[Backend, ...]] = {
+    "cuda": ("triton", "native", "reference"),
+    "cpu": ("native", "reference"),
+}
+_MODULES = {"native": "native", "triton": "triton_kernels"}
+
+
+class Op:
+    """The backends of one op and the choice among them."""
+
+    def __init__(self, package: str) -> None:
+        """Load the kernel modules of the op folder ``package``, or note why one is missing."""
+        self.name = package.rpartition(".")[2]
+        self.kernels: dict[str, ModuleType] = {}
+        self.missing: dict[str, str] = {}
+        for backend, module in _MODULES.items():
+            path = f"{package}.{module}"
+            if importlib.util.find_spec(path) is None:
+                self.missing[backend] = f"{self.name} has no {backend} kernel"
+                continue
+            try:
+                self.kernels[backend] = importlib.import_module(path)
+            except ImportError as error:
+                self.missing[backend] = f"{backend} is not available: {error}"
+
+    def why_not(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
+        """Return why ``backend`` cannot run this call, or None if it can."""
+        if backend == "reference":
+            return None
+        if backend in self.missing:
+            return self.missing[backend]
+        reason: str | None = self.kernels[backend].unsupported(*args, **kwargs)
+        return reason
+
+    def pick(self, *args: Any, backend: str | None = None, **kwargs: Any) -> str:
+        """Choose the backend for a call with the tensors ``args``.
+
+        Args:
+            *args: What the kernels' ``unsupported`` takes; the first is a tensor.
+            backend: Asked for explicitly: it runs or raises, and never falls back.
+            **kwargs: What the kernels' ``unsupported`` takes.
+
+        Returns:
+            ``"reference"``, ``"native"`` or ``"triton"``.
+
+        Raises:
+            InputError: If ``backend`` is unknown or cannot run this call; the reason is said.
+        """
+        if backend is not None:
+            if backend not in BACKENDS:
+                raise InputError(f"backend={backend!r}; expected None or one of {BACKENDS}")
+            reason = self.why_not(backend, *args, **kwargs)
+            if reason is not None:
+                raise InputError(f"backend={backend!r} cannot run {self.name}: {reason}")
+            return backend
+        device = _first_tensor(args).device.type
+        reasons = []
+        for candidate in ORDER.get(device, ("reference",)):
+            reason = self.why_not(candidate, *args, **kwargs)
+            if reason is None:
+                if candidate == "reference" and device == "cuda":
+                    _warn_reference(self.name, "; ".join(reasons))
+                return candidate
+            reasons.append(reason)
+        return "reference"
+
+
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            return arg[0]
+    raise TypeError("pick needs a tensor to read the device from")
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn_reference(name: str, reasons: str) -> None:
+    """Say once per op and reason that a CUDA call runs the slow reference."""
+    if torch.compiler.is_compiling() or (name, reasons) in _warned:
+        return
+    _warned.add((name, reasons))
+    warnings.warn(f"{name} runs its slow reference on CUDA: {reasons}", stacklevel=4)

@@ -1,0 +1,60 @@
+"""Errors that two ops or more share: one line each that names the argument and what it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class InputError(ValueError):
+    """Bad input from the caller: the message is one line for people, no traceback needed."""
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is float32, float64, bfloat16 or float16."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise InputError(
+            f"{name} has dtype {tensor.dtype}; expected float32, float64, bfloat16 or float16"
+        )
+
+
+def check_image(name: str, x: Tensor, *, allow_uint8: bool = False) -> None:
+    """Raise unless ``x`` is a ``(B, C, H, W)`` image batch with H, W >= 1 of a float dtype."""
+    if x.dim() != 4:
+        raise InputError(f"{name} has shape {tuple(x.shape)}; expected 4 dimensions (B, C, H, W)")
+    if x.shape[-1] < 1 or x.shape[-2] < 1:
+        raise InputError(f"{name} has shape {tuple(x.shape)}; height and width must be at least 1")
+    if not (allow_uint8 and x.dtype == torch.uint8):
+        check_float(name, x)
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Raise unless all keyword tensors are on the first one's device."""
+    (first, head), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.device != head.device:
+            raise InputError(f"{name} is on {tensor.device} but {first} is on {head.device}")
+
+
+def check_same_dtype(**tensors: Tensor) -> None:
+    """Raise unless all keyword tensors have the first one's dtype."""
+    (first, head), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.dtype != head.dtype:
+            raise InputError(f"{name} has dtype {tensor.dtype} but {first} has {head.dtype}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise InputError(f"{name}={value!r}; expected one of {expected}")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics, losses and filters of ``dtype`` inputs are summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,61 @@
+"""The C++ Gaussian blur on CPU tensors (csrc/gaussian_blur)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msvq_fast import _C
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+_BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
+
+
+def unsupported(
+    x: Tensor, taps_y: Sequence[float], taps_x: Sequence[float], border: str
+) -> str | None:
+    """Why this call cannot run here, or None."""
+    if x.device.type != "cpu":
+        return f"the C++ kernel runs on CPU tensors, x is on {x.device}"
+    if x.dtype not in _TYPES:
+        return f"the C++ kernel takes float32, float16, bfloat16 or uint8, x is {x.dtype}"
+    return None
+
+
+def gaussian_blur(
+    x: Tensor, taps_y: Sequence[float], taps_x: Sequence[float], border: str, adjoint: bool
+) -> Tensor:
+    """Blur ``x (B, C, H, W)``, or apply the adjoint of the blur; keeps dtype and memory format."""
+    out: Tensor = _gaussian_blur(x, list(taps_y), list(taps_x), border, adjoint)
+    return out
+
+
+@torch.library.custom_op("msvq_fast::gaussian_blur_native", mutates_args=(), device_types="cpu")
+def _gaussian_blur(
+    x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool
+) -> Tensor:
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
+    out = torch.empty_like(x)
+    batch, channels, height, width = x.shape
+    planes, inner = (batch, channels) if channels_last else (batch * channels, 1)
+    _C.gaussian_blur_cpu(
+        x.data_ptr(),
+        out.data_ptr(),
+        _TYPES[x.dtype],
+        (planes, height, width, inner),
+        taps_y,
+        taps_x,
+        _BORDERS[border],
+        adjoint,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@_gaussian_blur.register_fake
+def _(x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool) -> Tensor:
+    return torch.empty_like(x)
