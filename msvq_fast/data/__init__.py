@@ -1,1 +1,1 @@
-"""data"""
+"""Images in and pictures out."""

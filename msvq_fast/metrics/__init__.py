@@ -1,1 +1,1 @@
-"""metrics"""
+"""Image and codebook metrics."""

@@ -1,1 +1,7 @@
-"""nn"""
+"""Modules that hold parameters and buffers and call the ops."""
+
+from msvq_fast.nn.blocks import Encoder, Residual
+from msvq_fast.nn.losses import GaussianPyramid, MultiScaleLoss
+from msvq_fast.nn.quantizer import VectorQuantizer
+
+__all__ = ["Encoder", "GaussianPyramid", "MultiScaleLoss", "Residual", "VectorQuantizer"]

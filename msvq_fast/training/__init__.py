@@ -1,1 +1,1 @@
-"""training"""
+"""Training, evaluation and everything the command line runs."""

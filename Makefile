@@ -1,0 +1,54 @@
+# Every target works on a fresh clone: it makes .venv with what it needs and builds the extension.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OUT ?= runs/demo
+
+.PHONY: build demo test check bench format clean
+
+build: $(VENV)/.built
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch
+	touch $@
+
+# The extension and the package in place, so that edits of Python files need no reinstall.
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.built
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.built
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
+demo: build
+	$(BIN)/msvq train --preset tiny --data builtin:photos --out $(OUT)
+	$(BIN)/msvq evaluate --checkpoint $(OUT) --data builtin:photos --out $(OUT)/evaluation
+	$(BIN)/msvq reconstruct --checkpoint $(OUT) --data builtin:photos --out $(OUT)/reconstructions.png
+
+test: $(VENV)/.tools
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+format: $(VENV)/.tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+clean:
+	rm -rf build dist *.egg-info msvq_fast/_C*.so

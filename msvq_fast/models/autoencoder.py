@@ -1,0 +1,288 @@
+"""What MSVQVAE and VQVAE2 share: outputs, checks, codebooks, saving and loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from msvq_fast.models.presets import AutoencoderConfig, preset_config
+from msvq_fast.nn import VectorQuantizer
+from msvq_fast.nn.blocks import conv
+from msvq_fast.ops.checks import InputError, check_image
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+@dataclass
+class MSVQVAEOutput:
+    """What a forward pass returns; scale 0 is the coarsest.
+
+    Attributes:
+        loss: ``()``, Eq. 6: reconstruction and commitment terms of all scales.
+        reconstruction_loss: ``(M,)`` float32, mean squared error of every partial sum against its
+            target, no gradient. VQ-VAE 2 has one.
+        commitment_loss: ``(M,)`` float32, β times the mean squared distance of latents to their
+            codes, no gradient.
+        contributions: M images ``(B, 3, H, W)`` whose sum is the reconstruction. VQ-VAE 2 has one.
+        codes: M grids ``(B, h_m, w_m)`` int64.
+        code_counts: M histograms ``(K,)`` int64 of this batch's codes.
+    """
+
+    loss: Tensor
+    reconstruction_loss: Tensor
+    commitment_loss: Tensor
+    contributions: list[Tensor]
+    codes: list[Tensor]
+    code_counts: list[Tensor]
+
+    def partial(self, upto: int | None = None) -> Tensor:
+        """Reconstruction ``Σ_{m<=upto} C_m`` ``(B, 3, H, W)``; None sums all (Eq. 5)."""
+        return sum_contributions(self.contributions, upto)
+
+    @property
+    def usage(self) -> Tensor:
+        """``(M,)`` percent of the codes that this batch uses, in [0, 100]."""
+        return torch.stack([100.0 * (n > 0).float().mean() for n in self.code_counts])
+
+    @property
+    def perplexity(self) -> Tensor:
+        """``(M,)`` exp of the entropy of this batch's codes, in [1, K]."""
+        return torch.stack([_perplexity(n) for n in self.code_counts])
+
+
+def sum_contributions(contributions: Sequence[Tensor], upto: int | None = None) -> Tensor:
+    """``Σ_{m<=upto} C_m`` ``(B, 3, H, W)``, all of them by default (Eq. 5)."""
+    last = len(contributions) - 1 if upto is None else upto
+    if not 0 <= last < len(contributions):
+        raise InputError(f"upto={upto}; expected 0 <= upto < {len(contributions)}")
+    total = contributions[0]
+    for contribution in contributions[1 : last + 1]:
+        total = total + contribution
+    return total
+
+
+def _perplexity(counts: Tensor) -> Tensor:
+    p = counts.double() / counts.sum().clamp_min(1)
+    return torch.special.entr(p).sum().exp().float()
+
+
+class Autoencoder(nn.Module, ABC):
+    """A hierarchy of quantized grids; subclasses say how grids become images.
+
+    Args:
+        config: Sizes and settings.
+        backend: None picks the fastest kernels; ``"reference"`` is plain PyTorch with the same
+            state_dict and the same results. Not saved with the model.
+    """
+
+    config_class: ClassVar[type[AutoencoderConfig]]
+    config: AutoencoderConfig
+
+    def __init__(self, config: AutoencoderConfig, *, backend: str | None = None) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise InputError(
+                f"config is a {type(config).__name__}; {type(self).__name__} takes a "
+                f"{self.config_class.__name__}"
+            )
+        self.config = config
+        self.backend = backend
+
+    def _build_quantizers(self, context: Sequence[int]) -> None:
+        """1x1 convolutions to the latents and codebooks; ``context[m]`` channels join scale m."""
+        config = self.config
+        self.to_latent = nn.ModuleList(
+            conv(config.width + channels, config.code_dim, 1) for channels in context
+        )
+        self.quantizers = nn.ModuleList(
+            VectorQuantizer(
+                config.num_codes,
+                config.code_dim,
+                commitment_weight=config.commitment_weight,
+                decay=config.decay,
+                backend=self.backend,
+            )
+            for _ in context
+        )
+
+    @classmethod
+    def from_preset(cls, name: str, *, backend: str | None = None, **overrides: Any) -> Self:
+        """Build a preset of this model with fresh weights; ``overrides`` replace config fields."""
+        return cls(preset_config(name, **overrides), backend=backend)
+
+    @property
+    def num_scales(self) -> int:
+        """M, the number of grids."""
+        return self.config.num_scales
+
+    @property
+    def stride(self) -> int:
+        """Image sides must be multiples of this many pixels."""
+        return self.config.stride
+
+    @abstractmethod
+    def contributions(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """Images ``(B, 3, H, W)`` that the given grids stand for, to be summed (Eq. 5)."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Codes of images ``(B, 3, H, W)`` in [-1, 1]: M grids ``(B, h_m, w_m)`` int64."""
+
+    def decode(self, codes: Sequence[Tensor], upto: int | None = None) -> Tensor:
+        """Images ``(B, 3, H, W)`` of code grids, linear output near [-1, 1].
+
+        Args:
+            codes: Grids ``(B, h_m, w_m)`` int64, coarse to fine.
+            upto: Last scale that is summed; None takes all that are given.
+        """
+        return sum_contributions(self.contributions(codes), upto)
+
+    def reconstruct(self, x: Tensor, upto: int | None = None) -> Tensor:
+        """``decode(encode(x), upto)`` ``(B, 3, H, W)``."""
+        return self.decode(self.encode(x), upto)
+
+    def defer_codebook_updates(self, defer: bool = True) -> None:
+        """Collect statistics in training forwards; only `update_codebooks` moves the codebooks."""
+        for quantizer in self._quantizers():
+            quantizer.defer_updates = defer
+
+    def code_statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Collected counts ``(K,)`` int64 and sums ``(K, D)`` of every scale, to reduce in place."""
+        return [quantizer.code_statistics() for quantizer in self._quantizers()]
+
+    def update_codebooks(self) -> None:
+        """Apply the collected statistics once (Eq. 3-4)."""
+        for quantizer in self._quantizers():
+            quantizer.update_codebook()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps({"model": type(self).__name__, **dataclasses.asdict(self.config)})
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, backend: str | None = None) -> Self:
+        """Load from a folder that `save_pretrained` wrote, or a hub repository ``owner/name``.
+
+        Raises:
+            InputError: If a file is missing or corrupt, or holds another model.
+        """
+        folder = _local_folder(source)
+        values = read_config(folder)
+        name = values.pop("model")
+        if name != cls.__name__:
+            raise InputError(f"{folder / CONFIG_FILE} holds a {name}; expected a {cls.__name__}")
+        try:
+            config = cls.config_class(**values)
+        except TypeError as error:
+            raise InputError(f"{folder / CONFIG_FILE} does not fit this version: {error}") from None
+        model = cls(config, backend=backend)
+        path = folder / WEIGHTS_FILE
+        try:
+            model.load_state_dict(load_file(path))
+        except Exception as error:  # safetensors and torch raise their own types
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} cannot be loaded: {reason}") from None
+        return model
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the saved model to the hub and return the address of the commit."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    def _latent(self, m: int, feature: Tensor, z_d: Tensor | None) -> Tensor:
+        """z_e,m ``(B, D, h_m, w_m)`` of the encoder's features and the coarser scale's z_d."""
+        joined = feature if z_d is None else torch.cat([feature, z_d], 1)
+        z: Tensor = self.to_latent[m](joined)
+        return z
+
+    def _quantizer(self, m: int) -> VectorQuantizer:
+        quantizer = self.quantizers[m]
+        assert isinstance(quantizer, VectorQuantizer)
+        return quantizer
+
+    def _quantizers(self) -> list[VectorQuantizer]:
+        return [self._quantizer(m) for m in range(self.num_scales)]
+
+    def _check_image(self, x: Tensor) -> None:
+        """Raise one clear line for images that this model cannot take."""
+        if x.dtype == torch.uint8:
+            raise InputError("x has dtype torch.uint8; expected float in [-1, 1]: x / 127.5 - 1")
+        check_image("x", x)
+        if x.shape[1] != 3:
+            raise InputError(f"x has {x.shape[1]} channels; expected 3 (RGB)")
+        height, width = x.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise InputError(
+                f"x is {height}x{width} pixels; both sides must be multiples of {self.stride}"
+            )
+        device = self._quantizers()[0].codebook.device
+        if x.device != device:
+            raise InputError(f"x is on {x.device} but the model is on {device}")
+        # On a GPU the look at the values would wait for the device.
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
+            low, high = x.detach().aminmax()
+            if low < -1.01 or high > 1.01:
+                raise InputError(f"x spans [{low:.4g}, {high:.4g}]; expected values in [-1, 1]")
+
+    def _check_codes(self, codes: Sequence[Tensor], *, whole: bool) -> None:
+        """Raise one clear line for grids that do not form a hierarchy of this model."""
+        most = self.num_scales
+        if not 1 <= len(codes) <= most or (whole and len(codes) != most):
+            expected = f"{most}" if whole else f"1 to {most}"
+            raise InputError(f"codes has {len(codes)} grids; expected {expected}")
+        for m, grid in enumerate(codes):
+            shape = (codes[0].shape[0], *(side << m for side in codes[0].shape[1:]))
+            if grid.dim() != 3 or grid.shape != shape:
+                raise InputError(
+                    f"codes[{m}] has shape {tuple(grid.shape)}; expected (B, h, w), each grid "
+                    "double the one before"
+                )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The values of ``folder/config.json``; raises `InputError` naming the file if it is bad."""
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or "model" not in values:
+            raise ValueError("no field 'model'")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; expected a folder of a saved model") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not the configuration of a model: {error}") from None
+    return values
+
+
+def _local_folder(source: str | Path) -> Path:
+    folder = Path(source)
+    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:  # the hub client raises a type per cause
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{source} is no local folder and the hub says: {reason}") from None

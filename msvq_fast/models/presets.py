@@ -1,0 +1,162 @@
+"""Configurations of both models and one preset per row of the paper's tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from msvq_fast.ops.checks import InputError
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """What MS-VQVAE and VQ-VAE 2 have in common.
+
+    Attributes:
+        resolution: Pixels of a training image's side; it fixes depth and blur, and images of any
+            multiple of the model's stride may be passed later.
+        latents: Side of every latent grid at ``resolution``, coarse to fine, each double the last.
+        num_codes: K, codes of every codebook.
+        code_dim: D, width of a code.
+        width: Channels of the encoder's feature maps.
+        num_residual_blocks: Residual blocks in a row.
+        commitment_weight: β of Eq. 6.
+        decay: γ of Eq. 4.
+    """
+
+    resolution: int
+    latents: tuple[int, ...]
+    num_codes: int
+    code_dim: int = 64
+    width: int = 128
+    num_residual_blocks: int = 2
+    commitment_weight: float = 0.25
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        """Check the values and turn lists read from JSON into tuples."""
+        object.__setattr__(self, "latents", tuple(self.latents))
+        counts = ("resolution", "num_codes", "code_dim", "width", "num_residual_blocks")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}; expected at least 1")
+        if not 0 <= self.decay < 1:
+            raise InputError(f"decay={self.decay}; expected 0 <= decay < 1")
+        if not self.latents or any(size < 1 for size in self.latents):
+            raise InputError(f"latents={self.latents}; expected at least one positive size")
+        if any(2 * a != b for a, b in zip(self.latents, self.latents[1:], strict=False)):
+            raise InputError(f"latents={self.latents}; each must be double the one before")
+        for size in self.latents:
+            factor = self.resolution // size
+            if factor < 2 or factor * size != self.resolution or factor & (factor - 1):
+                raise InputError(
+                    f"latents={self.latents}; resolution {self.resolution} must be each of them "
+                    "times a power of two, at least 2"
+                )
+
+    @property
+    def num_scales(self) -> int:
+        """M, the number of latent grids."""
+        return len(self.latents)
+
+    @property
+    def halvings(self) -> tuple[int, ...]:
+        """Halvings from the image to every grid, coarse to fine."""
+        return tuple((self.resolution // size).bit_length() - 1 for size in self.latents)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per cell of the coarsest grid: image sides must be multiples of it."""
+        return self.resolution // self.latents[0]
+
+
+@dataclass(frozen=True)
+class MSVQVAEConfig(AutoencoderConfig):
+    """Configuration of `MSVQVAE`.
+
+    Attributes:
+        block_factor: Up-sampling of a decoder block: 4 at 1024 and 128 px, 2 at 256 px.
+        kernel_size: Blur taps of the targets (Eq. 7); None takes √resolution - 1 made odd.
+        sigma_rule: ``"paper"`` is Eq. 8 as printed, ``"opencv"`` has 0.3 in place of 1/3.
+    """
+
+    block_factor: int = 4
+    kernel_size: int | None = None
+    sigma_rule: str = "paper"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        if self.block_factor not in (2, 4):
+            raise InputError(f"block_factor={self.block_factor}; expected 2 or 4")
+        if self.kernel_size is not None and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
+            raise InputError(f"kernel_size={self.kernel_size}; expected an odd positive int")
+        if self.sigma_rule not in ("paper", "opencv"):
+            raise InputError(f"sigma_rule={self.sigma_rule!r}; expected 'paper' or 'opencv'")
+
+
+@dataclass(frozen=True)
+class VQVAE2Config(AutoencoderConfig):
+    """Configuration of `VQVAE2`."""
+
+
+# name: resolution, latents, K, block factor
+_ROWS: dict[str, tuple[int, tuple[int, ...], int, int]] = {
+    "celebahq1024-s": (1024, (32, 64, 128), 256, 4),
+    "celebahq1024-m": (1024, (16, 32, 64), 256, 4),
+    "celebahq1024-l": (1024, (8, 16, 32), 256, 4),
+    "imagenet256-s": (256, (32, 64), 512, 2),
+    "imagenet256-l": (256, (16, 32), 1024, 2),
+    "ffhq128": (128, (4, 8), 512, 4),
+}
+
+PRESETS: dict[str, MSVQVAEConfig | VQVAE2Config] = {
+    **{
+        name: MSVQVAEConfig(resolution, latents, codes, block_factor=factor)
+        for name, (resolution, latents, codes, factor) in _ROWS.items()
+    },
+    **{
+        f"vqvae2-{name}": VQVAE2Config(resolution, latents, codes)
+        for name, (resolution, latents, codes, _) in _ROWS.items()
+    },
+    "tiny": MSVQVAEConfig(64, (8, 16), 128, code_dim=32, width=32, block_factor=2),
+    "vqvae2-tiny": VQVAE2Config(64, (8, 16), 128, code_dim=32, width=32),
+}
+
+# Millions of parameters as the paper prints them (Tables 1 and 2). For FFHQ the paper prints only
+# sums with the transformers (Table 4); taking 13.32 M for its MaskGIT pair leaves these.
+PAPER_PARAMETERS: dict[str, float] = {
+    "celebahq1024-s": 13.5,
+    "celebahq1024-m": 25.3,
+    "celebahq1024-l": 54.3,
+    "imagenet256-s": 9.4,
+    "imagenet256-l": 37.4,
+    "ffhq128": 8.88,
+    "vqvae2-celebahq1024-s": 2.1,
+    "vqvae2-celebahq1024-m": 2.2,
+    "vqvae2-celebahq1024-l": 2.2,
+    "vqvae2-imagenet256-s": 1.3,
+    "vqvae2-imagenet256-l": 1.4,
+    "vqvae2-ffhq128": 1.38,
+}
+
+
+def preset_config(name: str, **overrides: Any) -> MSVQVAEConfig | VQVAE2Config:
+    """The configuration of a preset with some fields replaced.
+
+    Args:
+        name: A key of ``PRESETS``.
+        **overrides: Fields of its configuration.
+
+    Raises:
+        InputError: For an unknown preset or field, or a bad value.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}")
+    config = PRESETS[name]
+    fields = [field.name for field in dataclasses.fields(config)]
+    for field in overrides:
+        if field not in fields:
+            raise InputError(f"{field!r} is not a field of {name}; expected one of {fields}")
+    return dataclasses.replace(config, **overrides)

@@ -1,0 +1,77 @@
+"""The convolution blocks of VQ-VAE 2, of which every model here is built."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """Convolution that keeps the size, or halves it with ``stride=2``."""
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2)
+
+
+def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
+    """4x4 transposed convolution of stride 2: doubles height and width."""
+    return nn.ConvTranspose2d(in_channels, out_channels, 4, 2, 1)
+
+
+class Residual(nn.Module):
+    """``x + conv1x1(relu(conv3x3(relu(x))))`` with half the width inside.
+
+    Args:
+        width: Channels of the input and output ``(B, width, H, W)``.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = conv(width, width // 2, 3)
+        self.outer = conv(width // 2, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, width, H, W)`` to the same shape."""
+        h = self.outer(F.relu(self.inner(F.relu(x))))
+        return x + h
+
+
+def residual_stack(width: int, count: int) -> list[nn.Module]:
+    """``count`` residual blocks and a last ReLU."""
+    return [*(Residual(width) for _ in range(count)), nn.ReLU()]
+
+
+class Encoder(nn.Module):
+    """The encoder of VQ-VAE 2: one feature map per scale, coarsest first.
+
+    Args:
+        stages: Halvings from the image to the finest scale.
+        num_scales: M; every coarser scale is one more halving.
+        width: Channels of every feature map; the first stages have half of it per halving further
+            from the finest scale, never fewer than ``min(16, width)``.
+        num_residual_blocks: Residual blocks per scale.
+    """
+
+    def __init__(self, stages: int, num_scales: int, width: int, num_residual_blocks: int) -> None:
+        super().__init__()
+        finest: list[nn.Module] = []
+        channels = 3
+        for out in encoder_widths(stages, width):
+            finest += [conv(channels, out, 3, stride=2), nn.ReLU()]
+            channels = out
+        scales = [nn.Sequential(*finest, *residual_stack(width, num_residual_blocks))]
+        for _ in range(num_scales - 1):
+            halve = conv(width, width, 3, stride=2)
+            scales.append(nn.Sequential(halve, *residual_stack(width, num_residual_blocks)))
+        self.scales = nn.ModuleList(scales)  # finest first, as the data flow
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map ``(B, 3, H, W)`` to M feature maps ``(B, width, h_m, w_m)``, coarsest first."""
+        features = []
+        for scale in self.scales:
+            x = scale(x)
+            features.append(x)
+        return features[::-1]
+
+
+def encoder_widths(stages: int, width: int) -> list[int]:
+    """Channels after each halving: ``width`` at the end, half of it per stage before."""
+    return [max(width >> (stages - k), min(16, width)) for k in range(1, stages + 1)]

@@ -1,0 +1,162 @@
+"""The quantizer of VQ-VAE as a module: a codebook that follows its latents (Eq. 1-4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from msvq_fast.ops.checks import InputError
+from msvq_fast.ops.vector_quantize import (
+    VectorQuantizeOutput,
+    ema_update_,
+    nearest_code,
+    vector_quantize,
+)
+
+
+class VectorQuantizer(nn.Module):
+    """Replace every latent by its nearest code; learn the codebook as a moving average.
+
+    The codebook is a buffer, not a parameter: in training mode every forward moves it by Eq. 3-4
+    (the values returned are of the codebook before the move). It starts as U(-1/K, 1/K) with no
+    mass, so that the first latents a code wins become its vector; a code that wins none keeps it.
+
+    Args:
+        num_codes: K, the number of codes.
+        code_dim: D, the width of a code.
+        dim: Where the latents hold their D values: 1 for ``(B, D, h, w)``, -1 for ``(..., D)``.
+        commitment_weight: β of Eq. 2.
+        decay: γ of Eq. 4, in [0, 1).
+        laplace_eps: Laplace smoothing of the masses as VQ-VAE 2's code has it; 0 is Eq. 3.
+        backend: None picks; otherwise as in `vector_quantize`.
+
+    Buffers (float32 whatever the module is cast to, unless float64):
+        codebook: ``(K, D)``.
+        cluster_size: ``(K,)``, the mass N_i.
+        code_sums: ``(K, D)``, the sums m_i.
+    """
+
+    codebook: Tensor
+    cluster_size: Tensor
+    code_sums: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        *,
+        dim: int = 1,
+        commitment_weight: float = 0.25,
+        decay: float = 0.99,
+        laplace_eps: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if num_codes < 1 or code_dim < 1:
+            raise InputError(f"num_codes={num_codes}, code_dim={code_dim}; both must be at least 1")
+        if not 0 <= decay < 1:
+            raise InputError(f"decay={decay}; expected 0 <= decay < 1")
+        self.dim = dim
+        self.commitment_weight = commitment_weight
+        self.decay = decay
+        self.laplace_eps = laplace_eps
+        self.backend = backend
+        self.defer_updates = False
+        self._pending: tuple[Tensor, Tensor] | None = None
+        bound = 1 / num_codes
+        self.register_buffer("codebook", torch.empty(num_codes, code_dim).uniform_(-bound, bound))
+        self.register_buffer("cluster_size", torch.zeros(num_codes))
+        self.register_buffer("code_sums", torch.zeros(num_codes, code_dim))
+
+    def forward(self, z: Tensor) -> VectorQuantizeOutput:
+        """Quantize latents.
+
+        Args:
+            z: Latents with D values at ``dim``, e.g. ``(B, D, h, w)``.
+
+        Returns:
+            ``z_q`` (shape, dtype and layout of ``z``, straight-through gradient), ``codes`` int64
+            (``z``'s shape without ``dim``), ``commitment_loss`` ``()``, ``code_counts`` int64
+            ``(K,)`` and ``code_sums`` ``(K, D)`` of this batch.
+        """
+        out = vector_quantize(
+            z,
+            self.codebook,
+            dim=self.dim,
+            commitment_weight=self.commitment_weight,
+            backend=self.backend,
+        )
+        if self.training:
+            self._collect(out.code_counts, out.code_sums)
+            if not self.defer_updates:
+                self.update_codebook()
+        return out
+
+    def encode(self, z: Tensor) -> Tensor:
+        """Nearest code of every latent: int64, ``z``'s shape without ``dim``."""
+        return nearest_code(z, self.codebook, dim=self.dim, backend=self.backend)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Vectors of ``codes`` ``(...)`` int64 in [0, K), with D values placed at ``dim``."""
+        if codes.dtype != torch.int64:
+            raise InputError(f"codes has dtype {codes.dtype}; expected int64")
+        num_codes = self.codebook.shape[0]
+        if codes.device.type == "cpu" and not torch.compiler.is_compiling() and codes.numel():
+            low, high = int(codes.min()), int(codes.max())
+            if low < 0 or high >= num_codes:
+                raise InputError(f"codes span [{low}, {high}]; expected 0 <= code < {num_codes}")
+        return F.embedding(codes, self.codebook).movedim(-1, self.dim)
+
+    def code_statistics(self) -> tuple[Tensor, Tensor]:
+        """Counts ``(K,)`` and sums ``(K, D)`` collected since the last update, to reduce in place.
+
+        A training forward with ``defer_updates`` adds to them; they are zero before.
+        """
+        if self._pending is None:
+            counts = torch.zeros_like(self.cluster_size, dtype=torch.int64)
+            self._pending = counts, torch.zeros_like(self.code_sums)
+        return self._pending
+
+    @torch.no_grad()
+    def update_codebook(self) -> None:
+        """Move the codebook by the collected statistics (Eq. 3-4) and forget them."""
+        counts, sums = self.code_statistics()
+        self._pending = None
+        ema_update_(
+            self.codebook,
+            self.cluster_size,
+            self.code_sums,
+            counts,
+            sums,
+            decay=self.decay,
+            laplace_eps=self.laplace_eps,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and settings, as the constructor takes them."""
+        num_codes, code_dim = self.codebook.shape
+        return f"{num_codes}, {code_dim}, dim={self.dim}, decay={self.decay}"
+
+    def _collect(self, counts: Tensor, sums: Tensor) -> None:
+        if self._pending is None:
+            self._pending = counts, sums
+        else:
+            self._pending = self._pending[0] + counts, self._pending[1] + sums
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move with the module, but never round the codebook to half precision.
+
+        A rounded codebook changes codes, and a bfloat16 moving average of γ = 0.99 stands still.
+        """
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before.to(after.device)
+        return self
