@@ -157,7 +157,7 @@ class Autoencoder(nn.Module, ABC):
             quantizer.defer_updates = defer
 
     def code_statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """Collected counts ``(K,)`` int64 and sums ``(K, D)`` of every scale, to reduce in place."""
+        """Collected counts ``(K,)`` int64 and sums ``(K, D)`` per scale, to reduce in place."""
         return [quantizer.code_statistics() for quantizer in self._quantizers()]
 
     def update_codebooks(self) -> None:

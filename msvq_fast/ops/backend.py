@@ -77,7 +77,7 @@ class Op:
                 raise InputError(f"backend={backend!r} cannot run {self.name}: {reason}")
             return backend
         device = _first_tensor(args).device.type
-        reasons = []
+        reasons: list[str] = []
         for candidate in ORDER.get(device, ("reference",)):
             reason = self.why_not(candidate, *args, **kwargs)
             if reason is None:
