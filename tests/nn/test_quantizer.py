@@ -1,0 +1,97 @@
+"""The quantizer module: Eq. 3-4 as a moving codebook, in any model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from msvq_fast.nn import VectorQuantizer
+from msvq_fast.ops import InputError
+
+
+def test_one_step_is_the_batch_mean_then_the_moving_average() -> None:
+    quantizer = VectorQuantizer(4, 3, dim=-1, decay=0.9)
+    z = torch.randn(50, 3)
+    codes = quantizer(z).codes
+    first = {int(k): z[codes == k].mean(0) for k in codes.unique()}
+    for k, mean in first.items():
+        torch.testing.assert_close(quantizer.codebook[k], mean)
+    z = torch.randn(50, 3)
+    start = quantizer.codebook.clone()
+    mass, sums = quantizer.cluster_size.clone(), quantizer.code_sums.clone()
+    codes = quantizer(z).codes
+    for k in range(4):
+        mine = z[codes == k]
+        if len(mine) == 0:
+            assert torch.equal(quantizer.codebook[k], start[k])
+            continue
+        m = 0.9 * sums[k] + 0.1 * mine.sum(0)
+        n = 0.9 * mass[k] + 0.1 * len(mine)
+        torch.testing.assert_close(quantizer.codebook[k], m / n)
+
+
+def test_values_are_of_the_codebook_before_the_move() -> None:
+    quantizer = VectorQuantizer(8, 4)
+    before = quantizer.codebook.clone()
+    z = torch.randn(2, 4, 5, 6)
+    out = quantizer(z)
+    want = before[out.codes].movedim(-1, 1)
+    assert torch.equal(out.z_q, want)
+    torch.testing.assert_close(out.commitment_loss, 0.25 * (z - want).square().mean())
+
+
+def test_gradient_after_the_codebook_moved() -> None:
+    quantizer = VectorQuantizer(8, 4)
+    before = quantizer.codebook.clone()
+    z = torch.randn(2, 4, 5, 6, requires_grad=True)
+    out = quantizer(z)
+    upstream = torch.randn_like(z)
+    ((out.z_q * upstream).sum() + out.commitment_loss).backward()
+    distance = z.detach() - before[out.codes].movedim(-1, 1)
+    torch.testing.assert_close(z.grad, upstream + 2 * 0.25 * distance / z.numel())
+
+
+def test_encode_lookup_round_trip() -> None:
+    quantizer = VectorQuantizer(16, 4).eval()
+    codes = torch.randint(0, 16, (2, 3, 5))
+    z_q = quantizer.lookup(codes)
+    assert z_q.shape == (2, 4, 3, 5)
+    assert torch.equal(quantizer.encode(z_q), codes)
+
+
+def test_waiting_updates_add_up() -> None:
+    together, apart = VectorQuantizer(8, 4, dim=-1), VectorQuantizer(8, 4, dim=-1)
+    apart.load_state_dict(together.state_dict())
+    z = torch.randn(60, 4)
+    together(z)
+    apart.defer_updates = True
+    apart(z[:20])
+    apart(z[20:])
+    apart.update_codebook()
+    for name, value in together.state_dict().items():
+        torch.testing.assert_close(apart.state_dict()[name], value, msg=name)
+
+
+def test_casts_leave_the_codebook_exact() -> None:
+    quantizer = VectorQuantizer(8, 4)
+    start = quantizer.codebook.clone()
+    quantizer.half().bfloat16().float()
+    assert torch.equal(quantizer.codebook, start)
+    assert quantizer.double().codebook.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_codes": 0, "code_dim": 4}, "num_codes=0"),
+        ({"num_codes": 4, "code_dim": 4, "decay": 1.0}, "decay=1.0"),
+    ],
+)
+def test_bad_settings(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        VectorQuantizer(**arguments)
+
+
+def test_bad_latents() -> None:
+    with pytest.raises(InputError, match="z"):
+        VectorQuantizer(8, 4)(torch.randn(2, 5, 3, 3))
