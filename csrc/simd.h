@@ -31,17 +31,19 @@ inline Isa cpu_isa() {
 #else
 #define MSVQ_FOR_X86(text)
 #endif
-#define MSVQ_CPU_KERNEL(function, Params)                                          \
-  namespace portable {                                                             \
-  void function(const Params&);                                                    \
-  }                                                                                \
-  MSVQ_FOR_X86(namespace avx2 { void function(const Params&); }                    \
-               namespace avx512 { void function(const Params&); })                 \
-  inline void function(Isa isa, const Params& params) {                            \
-    MSVQ_FOR_X86(if (isa == Isa::avx512) return avx512::function(params);          \
-                 if (isa == Isa::avx2) return avx2::function(params);)             \
-    (void)isa;                                                                     \
-    portable::function(params);                                                    \
+#define MSVQ_CPU_KERNEL(function, Params)                                 \
+  namespace portable {                                                    \
+  void function(const Params&);                                           \
+  }                                                                       \
+  MSVQ_FOR_X86(                                                           \
+      namespace avx2 { void function(const Params&); } namespace avx512 { \
+        void function(const Params&);                                     \
+      })                                                                  \
+  inline void function(Isa isa, const Params& params) {                   \
+    MSVQ_FOR_X86(if (isa == Isa::avx512) return avx512::function(params); \
+                 if (isa == Isa::avx2) return avx2::function(params);)    \
+    (void)isa;                                                            \
+    portable::function(params);                                           \
   }
 
 #ifdef MSVQ_ISA
@@ -63,7 +65,7 @@ inline vfloat load(const float* p) {
   return v;
 }
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
-inline vfloat broadcast(float x) { return vfloat{} + x; }
+inline vfloat broadcast(float x) { return x - vfloat{}; }  // x - 0 is x, also for -0
 
 }  // namespace MSVQ_ISA
 }  // namespace msvq
