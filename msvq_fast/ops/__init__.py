@@ -7,6 +7,7 @@ from msvq_fast.ops.gaussian_blur import (
     gaussian_blur,
     gaussian_pyramid,
 )
+from msvq_fast.ops.local_attention import local_attention
 
 __all__ = [
     "InputError",
@@ -14,4 +15,5 @@ __all__ = [
     "default_sigma",
     "gaussian_blur",
     "gaussian_pyramid",
+    "local_attention",
 ]
