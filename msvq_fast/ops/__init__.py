@@ -8,6 +8,7 @@ from msvq_fast.ops.gaussian_blur import (
     gaussian_pyramid,
 )
 from msvq_fast.ops.multiscale_loss import multiscale_loss
+from msvq_fast.ops.local_attention import local_attention
 
 __all__ = [
     "InputError",
@@ -16,4 +17,5 @@ __all__ = [
     "gaussian_blur",
     "gaussian_pyramid",
     "multiscale_loss",
+    "local_attention",
 ]

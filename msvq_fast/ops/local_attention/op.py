@@ -1,0 +1,234 @@
+"""Cross-scale local attention (§3.3): contract, checks, choice of kernel, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msvq_fast.ops.backend import Op
+from msvq_fast.ops.checks import InputError, check_choice, check_float
+from msvq_fast.ops.local_attention import reference
+from msvq_fast.ops.local_attention.windows import Windows, bias_size
+
+ORDERS = ("bidirectional", "raster")
+BORDERS = ("clip", "shift")
+OP = Op(__package__)
+
+Kernel = int | str
+
+
+def local_attention(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    grids: Sequence[tuple[int, int]],
+    kernels: Sequence[Kernel],
+    order: str = "bidirectional",
+    include_self: bool = False,
+    border: str = "clip",
+    bias: Sequence[Tensor | None] | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend to small windows of the own grid and of every coarser one, in one softmax (§3.3).
+
+    The query at ``(y, x)`` of the last grid ``(h_m, w_m)`` sees, on scale n with grid
+    ``(h_n, w_n)``, the ``k_n x k_n`` window centred on its cell
+    ``(((2y + 1) h_n) // (2 h_m), ((2x + 1) w_n) // (2 w_m))``; grids of any ratio will do.
+
+    Args:
+        q: ``(B, heads, N_m, d)`` queries in raster order of the last grid; float32, float64,
+            bfloat16 or float16.
+        keys: One ``(B, kv_heads, N_n, d)`` per scale, coarse to fine; the last lies on the query's
+            own grid. ``kv_heads`` divides ``heads``; query head h reads key head
+            ``h * kv_heads // heads``.
+        values: As ``keys``.
+        grids: ``(h, w)`` of every scale.
+        kernels: Per scale an odd window size in cells, 0 (scale unused) or ``"full"`` (all of it).
+        order: Of the own scale: ``"bidirectional"``, or ``"raster"`` (only tokens before the query
+            in raster order).
+        include_self: Whether a query sees the own-scale key at its own position.
+        border: ``"clip"`` drops the cells outside the grid; ``"shift"`` moves the window inside, so
+            that every query sees ``min(k, size)`` cells an axis.
+        bias: Added to the scores: per scale None or ``(heads, k, k)``, indexed
+            ``[y' - c_y + r, x' - c_x + r]``; ``(heads, 2k - 1, 2k - 1)`` and ``k - 1`` for r with
+            ``border="shift"``. A ``"full"`` scale takes none.
+        scale: Factor of the dot products; None takes ``d ** -0.5``; 0.0 is 0.0.
+        backend: ``None`` picks; ``"reference"``, ``"native"`` or ``"triton"`` runs or raises.
+
+    Returns:
+        ``(B, heads, N_m, d)``, the dtype of ``q``. A query that sees no key gets 0.
+
+    Gradient:
+        To ``q``, ``keys``, ``values`` and ``bias``; once differentiable (the reference: always).
+        Kernels keep the output and one float32 per query, and gather every gradient over
+        the inverse windows: no atomics, the same bits every time. A query that sees no key neither
+        receives nor sends any gradient.
+
+    Raises:
+        InputError: For shapes, grids, kernels, dtypes or devices that do not fit together.
+
+    Numerics:
+        Scores, softmax and sums in float32 (float64 for float64) and one rounding at the end. The
+        kernels multiply a weight of exactly zero with values inside the halo of a tile, so a NaN
+        among the values may reach queries nearby that do not see it.
+    """
+    windows = _check(q, keys, values, grids, kernels, order, include_self, border)
+    relative = _check_bias(bias, q, kernels, windows.shift)
+    used = [n for n, kernel in enumerate(kernels) if kernel != 0]
+    keys, values = [keys[n] for n in used], [values[n] for n in used]
+    relative = [relative[n] for n in used]
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    chosen = OP.pick(q, keys, values, relative, windows, backend=backend)
+    if chosen == "reference":
+        return reference.local_attention(q, keys, values, relative, windows, scale)
+    out: Tensor = _LocalAttention.apply(windows, scale, chosen, q, *keys, *values, *relative)
+    return out
+
+
+def _check(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    grids: Sequence[tuple[int, int]],
+    kernels: Sequence[Kernel],
+    order: str,
+    include_self: bool,
+    border: str,
+) -> Windows:
+    """Check everything but the bias and return the windows of the scales in use."""
+    scales = len(grids)
+    if scales == 0:
+        raise InputError("grids is empty; expected one (h, w) per scale, coarse to fine")
+    for name, items in (("keys", keys), ("values", values), ("kernels", kernels)):
+        if len(items) != scales:
+            raise InputError(f"{name} has {len(items)} entries; expected {scales}, one per grid")
+    check_choice("order", order, ORDERS)
+    check_choice("border", border, BORDERS)
+    if order == "raster" and border == "shift":
+        raise InputError("border='shift' with order='raster'; expected 'clip', or bidirectional")
+    for n, grid in enumerate(grids):
+        if len(grid) != 2 or grid[0] < 1 or grid[1] < 1:
+            raise InputError(f"grids[{n}]={grid}; expected (h, w) with both at least 1")
+    for n, kernel in enumerate(kernels):
+        if kernel != "full" and (
+            isinstance(kernel, (bool, str)) or kernel < 0 or (kernel != 0 and kernel % 2 == 0)
+        ):
+            raise InputError(f"kernels[{n}]={kernel!r}; expected an odd int, 0 or 'full'")
+    if all(kernel == 0 for kernel in kernels):
+        raise InputError("kernels are all 0; expected at least one scale in use")
+    check_float("q", q)
+    if q.dim() != 4:
+        raise InputError(f"q has shape {tuple(q.shape)}; expected 4 dimensions (B, heads, N_m, d)")
+    batch, heads, tokens, width = q.shape
+    if heads < 1 or width < 1:
+        raise InputError(f"q has shape {tuple(q.shape)}; expected at least one head and d >= 1")
+    height_m, width_m = grids[-1]
+    if tokens != height_m * width_m:
+        raise InputError(
+            f"q has {tokens} tokens; expected {height_m * width_m} for grids[-1]={grids[-1]}"
+        )
+    kv_heads = keys[0].shape[1] if keys[0].dim() == 4 else 0
+    for name, items in (("keys", keys), ("values", values)):
+        for n, item in enumerate(items):
+            h, w = grids[n]
+            if item.dim() != 4 or item.shape[2] != h * w:
+                raise InputError(
+                    f"{name}[{n}] has shape {tuple(item.shape)}; expected (B, kv_heads, "
+                    f"{h * w}, d) for grids[{n}]={grids[n]}"
+                )
+            if item.shape[0] != batch or item.shape[1] != kv_heads or item.shape[3] != width:
+                raise InputError(
+                    f"{name}[{n}] has shape {tuple(item.shape)}; expected "
+                    f"{(batch, kv_heads, h * w, width)} as q and keys[0] have it"
+                )
+            _check_like(f"{name}[{n}]", item, q)
+    if kv_heads < 1 or heads % kv_heads != 0:
+        raise InputError(f"keys have {kv_heads} heads; expected a divisor of q's {heads} heads")
+    used = [n for n in range(scales) if kernels[n] != 0]
+    return Windows(
+        query_grid=(height_m, width_m),
+        grids=tuple((grids[n][0], grids[n][1]) for n in used),
+        kernels=tuple(_kernel_size(kernels[n], grids[n]) for n in used),
+        own=used[-1] == scales - 1,
+        raster=order == "raster",
+        include_self=include_self,
+        shift=border == "shift",
+    )
+
+
+def _kernel_size(kernel: Kernel, grid: tuple[int, int]) -> int:
+    """``"full"`` as a window that covers the grid from any cell."""
+    return kernel if isinstance(kernel, int) else 2 * (grid[0] + grid[1]) + 1
+
+
+def _check_bias(
+    bias: Sequence[Tensor | None] | None, q: Tensor, kernels: Sequence[Kernel], shift: bool
+) -> list[Tensor | None]:
+    if bias is None:
+        return [None] * len(kernels)
+    if len(bias) != len(kernels):
+        raise InputError(f"bias has {len(bias)} entries; expected {len(kernels)}, one per grid")
+    for n, (relative, kernel) in enumerate(zip(bias, kernels, strict=True)):
+        if relative is None:
+            continue
+        if not isinstance(kernel, int) or kernel == 0:
+            raise InputError(f"bias[{n}] is a tensor; expected None where kernels[{n}]={kernel!r}")
+        size = bias_size(kernel, shift)
+        if relative.shape != (q.shape[1], size, size):
+            raise InputError(
+                f"bias[{n}] has shape {tuple(relative.shape)}; expected "
+                f"{(q.shape[1], size, size)} (heads and offsets)"
+            )
+        _check_like(f"bias[{n}]", relative, q)
+    return list(bias)
+
+
+def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.dtype != q.dtype:
+        raise InputError(f"{name} has dtype {tensor.dtype}; expected q's {q.dtype}")
+    if tensor.device != q.device:
+        raise InputError(f"{name} is on {tensor.device}; expected q's {q.device}")
+
+
+class _LocalAttention(torch.autograd.Function):
+    """Keeps the inputs, the output and the log-sum-exp (float32): O(N) memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        windows: Windows,
+        scale: float,
+        backend: str,
+        q: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        keys, values, bias = _split(tensors)
+        kernels = OP.kernels[backend]
+        out, lse = kernels.local_attention(q, keys, values, bias, windows, scale)
+        ctx.windows, ctx.scale, ctx.backend = windows, scale, backend
+        ctx.save_for_backward(q, out, lse, *tensors)
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, out, lse, *tensors = ctx.saved_tensors
+        keys, values, bias = _split(tensors)
+        grad_q, grad_keys, grad_values, grad_bias = OP.kernels[
+            ctx.backend
+        ].local_attention_backward(
+            grad_out, q, keys, values, bias, out, lse, ctx.windows, ctx.scale
+        )
+        return None, None, None, grad_q, *grad_keys, *grad_values, *grad_bias
+
+
+def _split(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    """Keys, values and biases: a third of ``tensors`` each."""
+    n = len(tensors) // 3
+    return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n :])
