@@ -118,7 +118,7 @@ def decode(path: str | os.PathLike[str], *, min_side: int | None = None) -> NDAr
                 image.draft(None, (min_side, min_side))
             image.load()
             rgb = _upright(image, _to_rgb(image))
-        return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))  # (3, H, W)
+        return np.asarray(rgb).transpose(2, 0, 1).copy()  # (3, H, W)
     except UnidentifiedImageError:
         empty = Path(path).stat().st_size == 0
         reason = "the file is empty" if empty else "not an image of a known format"
@@ -144,7 +144,7 @@ def lanczos(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         )
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     resized = image.resize((new_width, new_height), Image.Resampling.LANCZOS)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    return np.asarray(resized).transpose(2, 0, 1).copy()
 
 
 def _resolve_folder(uri: str) -> Path:
