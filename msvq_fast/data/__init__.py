@@ -1,1 +1,34 @@
-"""Images in and pictures out."""
+"""Images in and pictures out: folders, built-in photographs, crops, batches, grids."""
+
+from msvq_fast.data.dataset import (
+    ImageDataset,
+    batches,
+    batches_per_epoch,
+    epoch_order,
+    evaluation_tiles,
+)
+from msvq_fast.data.images import (
+    ImageReadError,
+    list_images,
+    read_image,
+    resize_short_side,
+    to_float,
+)
+from msvq_fast.data.pictures import code_map, save_png, signed_to_uint8, to_uint8
+
+__all__ = [
+    "ImageDataset",
+    "ImageReadError",
+    "batches",
+    "batches_per_epoch",
+    "code_map",
+    "epoch_order",
+    "evaluation_tiles",
+    "list_images",
+    "read_image",
+    "resize_short_side",
+    "save_png",
+    "signed_to_uint8",
+    "to_float",
+    "to_uint8",
+]
