@@ -392,8 +392,8 @@ def test_compiles_once_for_any_batch(backend):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
-    for batch in (2, 3, 5, 8, 13):
-        z = torch.randn(batch, 4, 3, 2, requires_grad=True)
+    for batch in (6, 7, 8, 9, 13):
+        z = torch.randn(batch, 4, 5, 3, requires_grad=True)
         twin = z.detach().clone().requires_grad_()
         loss, codes, sums = compiled(z)
         want_loss, want_codes, want_sums = step(twin)
