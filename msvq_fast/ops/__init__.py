@@ -7,15 +7,25 @@ from msvq_fast.ops.gaussian_blur import (
     gaussian_blur,
     gaussian_pyramid,
 )
-from msvq_fast.ops.multiscale_loss import multiscale_loss
 from msvq_fast.ops.local_attention import local_attention
+from msvq_fast.ops.multiscale_loss import multiscale_loss
+from msvq_fast.ops.vector_quantize import (
+    VectorQuantizeOutput,
+    ema_update_,
+    nearest_code,
+    vector_quantize,
+)
 
 __all__ = [
     "InputError",
+    "VectorQuantizeOutput",
     "default_kernel_size",
     "default_sigma",
+    "ema_update_",
     "gaussian_blur",
     "gaussian_pyramid",
-    "multiscale_loss",
     "local_attention",
+    "multiscale_loss",
+    "nearest_code",
+    "vector_quantize",
 ]
