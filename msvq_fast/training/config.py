@@ -66,7 +66,7 @@ class TrainConfig:
         crop: Where training crops are cut.
         flip: Mirror half of the training crops.
         repeat: Crops per image and epoch; None is enough for 1024 crops an epoch.
-        workers: Processes that decode images; 0 decodes in the training process.
+        workers: Threads that decode images ahead; 0 decodes between steps.
         seed: Seed of the weights, the data order and the crops.
         device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
         backend: Backend of all ops; None picks per call.
@@ -102,7 +102,7 @@ class TrainConfig:
     crop: Literal["random", "center"] = "random"
     flip: bool = True
     repeat: int | None = None
-    workers: int = 0
+    workers: int = 2
     seed: int = 0
     device: str = "auto"
     backend: Literal["reference", "native", "triton"] | None = None

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,3 +133,12 @@ def agree(value: int, world: World) -> int:
     shared = torch.tensor(value)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
+
+
+def first_decides(decide: Callable[[], Path | None], world: World) -> Path | None:
+    """Return what ``decide`` gives rank 0, on all processes."""
+    if world.size == 1:
+        return decide()
+    answer: list[Path | None] = [decide() if world.leads else None]
+    dist.broadcast_object_list(answer)
+    return answer[0]
