@@ -1,0 +1,181 @@
+"""What a training run is made of. Free of torch: the command line builds its help from here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class ModelOverrides:
+    """Fields of the preset's model config to change; None keeps the preset's value.
+
+    Attributes:
+        resolution: Side of the square training crops in pixels.
+        latents: Side of each scale's latent grid, coarse to fine, such as ``[8, 16, 32]``.
+        num_codes: K, vectors in each scale's codebook.
+        code_dim: D, width of a codebook vector.
+        width: Channels next to the image; doubled by every block below.
+        num_residual_blocks: Residual blocks of every encoder and decoder block.
+        commitment_weight: β of the commitment loss.
+        decay: γ of the codebooks' moving averages.
+        kernel_size: Taps of the blur behind the targets, odd.
+        sigma_rule: Sigma of that blur: Eq. 8 as printed, or OpenCV's rule.
+    """
+
+    resolution: int | None = None
+    latents: tuple[int, ...] | None = None
+    num_codes: int | None = None
+    code_dim: int | None = None
+    width: int | None = None
+    num_residual_blocks: int | None = None
+    commitment_weight: float | None = None
+    decay: float | None = None
+    kernel_size: int | None = None
+    sigma_rule: Literal["paper", "opencv"] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that are not None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a training run.
+
+    Attributes:
+        preset: Model preset; ``msvq info --presets`` lists them.
+        data: A folder of images or ``builtin:photos``.
+        out: Folder of the run: checkpoints, metrics.jsonl, config.json.
+        epochs: Passes over the data; None with no ``steps`` is the paper's 250.
+        steps: Optimiser steps; wins over ``epochs``.
+        batch_size: Images per process and micro-batch.
+        accumulate: Micro-batches per optimiser step.
+        lr: Peak learning rate of Adam.
+        betas: Adam's two decay rates, as the paper prints them.
+        schedule: None is cosine for MS-VQVAE and constant for VQ-VAE 2, as in the paper.
+        warmup_epochs: Epochs of linear warm-up; None is 5 with cosine, but at most a tenth of the
+            run, and 0 with constant.
+        min_lr_fraction: Where cosine ends, as a fraction of ``lr``.
+        grad_clip: Largest global gradient norm; 0 is off.
+        precision: bf16 is autocast; auto is bf16 on CUDA and fp32 elsewhere.
+        channels_last: Memory format of the convolutions; auto is on for CUDA.
+        compile: Run the model through torch.compile.
+        deterministic: Bit-exact repeats on CUDA too, at some speed; CPU runs always are.
+        resize: Shorter side of the images in pixels before cropping; None keeps their size.
+        crop: Where training crops are cut.
+        flip: Mirror half of the training crops.
+        repeat: Crops per image and epoch; None is enough for 1024 crops an epoch.
+        workers: Threads that decode images ahead; 0 decodes between steps.
+        seed: Seed of the weights, the data order and the crops.
+        device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
+        backend: Backend of all ops; None picks per call.
+        validate_every: Epochs between validations; 0 is never.
+        validation_tiles: Most held-out tiles that a validation looks at.
+        checkpoint_every: Optimiser steps between checkpoints; 0 is at the end of every epoch.
+        keep_last: Checkpoints kept beside the best one.
+        log_every: Optimiser steps between log lines.
+        tensorboard: Also write TensorBoard events into the run's folder.
+        resume: auto goes on from the run's own last checkpoint (or starts); a path goes on from
+            that run or checkpoint.
+        model: Changes to the preset.
+    """
+
+    preset: str = "tiny"
+    data: str = "builtin:photos"
+    out: str = "runs/train"
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.5)
+    schedule: Literal["cosine", "constant"] | None = None
+    warmup_epochs: float | None = None
+    min_lr_fraction: float = 0.1
+    grad_clip: float = 0.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    compile: bool = False
+    deterministic: bool = False
+    resize: int | None = None
+    crop: Literal["random", "center"] = "random"
+    flip: bool = True
+    repeat: int | None = None
+    workers: int = 2
+    seed: int = 0
+    device: str = "auto"
+    backend: Literal["reference", "native", "triton"] | None = None
+    validate_every: int = 1
+    validation_tiles: int = 64
+    checkpoint_every: int = 0
+    keep_last: int = 2
+    log_every: int = 20
+    tensorboard: bool = False
+    resume: str | None = None
+    model: ModelOverrides = field(default_factory=ModelOverrides)
+
+    def check(self) -> None:
+        """Raise InputError for the first field out of its range, in one line."""
+        from msvq_fast.ops.checks import InputError
+
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise InputError(f"{name}={value}; expected at least {least}")
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"lr={self.lr}; expected a positive finite number")
+        if not 0 <= self.min_lr_fraction <= 1:
+            raise InputError(f"min_lr_fraction={self.min_lr_fraction}; expected 0 to 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas={tuple(self.betas)}; expected two numbers in [0, 1)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists, numbers and strings, as config.json holds them."""
+        plain = asdict(self)
+        plain["betas"] = list(self.betas)
+        if self.model.latents is not None:
+            plain["model"]["latents"] = list(self.model.latents)
+        return plain
+
+
+_LEAST: dict[str, int] = {
+    "epochs": 1,
+    "steps": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "warmup_epochs": 0,
+    "grad_clip": 0,
+    "resize": 1,
+    "repeat": 1,
+    "workers": 0,
+    "seed": 0,
+    "validate_every": 0,
+    "validation_tiles": 1,
+    "checkpoint_every": 0,
+    "keep_last": 1,
+    "log_every": 1,
+}
+
+# What a resumed run may change: how long it runs, what it reports, and where. Everything else
+# decides the numbers of the run, so a change there is an error.
+FREE_ON_RESUME = frozenset(
+    {
+        "out",
+        "epochs",
+        "steps",
+        "workers",
+        "device",
+        "channels_last",
+        "compile",
+        "deterministic",
+        "backend",
+        "validate_every",
+        "validation_tiles",
+        "checkpoint_every",
+        "keep_last",
+        "log_every",
+        "tensorboard",
+        "resume",
+    }
+)

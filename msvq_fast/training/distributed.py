@@ -1,0 +1,144 @@
+"""Processes started by ``torchrun``: who we are, and everything that is shared between them.
+
+With one process nothing here talks to anyone, and no process group is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from msvq_fast.ops.checks import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and the progress."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def join(device: str) -> Iterator[World]:
+    """Enter the process group that ``torchrun`` describes, if there is one, and leave it after.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; with several processes ``auto`` and
+            ``cuda`` take the device of the local rank.
+
+    Raises:
+        InputError: If the device is unknown or not there.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank if size > 1 else None)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    # gloo for host tensors too: agreeing on a stop must not wait for the GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int | None = None) -> torch.device:
+    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: If the device is unknown or not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device={device!r}; expected auto, cpu, cuda or cuda:N")
+    if chosen.type == "cpu":
+        return chosen
+    if not torch.cuda.is_available():
+        raise InputError(f"device={device!r}, but this torch sees no CUDA device; use device=cpu")
+    index = chosen.index if chosen.index is not None else (local_rank or 0)
+    if index >= torch.cuda.device_count():
+        raise InputError(
+            f"device=cuda:{index}, but there are {torch.cuda.device_count()} CUDA devices"
+        )
+    return torch.device("cuda", index)
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """Average gradients over the processes; weights and codebooks start as rank 0's."""
+    if world.size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    # The codebooks change only by update_codebooks(), the same way everywhere, so DDP need not
+    # broadcast buffers every step.
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def gradient_sync(wrapped: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Skip the gradients' all-reduce for all but the last micro-batch."""
+    if wanted or not isinstance(wrapped, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return wrapped.no_sync()
+
+
+def all_reduce_statistics(statistics: Sequence[tuple[Tensor, Tensor]], world: World) -> None:
+    """Sum all scales' code counts and sums over the processes, in place, in one call.
+
+    In float64, so that counts stay exact and every rank gets the same bits.
+    """
+    if world.size == 1:
+        return
+    tensors = [tensor for pair in statistics for tensor in pair]
+    packed = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    dist.all_reduce(packed)
+    for tensor, total in zip(tensors, packed.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
+
+
+def all_reduce_(tensor: Tensor, world: World, *, smallest: bool = False) -> Tensor:
+    """Sum ``tensor`` over the processes (or take the smallest), in place."""
+    if world.size > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MIN if smallest else dist.ReduceOp.SUM)
+    return tensor
+
+
+def agree(value: int, world: World) -> int:
+    """Return the largest ``value`` of all processes, through host memory."""
+    if world.size == 1:
+        return value
+    shared = torch.tensor(value)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def first_decides(decide: Callable[[], Path | None], world: World) -> Path | None:
+    """Return what ``decide`` gives rank 0, on all processes."""
+    if world.size == 1:
+        return decide()
+    answer: list[Path | None] = [decide() if world.leads else None]
+    dist.broadcast_object_list(answer)
+    return answer[0]

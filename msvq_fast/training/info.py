@@ -1,0 +1,134 @@
+"""``msvq info``: what runs here and why not the rest, and the presets beside the paper."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import msvq_fast
+from msvq_fast import models, ops
+from msvq_fast.ops.backend import BACKENDS
+from msvq_fast.training.config import InfoConfig
+
+
+def run_info(config: InfoConfig) -> int:
+    """Print the presets, or versions and the table of ops and backends; return exit code 0."""
+    console = Console(soft_wrap=True)
+    if config.presets:
+        console.print(presets_table())
+        return 0
+    for name, value in versions().items():
+        console.print(f"{name:<10} {value}", markup=False, highlight=False)
+    for device in ("cpu", "cuda"):
+        console.print(ops_table(device))
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """Return what a bug report needs: versions, processor, devices."""
+    cuda = torch.version.cuda or "none"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        devices = ", ".join(names)
+    else:
+        devices = "none seen"
+    return {
+        "msvq_fast": msvq_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "CUDA": f"{cuda} in torch; devices: {devices}",
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def ops_table(device: str) -> Table:
+    """Run every op with every backend on small tensors of ``device`` and say how it went."""
+    table = Table("op", *BACKENDS, title=f"{device} tensors", title_justify="left")
+    seen = device == "cpu" or torch.cuda.is_available()
+    for name, call in _sample_calls(device if seen else "cpu").items():
+        cells = [_outcome(call, backend) if seen else "no CUDA device" for backend in BACKENDS]
+        table.add_row(name, *cells)
+    return table
+
+
+def presets_table() -> Table:
+    """Presets with their parameters, counted on the meta device, and the paper's figures."""
+    table = Table("preset", "pixels", "latents", "K", "D", "parameters", "paper", "difference")
+    for name, config in models.PRESETS.items():
+        count = count_parameters(name)
+        paper = models.PAPER_PARAMETERS.get(name)
+        table.add_row(
+            name,
+            str(config.resolution),
+            "-".join(map(str, config.latents)),
+            str(config.num_codes),
+            str(config.code_dim),
+            f"{count / 1e6:.3f} M",
+            f"{paper} M" if paper is not None else "-",
+            f"{100 * (count / 1e6 / paper - 1):+.2f} %" if paper is not None else "-",
+        )
+    return table
+
+
+def count_parameters(preset: str) -> int:
+    """Return how many parameters a preset has; codebooks are buffers and do not count."""
+    with torch.device("meta"):
+        model = models.build(models.preset_config(preset))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _outcome(call: Callable[[str], object], backend: str) -> str:
+    try:
+        call(backend)
+    except ops.InputError as error:
+        return str(error).partition(": ")[2] or str(error)
+    except Exception as error:  # a broken installation should still print its table
+        return f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return "available"
+
+
+def _sample_calls(device: str) -> dict[str, Callable[[str], object]]:
+    image = torch.zeros(1, 3, 16, 16, device=device)
+    z = torch.zeros(16, 8, device=device)
+    codebook = torch.zeros(4, 8, device=device)
+    query = torch.zeros(1, 1, 16, 16, device=device)
+    coarse = torch.zeros(1, 1, 4, 16, device=device)
+
+    def update(backend: str) -> None:
+        mass, counts = torch.ones(4, device=device), torch.ones(4, dtype=torch.int64, device=device)
+        ops.ema_update_(codebook, mass, codebook.clone(), counts, codebook.clone(), backend=backend)
+
+    def attend(backend: str) -> Tensor:
+        return ops.local_attention(
+            query,
+            [coarse, query],
+            [coarse, query],
+            grids=[(2, 2), (4, 4)],
+            kernels=[3, 3],
+            backend=backend,
+        )
+
+    return {
+        "nearest_code": lambda b: ops.nearest_code(z, codebook, backend=b),
+        "vector_quantize": lambda b: ops.vector_quantize(z, codebook, dim=-1, backend=b),
+        "ema_update_": update,
+        "gaussian_blur": lambda b: ops.gaussian_blur(image, 3, backend=b),
+        "multiscale_loss": lambda b: ops.multiscale_loss([image, image], image, backend=b),
+        "local_attention": attend,
+    }
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    return metadata.version(package)

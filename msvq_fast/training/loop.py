@@ -1,0 +1,388 @@
+"""The training loop: plain torch, restartable after any step with the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msvq_fast import models
+from msvq_fast.data import ImageDataset, batches, batches_per_epoch, list_images, to_float
+from msvq_fast.models import MSVQVAEConfig
+from msvq_fast.ops.checks import InputError
+from msvq_fast.training import checkpoint, distributed
+from msvq_fast.training.config import TrainConfig
+from msvq_fast.training.distributed import World
+from msvq_fast.training.interrupt import StopSignals
+from msvq_fast.training.optimizer import Schedule, build_adam, warmup_steps
+from msvq_fast.training.progress import MetricsFile, open_display
+from msvq_fast.training.resume import check_same_run, choose_checkpoint, describe_model
+from msvq_fast.training.validation import load_tiles, validate
+from msvq_fast.training.window import TrainingError, Window
+
+DEFAULT_EPOCHS = 250  # §4 of the paper
+_DEFAULT_CROPS = 1024  # crops of an epoch where ``repeat`` is not given
+
+
+def run_train(config: TrainConfig) -> int:
+    """Train a model.
+
+    Returns:
+        Exit code: 0 at the end, 128 plus the signal's number after Ctrl-C or SIGTERM.
+
+    Raises:
+        InputError: For settings that cannot work, before anything is written.
+        TrainingError: If the loss is no longer finite.
+        OSError: If the run's folder cannot be written.
+    """
+    config.check()
+    with distributed.join(config.device) as world, _determinism(config, world):
+        run = _Run(config, world)
+        try:
+            with StopSignals() as signals:
+                return run.train(signals)
+        finally:
+            run.close()
+
+
+class _Run:
+    """One process of a training run.
+
+    Attributes:
+        step: Optimiser steps done; with the configuration it decides everything that follows.
+    """
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.out = Path(config.out)
+        model_config = models.preset_config(config.preset, **config.model.given())
+        self.model_config = model_config
+        self._find_data()
+        self._plan()
+        start = distributed.first_decides(
+            lambda: choose_checkpoint(config, lambda text: print(text, flush=True)), world
+        )
+        state: dict[str, Any] = {"step": 0, "best": None}
+        if start is not None:
+            state = checkpoint.read_state(start)
+            check_same_run(start, state, config, model_config, world.size)
+        self.step: int = state["step"]
+        self.best: dict[str, Any] | None = state["best"]
+        if self.step >= self.total_steps:
+            raise InputError(
+                f"{start} is at step {self.step} of {self.total_steps}: nothing is left to train; "
+                "raise epochs or steps"
+            )
+        self._build(start)
+        self._open_files(state)
+
+    def _find_data(self) -> None:
+        config, size = self.config, self.model_config.resolution
+        paths = list_images(config.data, split="train")
+        wanted = max(_DEFAULT_CROPS, config.batch_size * config.accumulate * self.world.size)
+        self.dataset = ImageDataset(
+            paths,
+            size=size,
+            resize=config.resize,
+            crop=config.crop,
+            flip=config.flip,
+            seed=config.seed,
+            repeat=config.repeat or -(-wanted // len(paths)),
+        )
+        self.reported: set[str] = set()
+        self.held_out = list_images(config.data, split="val") if config.validate_every else []
+        self.tiles: Tensor | None = None
+
+    def _plan(self) -> None:
+        config = self.config
+        micro = batches_per_epoch(
+            len(self.dataset), batch_size=config.batch_size, world_size=self.world.size
+        )
+        self.steps_per_epoch = micro // config.accumulate
+        if self.steps_per_epoch == 0:
+            raise InputError(
+                f"an epoch has {len(self.dataset)} crops, too few for one step of batch_size="
+                f"{config.batch_size} x accumulate={config.accumulate} x {self.world.size} "
+                "processes; lower them or raise repeat"
+            )
+        epochs = config.epochs or DEFAULT_EPOCHS
+        self.total_steps = config.steps or epochs * self.steps_per_epoch
+        kind = config.schedule or (
+            "cosine" if isinstance(self.model_config, MSVQVAEConfig) else "constant"
+        )
+        warmup = warmup_steps(
+            config.warmup_epochs,
+            kind,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+        self.schedule = Schedule(kind, config.lr, warmup, self.total_steps, config.min_lr_fraction)
+
+    def _build(self, start: Path | None) -> None:
+        config, world = self.config, self.world
+        on_cuda = world.device.type == "cuda"
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda)
+        self.autocast_dtype = torch.bfloat16 if bf16 else None
+        last = config.channels_last == "on" or (config.channels_last == "auto" and on_cuda)
+        self.memory_format = torch.channels_last if last else torch.contiguous_format
+        torch.manual_seed(config.seed)
+        if start is None:
+            self.model = models.build(self.model_config, backend=config.backend)
+        else:
+            self.model = models.from_pretrained(start, backend=config.backend)
+        self.model.to(device=world.device)
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.model.train()
+        self.model.defer_codebook_updates()
+        self.optimizer = build_adam(self.model.parameters(), lr=config.lr, betas=config.betas)
+        model_config = self.model_config
+        images = model_config.num_scales if isinstance(model_config, MSVQVAEConfig) else 1
+        self.window = Window(images, model_config.num_scales, model_config.num_codes, world)
+        if start is not None:
+            saved = checkpoint.load_optimizer(start, world.device)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.window.load_state_dict(saved["window"])
+        self.wrapped = distributed.wrap(self.model, world)
+        if config.compile:
+            self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
+
+    def _open_files(self, state: dict[str, Any]) -> None:
+        self.metrics = None
+        if self.world.leads:
+            (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.config.to_dict(), indent=1)
+            (self.out / "config.json").write_text(text + "\n", encoding="utf-8")
+            self.metrics = MetricsFile(
+                self.out, step=self.step, tensorboard=self.config.tensorboard
+            )
+        self.display = open_display(
+            leads=self.world.leads,
+            step=self.step,
+            total_steps=self.total_steps,
+            grids=[f"{side}x{side}" for side in self.model_config.latents],
+        )
+        parameters = sum(p.numel() for p in self.model.parameters())
+        files = len(self.dataset.paths)
+        self.display.message(
+            f"{self.config.preset}: {parameters / 1e6:.2f} M parameters on {self.world.device}"
+            f" x {self.world.size}; {files} images, {len(self.dataset)} crops of"
+            f" {self.dataset.size} px an epoch; {self.steps_per_epoch} steps an epoch,"
+            f" {self.total_steps} in all; into {self.out}"
+        )
+        if self.step:
+            self.display.message(f"going on after step {self.step}")
+            if state.get("images", files) != files:
+                self.display.message(
+                    f"warning: the data had {state['images']} images and has {files} now, so the "
+                    "order of the crops is another"
+                )
+
+    def close(self) -> None:
+        """Give the terminal back and close the files."""
+        self.display.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def train(self, signals: StopSignals) -> int:
+        """Run to the end or to a signal; see `run_train`."""
+        self.mark = time.perf_counter()
+        self.marked_step = self.step
+        try:
+            while self.step < self.total_steps:
+                done = self.step % self.steps_per_epoch
+                with contextlib.closing(self._epoch(done)) as stream:
+                    left = min(self.steps_per_epoch - done, self.total_steps - self.step)
+                    for _ in range(left):
+                        self._optimizer_step(stream)
+                        stop = distributed.agree(signals.received, self.world)
+                        self._after_step(stop)
+                        if stop:
+                            self.display.message(f"stopped after step {self.step}, saved")
+                            return 128 + stop
+        except TrainingError as error:
+            good = checkpoint.list_checkpoints(self.out)
+            where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint yet"
+            raise TrainingError(f"{error}; {where}; try a lower lr or grad_clip=1") from None
+        return 0
+
+    def _epoch(self, done: int) -> Generator[Tensor, None, None]:
+        """Micro-batches of the current epoch after its first ``done`` optimiser steps."""
+        yield from batches(
+            self.dataset,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            epoch=self.step // self.steps_per_epoch,
+            start_batch=done * self.config.accumulate,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            workers=self.config.workers,
+        )
+
+    def _optimizer_step(self, stream: Iterator[Tensor]) -> None:
+        accumulate = self.config.accumulate
+        for micro in range(accumulate):
+            x = self._to_device(next(stream))
+            with distributed.gradient_sync(self.wrapped, micro == accumulate - 1):
+                with torch.autocast(
+                    self.world.device.type,
+                    dtype=self.autocast_dtype,
+                    enabled=self.autocast_dtype is not None,
+                ):
+                    out = self.wrapped(x)
+                (out.loss / accumulate).backward()
+            self.window.add(out, self.step + 1)
+        distributed.all_reduce_statistics(self.model.code_statistics(), self.world)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_codebooks()
+        self.step += 1
+
+    def _to_device(self, batch: Tensor) -> Tensor:
+        if self.world.device.type == "cuda":
+            batch = batch.pin_memory()
+        batch = batch.to(self.world.device, non_blocking=True)
+        return to_float(batch).contiguous(memory_format=self.memory_format)
+
+    def _after_step(self, stop: int) -> None:
+        """Whatever is due: check, log line, validation, checkpoint."""
+        config, step = self.config, self.step
+        self.display.advance(step)
+        if self.world.device.type == "cpu" and self.world.size == 1:
+            self.window.check()  # elsewhere this would wait for the device: only where it must
+        last = step == self.total_steps
+        epoch_end = step % self.steps_per_epoch == 0
+        if last or step % config.log_every == 0:
+            self._log()
+        paused = time.perf_counter()
+        best = False
+        if config.validate_every:
+            every = config.validate_every * self.steps_per_epoch
+            if last or step % every == 0:
+                best = self._validate()
+        every = config.checkpoint_every
+        if last or best or stop or (step % every == 0 if every else epoch_end):
+            self._save()
+        self.mark += time.perf_counter() - paused
+
+    def _log(self) -> None:
+        self.window.check()
+        summary = self.window.read()
+        now = time.perf_counter()
+        rate = (self.step - self.marked_step) / max(now - self.mark, 1e-9)
+        self.mark, self.marked_step = now, self.step
+        group = self.config.batch_size * self.config.accumulate * self.world.size
+        self._record(
+            {
+                "kind": "train",
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "epoch": self.step / self.steps_per_epoch,
+                **vars(summary),
+                "lr": self.schedule(self.step - 1),
+                "steps_per_second": rate,
+                "images_per_second": rate * group,
+                "eta_seconds": (self.total_steps - self.step) / rate,
+            }
+        )
+        new = {path: why for path, why in self.dataset.skipped.items() if path not in self.reported}
+        for path, reason in new.items():
+            self.reported.add(path)
+            self.display.message(
+                f"skipped image {len(self.reported)} of {len(self.dataset.paths)}: {reason}"
+            )
+
+    def _validate(self) -> bool:
+        """Record the held-out figures; return whether they are the best so far."""
+        if self.tiles is None:
+            skipped: dict[str, str] = {}
+            self.tiles = load_tiles(
+                self.held_out,
+                size=self.dataset.size,
+                resize=self.config.resize,
+                crop=self.config.crop,
+                limit=self.config.validation_tiles,
+                skipped=skipped,
+            )
+            for reason in skipped.values():
+                self.display.message(f"skipped validation image: {reason}")
+        errors, psnr = validate(
+            self.model, self.tiles, batch_size=self.config.batch_size, world=self.world
+        )
+        record = {"kind": "validation", "step": self.step, "mse": errors, "psnr": psnr}
+        self._record({**record, "tiles": len(self.tiles)})
+        if self.best is not None and not psnr[-1] > self.best["psnr"]:
+            return False
+        if not math.isfinite(psnr[-1]):
+            return False
+        self.best = {"step": self.step, "psnr": psnr[-1]}
+        return True
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(record)
+        self.display.log(record)
+
+    def _save(self) -> None:
+        self.window.check()
+        self._check_weights()
+        self.window.reduce()
+        if not self.world.leads:
+            return
+        checkpoint.save_checkpoint(
+            self.out,
+            model=self.model,
+            optimizer={
+                "optimizer": self.optimizer.state_dict(),
+                "window": self.window.state_dict(),
+            },
+            state={
+                "step": self.step,
+                "epoch": self.step // self.steps_per_epoch,
+                "batch": self.step % self.steps_per_epoch * self.config.accumulate,
+                "best": self.best,
+                "images": len(self.dataset.paths),
+                "world_size": self.world.size,
+                "config": self.config.to_dict(),
+                "model_config": describe_model(self.model_config),
+            },
+        )
+        checkpoint.prune_checkpoints(
+            self.out,
+            keep_last=self.config.keep_last,
+            best_step=self.best["step"] if self.best is not None else None,
+        )
+
+    def _check_weights(self) -> None:
+        """Raise rather than save what a last bad gradient may have left."""
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise TrainingError(f"{name} is not finite after step {self.step}")
+
+
+@contextlib.contextmanager
+def _determinism(config: TrainConfig, world: World) -> Iterator[None]:
+    """Choose between the quickest convolution kernels and repeatable ones, for this run only."""
+    before = (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+    if config.deterministic:
+        # cuBLAS reads this when it is first used and is not repeatable without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = world.device.type == "cuda" and not config.deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

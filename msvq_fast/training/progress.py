@@ -1,0 +1,227 @@
+"""What a run says while it trains: a live view on a terminal, lines elsewhere, metrics.jsonl."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from msvq_fast.ops.checks import InputError
+
+METRICS = "metrics.jsonl"
+
+
+class Display(Protocol):
+    """Where people watch a run."""
+
+    def advance(self, step: int) -> None:
+        """Take note of a finished optimiser step."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Show a record of metrics.jsonl."""
+
+    def message(self, text: str) -> None:
+        """Show a line of text."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class PlainDisplay:
+    """One line per record, for logs and pipes."""
+
+    def advance(self, step: int) -> None:
+        """Say nothing: only records make lines."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Print a record as one line."""
+        self.message(_line(record))
+
+    def message(self, text: str) -> None:
+        """Print a line of text."""
+        print(text, flush=True)
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to restore."""
+
+
+class SilentDisplay(PlainDisplay):
+    """For every process but the first."""
+
+    def message(self, text: str) -> None:
+        """Say nothing."""
+
+
+class LiveDisplay:
+    """A bar, the last figures and a table of scales that redraw themselves."""
+
+    def __init__(self, *, step: int, total_steps: int, grids: list[str]) -> None:
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        self._group = Group
+        self._grids = grids
+        self._train: dict[str, Any] = {}
+        self._validation: dict[str, Any] = {}
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=step)
+        self._live = Live(self._render(), console=self._console, refresh_per_second=4)
+        self._live.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Put a record's figures in place of the last ones."""
+        if record["kind"] == "train":
+            self._train = record
+        else:
+            self._validation = record
+        self._live.update(self._render())
+
+    def message(self, text: str) -> None:
+        """Print a line of text above the live view."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Draw the last state and give the terminal back."""
+        self._live.stop()
+
+    def _render(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for name in ("scale", "grid", "usage %", "perplexity", "validation PSNR dB"):
+            table.add_column(name, justify="right")
+        for m, grid in enumerate(self._grids):
+            table.add_row(
+                str(m),
+                grid,
+                _entry(self._train.get("usage"), m, ".1f"),
+                _entry(self._train.get("perplexity"), m, ".1f"),
+                _entry(self._validation.get("psnr"), m, ".2f"),
+            )
+        summary = _summary(self._train) if self._train else "waiting for the first figures"
+        return self._group(self._bar, Text(summary), table)
+
+
+def open_display(*, leads: bool, step: int, total_steps: int, grids: list[str]) -> Display:
+    """Return the view for this process: live on a terminal, lines in pipes and CI, else silent."""
+    if not leads:
+        return SilentDisplay()
+    if sys.stdout.isatty() and not os.environ.get("CI"):
+        return LiveDisplay(step=step, total_steps=total_steps, grids=grids)
+    return PlainDisplay()
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object per log line and validation, each step once.
+
+    Args:
+        folder: Folder of the run.
+        step: Step from which the run goes on; what the file says about later steps is dropped.
+        tensorboard: Also write TensorBoard events into ``folder/tensorboard``.
+
+    Raises:
+        InputError: If TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
+        self._events = _open_events(folder, step) if tensorboard else None
+        path = folder / METRICS
+        kept = _lines_upto(path, step) if step and path.exists() else []
+        temporary = path.with_name(f".{METRICS}.{os.getpid()}")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._events is None:
+            return
+        for name, value in record.items():
+            values = value if isinstance(value, list) else [value]
+            for m, number in enumerate(values):
+                if isinstance(number, (int, float)) and name != "step":
+                    tag = f"{record['kind']}/{name}" + (f"/{m}" if isinstance(value, list) else "")
+                    self._events.add_scalar(tag, number, record["step"])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _lines_upto(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line, from a crash in the middle of writing it
+    return kept
+
+
+def _open_events(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "tensorboard=True, but TensorBoard is not installed; pip install tensorboard"
+        ) from None
+    writer: Any = SummaryWriter  # untyped in torch
+    return writer(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def _line(record: dict[str, Any]) -> str:
+    if record["kind"] == "validation":
+        return (
+            f"step {record['step']}  validation PSNR {_slashed(record['psnr'], '.2f')} dB"
+            f"  MSE {_slashed(record['mse'], '.3e')}  ({record['tiles']} tiles)"
+        )
+    return (
+        f"{_summary(record)}  usage {_slashed(record['usage'], '.1f')} %"
+        f"  perplexity {_slashed(record['perplexity'], '.1f')}"
+    )
+
+
+def _summary(record: dict[str, Any]) -> str:
+    eta = datetime.timedelta(seconds=round(record["eta_seconds"]))
+    return (
+        f"step {record['step']}/{record['total_steps']}  epoch {record['epoch']:.2f}"
+        f"  loss {record['loss']:.5f}  PSNR {record['psnr']:.2f} dB  lr {record['lr']:.1e}"
+        f"  {record['steps_per_second']:.2f} it/s  ETA {eta}"
+    )
+
+
+def _slashed(values: list[float], style: str) -> str:
+    return "/".join(format(value, style) for value in values)
+
+
+def _entry(values: list[float] | None, m: int, style: str) -> str:
+    return format(values[m], style) if values is not None and m < len(values) else "-"

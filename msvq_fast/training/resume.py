@@ -1,0 +1,113 @@
+"""Where a run starts: from nothing, or from a checkpoint that fits its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from msvq_fast.models import MSVQVAEConfig, VQVAE2Config
+from msvq_fast.ops.checks import InputError
+from msvq_fast.training.checkpoint import (
+    STATE,
+    CorruptCheckpointError,
+    checkpoints_to_resume,
+    list_checkpoints,
+    read_state,
+    verify,
+)
+from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig
+
+
+def choose_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint to go on from, verified, or None for a fresh start.
+
+    A corrupt checkpoint of a run is reported, put aside as ``.corrupt``, and the one before it is
+    taken. One that was named itself is an error.
+
+    Args:
+        config: The run; ``resume`` and ``out`` decide.
+        say: Takes warnings, one line each.
+
+    Raises:
+        InputError: If ``out`` holds another run, or no checkpoint can be used.
+    """
+    out = Path(config.out)
+    own = list_checkpoints(out)
+    if config.resume is None:
+        if own:
+            raise InputError(
+                f"out={config.out} already holds a run; go on with resume=auto or choose another"
+            )
+        return None
+    if config.resume == "auto":
+        return _newest_good(out, say) if own else None
+    source = Path(config.resume)
+    if not source.exists():
+        raise InputError(f"resume={config.resume} does not exist; give a run, a checkpoint or auto")
+    candidates = list(checkpoints_to_resume(source))
+    if not candidates:
+        raise InputError(f"resume={config.resume} holds no checkpoint")
+    newest = candidates[0]
+    if own and own[-1].resolve() != newest.resolve():
+        raise InputError(
+            f"resume={config.resume} would overwrite what out={config.out} holds after it; "
+            "choose another out"
+        )
+    if newest != source:
+        return _newest_good(source, say)
+    verify(source, read_state(source))
+    return source
+
+
+def _newest_good(run: Path, say: Callable[[str], None]) -> Path:
+    problem = None
+    for path in checkpoints_to_resume(run):
+        try:
+            verify(path, read_state(path))
+        except CorruptCheckpointError as error:
+            problem = problem or error
+            aside = path.with_name(f"{path.name}.corrupt")
+            say(f"warning: {error}; trying the checkpoint before it, this one is kept as {aside}")
+            path.rename(aside)
+        else:
+            return path
+    raise InputError(f"no checkpoint of {run} can be used: {problem}")
+
+
+def check_same_run(
+    path: Path,
+    state: dict[str, Any],
+    config: TrainConfig,
+    model_config: MSVQVAEConfig | VQVAE2Config,
+    processes: int,
+) -> None:
+    """Raise InputError naming every setting that may not change and does.
+
+    Args:
+        path: The checkpoint, for the message.
+        state: Its ``state.json``.
+        config: What is asked for now.
+        model_config: The model asked for now.
+        processes: How many there are now.
+    """
+    before = {**state["config"], **state["model_config"], "processes": state.get("world_size", 1)}
+    now = {**config.to_dict(), **describe_model(model_config), "processes": processes}
+    # The model's own fields say more than the preset's name and the changes to it.
+    ignored = FREE_ON_RESUME | {"preset", "model"}
+    missing = "not set"
+    changed = [
+        f"{name} is {before.get(name, missing)} there and {now.get(name, missing)} here"
+        for name in sorted(before.keys() | now.keys())
+        if name not in ignored and before.get(name, missing) != now.get(name, missing)
+    ]
+    if changed:
+        raise InputError(f"{path / STATE} is of another run: {'; '.join(changed)}")
+
+
+def describe_model(config: MSVQVAEConfig | VQVAE2Config) -> dict[str, Any]:
+    """Return a model's class and fields as JSON gives them back."""
+    fields = dataclasses.asdict(config)
+    kind = "MSVQVAE" if isinstance(config, MSVQVAEConfig) else "VQVAE2"
+    return {"model_class": kind, **fields, "latents": list(config.latents)}
