@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
-from msvq_fast.nn.blocks import conv
+from msvq_fast.nn.blocks import Encoder, conv
 from msvq_fast.ops.checks import InputError, check_image
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -87,6 +87,7 @@ class Autoencoder(nn.Module, ABC):
 
     config_class: ClassVar[type[AutoencoderConfig]]
     config: AutoencoderConfig
+    encoder: Encoder
 
     def __init__(self, config: AutoencoderConfig, *, backend: str | None = None) -> None:
         super().__init__()
@@ -110,6 +111,7 @@ class Autoencoder(nn.Module, ABC):
                 config.code_dim,
                 commitment_weight=config.commitment_weight,
                 decay=config.decay,
+                restart_below=config.restart_below,
                 backend=self.backend,
             )
             for _ in context
@@ -135,8 +137,27 @@ class Autoencoder(nn.Module, ABC):
         """Images ``(B, 3, H, W)`` that the given grids stand for, to be summed (Eq. 5)."""
 
     @abstractmethod
+    def _condition(self, m: int, z_q: Tensor) -> Tensor | None:
+        """z_d,m for scale m + 1 of z_q,m ``(B, D, h_m, w_m)``; the finest scale has none."""
+
     def encode(self, x: Tensor) -> list[Tensor]:
         """Codes of images ``(B, 3, H, W)`` in [-1, 1]: M grids ``(B, h_m, w_m)`` int64."""
+        self._check_image(x)
+        return self._encode(x)
+
+    def _encode(
+        self, x: Tensor, prepare: Callable[[int, Tensor], None] | None = None
+    ) -> list[Tensor]:
+        """Codes of ``x``, coarse to fine; ``prepare(m, z)`` sees z_e,m before it is quantized."""
+        codes = []
+        z_d = None
+        for m, feature in enumerate(self.encoder(x)):
+            z = self._latent(m, feature, z_d)
+            if prepare is not None:
+                prepare(m, z)
+            codes.append(self._quantizer(m).encode(z))
+            z_d = self._condition(m, self._lookup(m, codes[m]))
+        return codes
 
     def decode(self, codes: Sequence[Tensor], upto: int | None = None) -> Tensor:
         """Images ``(B, 3, H, W)`` of code grids, linear output near [-1, 1].
@@ -156,8 +177,14 @@ class Autoencoder(nn.Module, ABC):
         for quantizer in self._quantizers():
             quantizer.defer_updates = defer
 
-    def code_statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """Collected counts ``(K,)`` int64 and sums ``(K, D)`` per scale, to reduce in place."""
+    @torch.no_grad()
+    def initialise_codebooks(self, x: Tensor) -> None:
+        """Start every codebook as k-means of the latents of images ``(B, 3, H, W)`` in [-1, 1]."""
+        self._check_image(x)
+        self._encode(x, lambda m, z: self._quantizer(m).initialise(z))
+
+    def code_statistics(self) -> list[tuple[Tensor, ...]]:
+        """Statistics per scale, see `VectorQuantizer.code_statistics`, to reduce in place."""
         return [quantizer.code_statistics() for quantizer in self._quantizers()]
 
     def update_codebooks(self) -> None:
@@ -216,6 +243,10 @@ class Autoencoder(nn.Module, ABC):
         joined = feature if z_d is None else torch.cat([feature, z_d], 1)
         z: Tensor = self.to_latent[m](joined)
         return z
+
+    def _lookup(self, m: int, codes: Tensor) -> Tensor:
+        """z_q,m ``(B, D, h_m, w_m)`` of codes, in the dtype of the weights."""
+        return self._quantizer(m).lookup(codes).to(next(self.parameters()).dtype)
 
     def _quantizer(self, m: int) -> VectorQuantizer:
         quantizer = self.quantizers[m]

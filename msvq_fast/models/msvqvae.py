@@ -93,17 +93,6 @@ class MSVQVAE(Autoencoder):
             code_counts=[q.code_counts for q in quantized],
         )
 
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """Codes of images ``(B, 3, H, W)`` in [-1, 1]: M grids ``(B, h_m, w_m)`` int64."""
-        self._check_image(x)
-        codes = []
-        z_d = None
-        for m, feature in enumerate(self.encoder(x)):
-            codes.append(self._quantizer(m).encode(self._latent(m, feature, z_d)))
-            if m < self.num_scales - 1:
-                z_d = self.step_one[m](self._quantizer(m).lookup(codes[m]))
-        return codes
-
     def contributions(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """Contributions C_m ``(B, 3, H, W)`` of the given grids, coarse to fine.
 
@@ -112,11 +101,14 @@ class MSVQVAE(Autoencoder):
                 exist yet, so a coarse image can be judged before its details are drawn.
         """
         self._check_codes(codes, whole=False)
-        return [self._decode_scale(m, self._quantizer(m).lookup(c))[0] for m, c in enumerate(codes)]
+        return [self._decode_scale(m, self._lookup(m, c))[0] for m, c in enumerate(codes)]
+
+    def _condition(self, m: int, z_q: Tensor) -> Tensor | None:
+        return self.step_one[m](z_q) if m < self.num_scales - 1 else None
 
     def _decode_scale(self, m: int, z_q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Contribution C_m ``(B, 3, H, W)`` and z_d,m, which the finest scale does not have."""
-        z_d = self.step_one[m](z_q) if m < self.num_scales - 1 else None
+        z_d = self._condition(m, z_q)
         return self.step_two[m](z_q if z_d is None else z_d), z_d
 
 

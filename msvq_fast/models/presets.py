@@ -23,6 +23,10 @@ class AutoencoderConfig:
         num_residual_blocks: Residual blocks in a row.
         commitment_weight: β of Eq. 6.
         decay: γ of Eq. 4.
+        codebook_init: ``"uniform"`` is U(-1/K, 1/K); ``"kmeans"`` asks the trainer to call
+            `Autoencoder.initialise_codebooks` on the first batch.
+        restart_below: A code whose mass falls below restarts at a latent of the batch; 0 never
+            does, as the paper's.
     """
 
     resolution: int
@@ -33,6 +37,8 @@ class AutoencoderConfig:
     num_residual_blocks: int = 2
     commitment_weight: float = 0.25
     decay: float = 0.99
+    codebook_init: str = "uniform"
+    restart_below: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the values and turn lists read from JSON into tuples."""
@@ -43,6 +49,10 @@ class AutoencoderConfig:
                 raise InputError(f"{name}={getattr(self, name)}; expected at least 1")
         if not 0 <= self.decay < 1:
             raise InputError(f"decay={self.decay}; expected 0 <= decay < 1")
+        if self.codebook_init not in ("uniform", "kmeans"):
+            raise InputError(f"codebook_init={self.codebook_init!r}; expected uniform or kmeans")
+        if self.restart_below < 0:
+            raise InputError(f"restart_below={self.restart_below}; expected at least 0")
         if not self.latents or any(size < 1 for size in self.latents):
             raise InputError(f"latents={self.latents}; expected at least one positive size")
         if any(2 * a != b for a, b in zip(self.latents, self.latents[1:], strict=False)):

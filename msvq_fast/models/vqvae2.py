@@ -74,20 +74,10 @@ class VQVAE2(Autoencoder):
             code_counts=[q.code_counts for q in quantized],
         )
 
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """Codes of images ``(B, 3, H, W)`` in [-1, 1]: M grids ``(B, h_m, w_m)`` int64."""
-        self._check_image(x)
-        codes = []
-        z_d = None
-        for m, feature in enumerate(self.encoder(x)):
-            codes.append(self._quantizer(m).encode(self._latent(m, feature, z_d)))
-            z_d = self._condition(m, self._quantizer(m).lookup(codes[m]))
-        return codes
-
     def contributions(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """The one image ``(B, 3, H, W)`` that all M grids ``(B, h_m, w_m)`` stand for."""
         self._check_codes(codes, whole=True)
-        return [self._decode([self._quantizer(m).lookup(c) for m, c in enumerate(codes)])]
+        return [self._decode([self._lookup(m, c) for m, c in enumerate(codes)])]
 
     def _condition(self, m: int, z_q: Tensor) -> Tensor | None:
         return self.conditional[m](z_q) if m < self.num_scales - 1 else None

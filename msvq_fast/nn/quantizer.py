@@ -32,6 +32,8 @@ class VectorQuantizer(nn.Module):
         commitment_weight: β of Eq. 2.
         decay: γ of Eq. 4, in [0, 1).
         laplace_eps: Laplace smoothing of the masses as VQ-VAE 2's code has it; 0 is Eq. 3.
+        restart_below: A code whose mass falls below restarts at a latent of the batch; 0 never
+            does (the paper).
         backend: None picks; otherwise as in `vector_quantize`.
 
     Buffers (float32 whatever the module is cast to, unless float64):
@@ -53,6 +55,7 @@ class VectorQuantizer(nn.Module):
         commitment_weight: float = 0.25,
         decay: float = 0.99,
         laplace_eps: float = 0.0,
+        restart_below: float = 0.0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -60,13 +63,16 @@ class VectorQuantizer(nn.Module):
             raise InputError(f"num_codes={num_codes}, code_dim={code_dim}; both must be at least 1")
         if not 0 <= decay < 1:
             raise InputError(f"decay={decay}; expected 0 <= decay < 1")
+        if restart_below < 0:
+            raise InputError(f"restart_below={restart_below}; expected at least 0")
         self.dim = dim
         self.commitment_weight = commitment_weight
         self.decay = decay
         self.laplace_eps = laplace_eps
+        self.restart_below = restart_below
         self.backend = backend
         self.defer_updates = False
-        self._pending: tuple[Tensor, Tensor] | None = None
+        self._pending: tuple[Tensor, ...] | None = None
         bound = 1 / num_codes
         self.register_buffer("codebook", torch.empty(num_codes, code_dim).uniform_(-bound, bound))
         self.register_buffer("cluster_size", torch.zeros(num_codes))
@@ -91,7 +97,7 @@ class VectorQuantizer(nn.Module):
             backend=self.backend,
         )
         if self.training:
-            self._collect(out.code_counts, out.code_sums)
+            self._collect(out.code_counts, out.code_sums, z)
             if not self.defer_updates:
                 self.update_codebook()
         return out
@@ -111,10 +117,39 @@ class VectorQuantizer(nn.Module):
                 raise InputError(f"codes span [{low}, {high}]; expected 0 <= code < {num_codes}")
         return F.embedding(codes, self.codebook).movedim(-1, self.dim)
 
-    def code_statistics(self) -> tuple[Tensor, Tensor]:
-        """Counts ``(K,)`` and sums ``(K, D)`` collected since the last update, to reduce in place.
+    @torch.no_grad()
+    def initialise(self, z: Tensor, *, iterations: int = 10) -> None:
+        """Start the codebook as k-means of the latents ``z`` instead of at random.
 
-        A training forward with ``defer_updates`` adds to them; they are zero before.
+        The first centres are latents evenly spaced over the batch, so that no random number is
+        drawn; a centre that wins none moves to the latent farthest from its own centre.
+
+        Args:
+            z: Latents as in `forward`, at least one.
+            iterations: Steps of Lloyd's algorithm.
+        """
+        if z.numel() == 0:
+            raise InputError(f"z has shape {tuple(z.shape)}; expected at least one latent")
+        rows = z.detach().movedim(self.dim, -1).reshape(-1, self.codebook.shape[1])
+        rows = rows.to(self.codebook.dtype)
+        self.codebook.copy_(self._spread(rows))
+        for _ in range(iterations):
+            out = vector_quantize(rows, self.codebook, backend=self.backend)
+            means = out.code_sums / out.code_counts.clamp_min(1)[:, None]
+            empty = out.code_counts == 0
+            distance = (rows - self.codebook[out.codes]).square().sum(1)
+            order = distance.argsort(descending=True, stable=True)
+            rank = (empty.cumsum(0) - 1).clamp(0, len(rows) - 1)  # i-th empty code, i-th farthest
+            self.codebook.copy_(torch.where(empty[:, None], rows[order[rank]], means))
+        self.cluster_size.zero_()
+        self.code_sums.zero_()
+
+    def code_statistics(self) -> tuple[Tensor, ...]:
+        """Statistics collected since the last update, to sum over processes in place.
+
+        Counts ``(K,)`` int64, sums ``(K, D)``, and with ``restart_below`` also vectors ``(K, D)``
+        at which codes would restart. A training forward with ``defer_updates`` adds to the first
+        two; they are zero before.
         """
         if self._pending is None:
             counts = torch.zeros_like(self.cluster_size, dtype=torch.int64)
@@ -124,7 +159,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def update_codebook(self) -> None:
         """Move the codebook by the collected statistics (Eq. 3-4) and forget them."""
-        counts, sums = self.code_statistics()
+        counts, sums, *restart = self.code_statistics()
         self._pending = None
         ema_update_(
             self.codebook,
@@ -134,6 +169,8 @@ class VectorQuantizer(nn.Module):
             sums,
             decay=self.decay,
             laplace_eps=self.laplace_eps,
+            restart_below=self.restart_below,
+            restart_vectors=restart[0] if restart else None,
             backend=self.backend,
         )
 
@@ -142,11 +179,19 @@ class VectorQuantizer(nn.Module):
         num_codes, code_dim = self.codebook.shape
         return f"{num_codes}, {code_dim}, dim={self.dim}, decay={self.decay}"
 
-    def _collect(self, counts: Tensor, sums: Tensor) -> None:
-        if self._pending is None:
-            self._pending = counts, sums
-        else:
-            self._pending = self._pending[0] + counts, self._pending[1] + sums
+    def _collect(self, counts: Tensor, sums: Tensor, z: Tensor) -> None:
+        if self._pending is not None:
+            counts, sums = self._pending[0] + counts, self._pending[1] + sums
+        self._pending = counts, sums
+        if self.restart_below > 0 and z.numel():
+            rows = z.detach().movedim(self.dim, -1).flatten(0, -2)
+            self._pending = counts, sums, self._spread(rows).to(sums.dtype)
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        """K of the ``rows`` ``(N, D)``, evenly spaced: a choice without random numbers."""
+        num_codes = self.codebook.shape[0]
+        steps = torch.arange(num_codes, device=rows.device)
+        return rows[(2 * steps + 1) * rows.shape[0] // (2 * num_codes)]  # (K, D)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the module, but never round the codebook to half precision.

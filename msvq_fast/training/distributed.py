@@ -105,7 +105,7 @@ def gradient_sync(wrapped: nn.Module, wanted: bool) -> contextlib.AbstractContex
     return wrapped.no_sync()
 
 
-def all_reduce_statistics(statistics: Sequence[tuple[Tensor, Tensor]], world: World) -> None:
+def all_reduce_statistics(statistics: Sequence[tuple[Tensor, ...]], world: World) -> None:
     """Sum all scales' code counts and sums over the processes, in place, in one call.
 
     In float64, so that counts stay exact and every rank gets the same bits.

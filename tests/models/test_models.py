@@ -239,6 +239,8 @@ def test_bad_codes() -> None:
         ({"block_factor": 3}, "block_factor=3"),
         ({"kernel_size": 8}, "odd"),
         ({"sigma_rule": "mine"}, "sigma_rule"),
+        ({"codebook_init": "pca"}, "codebook_init"),
+        ({"restart_below": -1.0}, "restart_below"),
         ({"depth": 3}, "not a field"),
     ],
 )
@@ -263,6 +265,16 @@ def test_half_precision_keeps_the_codebook_exact() -> None:
     out = model(images(1).bfloat16())
     assert out.contributions[0].dtype == torch.bfloat16 and out.loss.dtype == torch.float32
     out.loss.backward()
+    codes = model.eval().encode(images(1).bfloat16())
+    assert model.decode(codes).dtype == torch.bfloat16
+
+
+def test_kmeans_start_uses_every_code_and_every_scale() -> None:
+    model = models.from_preset("tiny", codebook_init="kmeans", num_codes=16)
+    x = images(2)
+    model.initialise_codebooks(x)
+    out = model(x)
+    assert out.usage.tolist() == [100.0, 100.0]
 
 
 def test_autocast_and_channels_last() -> None:

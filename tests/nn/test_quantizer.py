@@ -72,6 +72,43 @@ def test_waiting_updates_add_up() -> None:
         torch.testing.assert_close(apart.state_dict()[name], value, msg=name)
 
 
+def test_kmeans_start_finds_the_clusters() -> None:
+    centres = torch.tensor([[5.0, 0.0], [-5.0, 0.0], [0.0, 5.0], [0.0, -5.0]])
+    z = centres.repeat_interleave(25, 0) + 0.1 * torch.randn(100, 2)
+    quantizer = VectorQuantizer(4, 2, dim=-1)
+    quantizer.initialise(z)
+    nearest = torch.cdist(centres, quantizer.codebook).amin(1)
+    assert float(nearest.max()) < 0.1
+    assert float(quantizer.cluster_size.sum()) == 0
+    z = torch.randn(400, 2)
+    quantizer.initialise(z, iterations=0)
+    start = quantizer.eval()(z).commitment_loss
+    quantizer.initialise(z)
+    assert quantizer(z).commitment_loss < 0.8 * start
+
+
+def test_kmeans_start_with_fewer_latents_than_codes() -> None:
+    quantizer = VectorQuantizer(8, 2, dim=-1)
+    quantizer.initialise(torch.randn(3, 2))
+    assert bool(quantizer.codebook.isfinite().all())
+    with pytest.raises(InputError, match="at least one latent"):
+        quantizer.initialise(torch.randn(0, 2))
+
+
+def test_dead_codes_restart_at_latents() -> None:
+    quantizer = VectorQuantizer(32, 2, dim=-1, restart_below=0.05)
+    quantizer.codebook.add_(torch.tensor([100.0, 0.0]))  # far from all latents: collapse
+    z = torch.randn(500, 2)
+    quantizer(z)
+    rows = {tuple(row.tolist()) for row in z}
+    used = quantizer.encode(z).unique().numel()
+    assert used > 16
+    restarted = [k for k in range(32) if tuple(quantizer.codebook[k].tolist()) in rows]
+    assert len(restarted) >= 31
+    assert bool((quantizer.cluster_size[restarted] == 1).all())
+    assert torch.equal(quantizer.code_sums[restarted], quantizer.codebook[restarted])
+
+
 def test_casts_leave_the_codebook_exact() -> None:
     quantizer = VectorQuantizer(8, 4)
     start = quantizer.codebook.clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -136,7 +135,6 @@ def _sigma_pair(
     return float(pair[0]), float(pair[1])
 
 
-@functools.lru_cache(maxsize=64)
 def _gaussian_taps(kernel_size: int, sigma: float) -> tuple[float, ...]:
     """Sample exp(-j²/2σ²) at the integers and divide by the sum, in float64."""
     radius = kernel_size // 2

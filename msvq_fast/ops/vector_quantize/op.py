@@ -114,7 +114,7 @@ def vector_quantize(
     if chosen == "reference":
         out: tuple[Tensor, ...] = reference.vector_quantize(z, codebook, dim, commitment_weight)
     elif z.requires_grad and torch.is_grad_enabled():
-        out = _VectorQuantize.apply(z, codebook, dim, commitment_weight, chosen)  # type: ignore[no-untyped-call]
+        out = _VectorQuantize.apply(z, codebook, dim, commitment_weight, chosen)
     else:
         out = OP.kernels[chosen].vector_quantize(z, codebook, dim, commitment_weight)
     return VectorQuantizeOutput(*out)
