@@ -117,8 +117,8 @@ class ImageDataset:
             try:
                 return self._image(position % count)
             except ImageReadError as error:
-                with self._lock:
-                    self.skipped[path] = str(error)
+                with self._lock:  # a new dict: the caller may be iterating over the old one
+                    self.skipped = {**self.skipped, path: str(error)}
         raise InputError(
             f"none of the {count} images can be read; {self.skipped[str(self.paths[first])]}"
         )
