@@ -97,14 +97,16 @@ class ImageDataset:
         if not 0 <= index < len(self):
             raise InputError(f"index={index}; expected 0 <= index < {len(self)}")
         image = self._readable_image(index % len(self.paths))
-        room_y, room_x = (side - self.size for side in image.shape[1:])
+        room_y, room_x = (side - self.size for side in image.shape[:2])
         draws = _random_words(b"crop", self.seed, epoch, index)
         if self.crop == "random":  # floor(u * (room + 1)) with u = draw / 2^64
             top, left = draws[0] * (room_y + 1) >> 64, draws[1] * (room_x + 1) >> 64
         else:
             top, left = room_y // 2, room_x // 2
-        tile = image[:, top : top + self.size, left : left + self.size]
-        out[...] = tile[:, :, ::-1] if self.flip and draws[2] & 1 else tile
+        tile = image[top : top + self.size, left : left + self.size]
+        if self.flip and draws[2] & 1:
+            tile = tile[:, ::-1]
+        out[...] = tile.transpose(2, 0, 1)
 
     def _readable_image(self, first: int) -> NDArray[np.uint8]:
         count = len(self.paths)
@@ -115,8 +117,8 @@ class ImageDataset:
             try:
                 return self._image(position % count)
             except ImageReadError as error:
-                with self._lock:
-                    self.skipped[path] = str(error)
+                with self._lock:  # a new dict: the caller may be iterating over the old one
+                    self.skipped = {**self.skipped, path: str(error)}
         raise InputError(
             f"none of the {count} images can be read; {self.skipped[str(self.paths[first])]}"
         )
@@ -314,23 +316,24 @@ def _read_tiles(
                 raise InputError(f"none of the {failures} images can be read; {error}") from None
             continue
         name = file.absolute().relative_to(common).as_posix()
-        height, width = image.shape[1:]
+        height, width = image.shape[:2]
         rows, columns = (1, 1) if crop == "center" else (height // size, width // size)
         top, left = (height - rows * size) // 2, (width - columns * size) // 2
         for row in range(rows):
             for column in range(columns):
                 y, x = top + row * size, left + column * size
-                tile = torch.from_numpy(image[:, y : y + size, x : x + size].copy())
-                yield (name if crop == "center" else f"{name}:{row},{column}"), tile
+                tile = image[y : y + size, x : x + size].transpose(2, 0, 1).copy()
+                label = name if crop == "center" else f"{name}:{row},{column}"
+                yield label, torch.from_numpy(tile)
 
 
 def _load(path: Path, size: int, resize: int | None, *, reduced: bool) -> NDArray[np.uint8]:
-    """Decode and resize to short side ``resize``, or to at least ``size`` where it is None."""
+    """``(H, W, 3)`` with short side ``resize``, or at least ``size`` where that is None."""
     # Twice the final size leaves the filtering to Lanczos and the JPEG decoder a quick shrink.
     draft = 2 * resize if reduced and resize is not None else None
     image = decode(path, min_side=draft)
     try:
-        return lanczos(image, resize if resize is not None else max(size, min(image.shape[1:])))
+        return lanczos(image, resize if resize is not None else max(size, min(image.shape[:2])))
     except ImageReadError as error:
         raise ImageReadError(f"cannot use image {str(path)!r}: {error}") from None
 

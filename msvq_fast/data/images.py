@@ -90,7 +90,7 @@ def read_image(path: str | os.PathLike[str], *, min_side: int | None = None) -> 
     """
     if min_side is not None and min_side < 1:
         raise InputError(f"min_side={min_side}; expected at least 1")
-    return torch.from_numpy(decode(path, min_side=min_side))
+    return torch.from_numpy(decode(path, min_side=min_side).transpose(2, 0, 1).copy())
 
 
 def resize_short_side(image: Tensor, size: int) -> Tensor:
@@ -98,9 +98,11 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
 
     The aspect ratio is kept to the pixel. Deterministic. Returns ``image`` itself if it fits.
     """
-    pixels: NDArray[np.uint8] = image.cpu().numpy()
+    pixels: NDArray[np.uint8] = image.cpu().permute(1, 2, 0).numpy()
     resized = lanczos(pixels, size)
-    return image if resized is pixels else torch.from_numpy(resized)
+    if resized is pixels:
+        return image
+    return torch.from_numpy(resized.transpose(2, 0, 1).copy())
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -111,14 +113,17 @@ def to_float(image: Tensor) -> Tensor:
 
 
 def decode(path: str | os.PathLike[str], *, min_side: int | None = None) -> NDArray[np.uint8]:
-    """``read_image`` as a numpy array: loader threads start no torch thread pool of their own."""
+    """``read_image`` as an array ``(H, W, 3)``, as Pillow holds it.
+
+    Loader threads use numpy only: with torch each of them would start an OpenMP pool of its own.
+    """
     try:
         with Image.open(path, formats=_FORMATS) as image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             image.load()
             rgb = _upright(image, _to_rgb(image))
-        return np.asarray(rgb).transpose(2, 0, 1).copy()  # (3, H, W)
+        return np.asarray(rgb)
     except UnidentifiedImageError:
         empty = Path(path).stat().st_size == 0
         reason = "the file is empty" if empty else "not an image of a known format"
@@ -131,8 +136,8 @@ def decode(path: str | os.PathLike[str], *, min_side: int | None = None) -> NDAr
 
 
 def lanczos(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """``resize_short_side`` on a ``(3, H, W)`` array; returns ``pixels`` itself if it fits."""
-    height, width = pixels.shape[1:]
+    """``resize_short_side`` on an ``(H, W, 3)`` array; returns ``pixels`` itself if it fits."""
+    height, width = pixels.shape[:2]
     short = min(height, width)
     if short == size:
         return pixels
@@ -142,9 +147,8 @@ def lanczos(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
             f"an image of {width}x{height} pixels resized to short side {size} would have "
             f"{new_width}x{new_height} pixels; it is too narrow"
         )
-    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    resized = image.resize((new_width, new_height), Image.Resampling.LANCZOS)
-    return np.asarray(resized).transpose(2, 0, 1).copy()
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(image.resize((new_width, new_height), Image.Resampling.LANCZOS))
 
 
 def _resolve_folder(uri: str) -> Path:

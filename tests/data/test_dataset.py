@@ -314,6 +314,17 @@ def test_nothing_readable_is_an_error(images: list[Path], workers: int) -> None:
         epoch_of(ImageDataset(images, size=16), workers=workers)
 
 
+def test_skipped_can_be_iterated_while_loading(images: list[Path]) -> None:
+    for broken in (2, 3):
+        images[broken].write_bytes(b"")
+    dataset = ImageDataset(images, size=16)
+    dataset.get(0, 2)
+    for _ in dataset.skipped:
+        images[6].write_bytes(b"")
+        dataset.get(0, 6)
+    assert len(dataset.skipped) == 3
+
+
 def test_an_image_too_narrow_to_enlarge_is_skipped(tmp_path: Path) -> None:
     paths = [noise(tmp_path / "line.png", 1, 3000, 0), noise(tmp_path / "fine.png", 300, 300, 1)]
     dataset = ImageDataset(paths, size=300, crop="center", flip=False)
