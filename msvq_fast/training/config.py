@@ -139,6 +139,60 @@ class TrainConfig:
         return plain
 
 
+@dataclass
+class EvaluateConfig:
+    """What ``msvq evaluate`` judges, on which images.
+
+    Attributes:
+        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+        data: A folder of images or ``builtin:photos``.
+        split: Part of the data.
+        out: Folder for results.json and per_image.csv.
+        size: Side of the square tiles in pixels; None is the model's resolution.
+        resize: Shorter side of the images in pixels before cutting; None keeps their size, or
+            takes ``size`` with ``crop=center``.
+        crop: All tiles of every image, or one from its centre.
+        batch_size: Tiles at a time.
+        limit: Most images, evenly spread over the split; None takes all.
+        device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
+    """
+
+    checkpoint: str
+    data: str = "builtin:photos"
+    split: Literal["train", "val", "all"] = "val"
+    out: str = "runs/evaluate"
+    size: int | None = None
+    resize: int | None = None
+    crop: Literal["tiles", "center"] = "tiles"
+    batch_size: int = 8
+    limit: int | None = None
+    device: str = "auto"
+
+
+@dataclass
+class ReconstructConfig:
+    """What ``msvq reconstruct`` draws.
+
+    Attributes:
+        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+        data: An image file, a folder of images or ``builtin:photos``.
+        split: Part of the data; a single file has no parts.
+        out: The PNG file.
+        size: Shorter side of the images in pixels, which are never enlarged; None is the model's
+            resolution, but at least 256.
+        limit: Most images, evenly spread over the split.
+        device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
+    """
+
+    checkpoint: str
+    data: str = "builtin:photos"
+    split: Literal["train", "val", "all"] = "val"
+    out: str = "runs/reconstruct.png"
+    size: int | None = None
+    limit: int = 3
+    device: str = "auto"
+
+
 _LEAST: dict[str, int] = {
     "epochs": 1,
     "steps": 1,

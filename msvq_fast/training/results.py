@@ -1,0 +1,188 @@
+"""What an evaluation found: figures per scale, their files and their table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from msvq_fast.ops import InputError
+
+RESULTS_FILE, PER_IMAGE_FILE = "results.json", "per_image.csv"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How close one reconstruction is to the images, which lie in [0, 1].
+
+    Attributes:
+        scale: Last scale that the reconstruction uses.
+        mse: Mean squared error over all images.
+        psnr: dB of that mean error, as torchmetrics reports a set.
+        psnr_8bit: The same with the reconstruction truncated to 8 bits, as if saved to a file.
+        ssim: Mean structural similarity.
+        target_mse: Mean squared error against this scale's own blurred target (Eq. 7).
+    """
+
+    scale: int
+    mse: float
+    psnr: float
+    psnr_8bit: float
+    ssim: float
+    target_mse: float
+
+
+@dataclass(frozen=True)
+class CodebookHealth:
+    """How much of a scale's codebook all images together use.
+
+    Attributes:
+        scale: The scale.
+        grid: Height and width of its code grid for one image.
+        usage: Percent of codes drawn at least once.
+        perplexity: exp of the entropy of all codes drawn.
+    """
+
+    scale: int
+    grid: tuple[int, int]
+    usage: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class ImageQuality:
+    """What `Quality` says of a set, of one image; MSE and PSNR of the float reconstruction."""
+
+    image: str
+    scale: int
+    mse: float
+    psnr: float
+    ssim: float
+    target_mse: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Everything that `evaluate` measured, and how.
+
+    Attributes:
+        model: ``MSVQVAE`` or ``VQVAE2``.
+        model_config: The model's configuration.
+        parameters: Trainable parameters; the codebooks are moving averages and not among them.
+        images: Images (tiles) that were judged.
+        reconstructions: One per partial sum x̂_m of MS-VQVAE, coarse to fine; one of VQ-VAE 2.
+        codebooks: One per scale, coarse to fine.
+        usage: Mean of the scales' usage in percent.
+        perplexity: Mean of the scales' perplexity.
+        seconds: Wall time.
+        settings: What decides the figures beside the model, and where they were measured.
+        per_image: One row per image and reconstruction.
+    """
+
+    model: str
+    model_config: dict[str, Any]
+    parameters: int
+    images: int
+    reconstructions: tuple[Quality, ...]
+    codebooks: tuple[CodebookHealth, ...]
+    usage: float
+    perplexity: float
+    seconds: float
+    settings: dict[str, Any]
+    per_image: tuple[ImageQuality, ...] = field(repr=False)
+
+    @property
+    def final(self) -> Quality:
+        """Quality of the full reconstruction."""
+        return self.reconstructions[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without ``per_image``; an infinite PSNR becomes None."""
+        values = dataclasses.asdict(dataclasses.replace(self, per_image=()))
+        del values["per_image"]
+        plain: dict[str, Any] = _without_infinities(values)
+        return plain
+
+
+def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> None:
+    """Write ``results.json`` and ``per_image.csv`` into a folder, each whole or not at all.
+
+    Raises:
+        InputError: If the folder cannot be written.
+    """
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(f.name for f in dataclasses.fields(ImageQuality))
+    writer.writerows(dataclasses.astuple(row) for row in result.per_image)
+    folder = Path(out_dir)
+    _write_text(folder / PER_IMAGE_FILE, table.getvalue())
+    _write_text(folder / RESULTS_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
+
+
+def print_table(result: EvaluationResult, file: IO[str] | None = None) -> None:
+    """Print the figures per scale: a table on a terminal, plain aligned text elsewhere."""
+    console = Console(file=file, highlight=False)
+    table = Table(header_style="bold", box=Table().box if console.is_terminal else None)
+    table.add_column("scale", justify="right")
+    for name in ("codes", "MSE e-3", "PSNR dB", "SSIM", "MSE e-3\nto target", "usage %"):
+        table.add_column(name, justify="right")
+    table.add_column("perplexity", justify="right")
+    quality = {q.scale: q for q in result.reconstructions}
+    for book in result.codebooks:
+        cells = ["-"] * 4
+        if book.scale in quality:
+            q = quality[book.scale]
+            cells = [f"{1e3 * q.mse:.3f}", f"{q.psnr:.2f}", f"{q.ssim:.4f}"]
+            cells += [f"{1e3 * q.target_mse:.3f}"]
+        grid = f"{book.grid[0]}x{book.grid[1]}"
+        health = [f"{book.usage:.1f}", f"{book.perplexity:.1f}"]
+        table.add_row(str(book.scale), grid, *cells, *health)
+    table.add_section()
+    mean = [f"{result.usage:.1f}", f"{result.perplexity:.1f}"]
+    table.add_row("mean", "", "", "", "", "", *mean)
+    console.print(
+        f"{result.model}, {result.parameters:,} parameters, {result.images} images in [0, 1], "
+        f"{result.seconds:.1f} s",
+        soft_wrap=True,
+    )
+    console.print(table)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `InputError` now rather than after the work if the folder cannot take files."""
+    probe = folder / f".{secrets.token_hex(6)}.tmp"
+    _write_text(probe, "")
+    probe.unlink(missing_ok=True)
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{secrets.token_hex(6)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
