@@ -1,0 +1,123 @@
+"""The rules of the house that a machine can hold."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "msvq_fast"
+OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "op.py").exists())
+SOURCES = sorted(
+    path
+    for folder in ("msvq_fast", "csrc", "tests", "benchmarks")
+    for pattern in ("*.py", "*.h", "*.cpp", "*.cu")
+    for path in (ROOT / folder).rglob(pattern)
+)
+
+
+def run(code: str, *flags: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_reference_and_test(op: str) -> None:
+    assert (PACKAGE / "ops" / op / "reference.py").exists()
+    assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_has_a_benchmark(op: str) -> None:
+    folder = PACKAGE / "ops" / op
+    if (folder / "native.py").exists() or (folder / "triton_kernels.py").exists():
+        assert (ROOT / "benchmarks" / "ops" / f"bench_{op}.py").exists()
+
+
+def test_package_reads_no_environment_of_its_own() -> None:
+    launcher = PACKAGE / "training" / "distributed.py"  # torchrun speaks through the environment
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path != launcher:
+            assert "os.environ" not in text and "getenv" not in text, path
+
+
+def test_works_without_triton_and_extension() -> None:
+    out = run(
+        "import sys; sys.modules['triton'] = None; sys.modules['msvq_fast._C'] = None\n"
+        "import torch, msvq_fast\n"
+        "model = msvq_fast.MSVQVAE.from_preset('tiny')\n"
+        "model(torch.rand(1, 3, 64, 64)).loss.backward()\n"
+        "from msvq_fast.ops.gaussian_blur.op import OP\n"
+        "print(OP.why_not('native', torch.zeros(1)))\n"
+    )
+    assert "native is not available" in out
+
+
+def test_import_is_light() -> None:
+    out = run("import sys, msvq_fast; print('torch' in sys.modules, 'numpy' in sys.modules)")
+    assert out.split() == ["False", "False"]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "msvq_fast", "--help"],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        times.append(time.perf_counter() - start)
+    bare = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    bare = time.perf_counter() - bare
+    # 0.3 s on a quiet machine; a loaded one starts the bare interpreter slowly too.
+    assert min(times) < max(0.3, 10 * bare)
+
+
+def test_public_names_exist() -> None:
+    out = run(
+        "import msvq_fast\n"
+        "for name in msvq_fast.__all__: getattr(msvq_fast, name)\n"
+        "for name in msvq_fast.ops.__all__: getattr(msvq_fast.ops, name)\n"
+        "for name in msvq_fast.nn.__all__: getattr(msvq_fast.nn, name)\n"
+        "try:\n    msvq_fast.nothing\nexcept AttributeError as error:\n    print(error)\n"
+    )
+    assert "no attribute 'nothing'" in out
+
+
+def test_architecture_names_the_folders_that_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    tree = text.split("```")[3]
+    named = set(re.findall(r"^  (\w+)/", tree, flags=re.M))
+    there = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
+    assert named == there
+
+
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md"])
+def test_python_in_the_documents_runs(name: str, tmp_path: Path) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    if name == "README.md":
+        assert blocks
+    code = f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(blocks)
+    if blocks:
+        run(code)
