@@ -17,6 +17,7 @@ class ModelOverrides:
         code_dim: D, width of a codebook vector.
         width: Channels next to the image; doubled by every block below.
         num_residual_blocks: Residual blocks of every encoder and decoder block.
+        block_factor: Up-sampling of a decoder block, 2 or 4; VQ-VAE 2 has none.
         commitment_weight: β of the commitment loss.
         decay: γ of the codebooks' moving averages.
         kernel_size: Taps of the blur behind the targets, odd.
@@ -29,6 +30,7 @@ class ModelOverrides:
     code_dim: int | None = None
     width: int | None = None
     num_residual_blocks: int | None = None
+    block_factor: int | None = None
     commitment_weight: float | None = None
     decay: float | None = None
     kernel_size: int | None = None
@@ -37,6 +39,17 @@ class ModelOverrides:
     def given(self) -> dict[str, Any]:
         """Return the fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass
+class InfoConfig:
+    """What ``msvq info`` prints.
+
+    Attributes:
+        presets: List the presets and their parameters beside the paper's.
+    """
+
+    presets: bool = False
 
 
 @dataclass
@@ -233,3 +246,57 @@ FREE_ON_RESUME = frozenset(
         "resume",
     }
 )
+
+
+@dataclass
+class EvaluateConfig:
+    """What ``msvq evaluate`` judges, on which images.
+
+    Attributes:
+        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+        data: A folder of images or ``builtin:photos``.
+        split: Part of the data.
+        out: Folder for results.json and per_image.csv.
+        size: Side of the square tiles in pixels; None is the model's resolution.
+        resize: Shorter side of the images in pixels before cutting; None keeps their size, or
+            takes ``size`` with ``crop=center``.
+        crop: All tiles of every image, or one from its centre.
+        batch_size: Tiles at a time.
+        limit: Most images, evenly spread over the split; None takes all.
+        device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
+    """
+
+    checkpoint: str
+    data: str = "builtin:photos"
+    split: Literal["train", "val", "all"] = "val"
+    out: str = "runs/evaluate"
+    size: int | None = None
+    resize: int | None = None
+    crop: Literal["tiles", "center"] = "tiles"
+    batch_size: int = 8
+    limit: int | None = None
+    device: str = "auto"
+
+
+@dataclass
+class ReconstructConfig:
+    """What ``msvq reconstruct`` draws.
+
+    Attributes:
+        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+        data: An image file, a folder of images or ``builtin:photos``.
+        split: Part of the data; a single file has no parts.
+        out: The PNG file.
+        size: Shorter side of the images in pixels, which are never enlarged; None is the model's
+            resolution, but at least 256.
+        limit: Most images, evenly spread over the split.
+        device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
+    """
+
+    checkpoint: str
+    data: str = "builtin:photos"
+    split: Literal["train", "val", "all"] = "val"
+    out: str = "runs/reconstruct.png"
+    size: int | None = None
+    limit: int = 3
+    device: str = "auto"
