@@ -20,6 +20,8 @@ class ModelOverrides:
         block_factor: Up-sampling of a decoder block, 2 or 4; VQ-VAE 2 has none.
         commitment_weight: β of the commitment loss.
         decay: γ of the codebooks' moving averages.
+        codebook_init: Random, or k-means of the first batch.
+        restart_below: Mass below which a code restarts at a latent of the batch; 0 never.
         kernel_size: Taps of the blur behind the targets, odd.
         sigma_rule: Sigma of that blur: Eq. 8 as printed, or OpenCV's rule.
     """
@@ -33,6 +35,8 @@ class ModelOverrides:
     block_factor: int | None = None
     commitment_weight: float | None = None
     decay: float | None = None
+    codebook_init: Literal["uniform", "kmeans"] | None = None
+    restart_below: float | None = None
     kernel_size: int | None = None
     sigma_rule: Literal["paper", "opencv"] | None = None
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from msvq_fast.training.optimizer import Schedule, warmup_steps
@@ -18,7 +20,7 @@ def test_cosine_passes_through_its_middle_and_ends_at_a_tenth() -> None:
     assert rates[20] == pytest.approx(1.0)
     assert rates[70] == pytest.approx(0.55)
     assert rates[120] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[20:]))
 
 
 def test_constant_stays_after_its_warm_up() -> None:
