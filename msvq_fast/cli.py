@@ -119,12 +119,13 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="msvq",
         exit_on_error=False,
+        allow_abbrev=False,
         description="Train and use MS-VQVAE and VQ-VAE 2 image tokenizers.",
     )
     parser.add_argument("--version", action="version", version=f"msvq_fast {__version__}")
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for name, command in _COMMANDS.items():
-        sub = ArgumentParser(exit_on_error=False, description=command.help)
+        sub = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=command.help)
         sub.add_argument("--config", action="config", help="YAML or JSON file with these options.")
         _add_options(sub, command.config, "")
         commands.add_subcommand(name, sub, help=command.help)
