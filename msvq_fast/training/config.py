@@ -17,8 +17,11 @@ class ModelOverrides:
         code_dim: D, width of a codebook vector.
         width: Channels next to the image; doubled by every block below.
         num_residual_blocks: Residual blocks of every encoder and decoder block.
+        block_factor: Up-sampling of a decoder block, 2 or 4; VQ-VAE 2 has none.
         commitment_weight: β of the commitment loss.
         decay: γ of the codebooks' moving averages.
+        codebook_init: Random, or k-means of the first batch.
+        restart_below: Mass below which a code restarts at a latent of the batch; 0 never.
         kernel_size: Taps of the blur behind the targets, odd.
         sigma_rule: Sigma of that blur: Eq. 8 as printed, or OpenCV's rule.
     """
@@ -29,14 +32,28 @@ class ModelOverrides:
     code_dim: int | None = None
     width: int | None = None
     num_residual_blocks: int | None = None
+    block_factor: int | None = None
     commitment_weight: float | None = None
     decay: float | None = None
+    codebook_init: Literal["uniform", "kmeans"] | None = None
+    restart_below: float | None = None
     kernel_size: int | None = None
     sigma_rule: Literal["paper", "opencv"] | None = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass
+class InfoConfig:
+    """What ``msvq info`` prints.
+
+    Attributes:
+        presets: List the presets and their parameters beside the paper's.
+    """
+
+    presets: bool = False
 
 
 @dataclass

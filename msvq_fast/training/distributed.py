@@ -6,6 +6,7 @@ With one process nothing here talks to anyone, and no process group is made.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,9 +94,14 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     ids = [world.device.index] if world.device.type == "cuda" else None
-    # The codebooks change only by update_codebooks(), the same way everywhere, so DDP need not
-    # broadcast buffers every step.
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+    # From here on update_codebooks() changes the codebooks, the same way everywhere, so DDP need
+    # not broadcast buffers every step. torch 2.13 gave that option another name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, device_ids=ids, **options)
 
 
 def gradient_sync(wrapped: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[Any]:
@@ -106,13 +112,22 @@ def gradient_sync(wrapped: nn.Module, wanted: bool) -> contextlib.AbstractContex
 
 
 def all_reduce_statistics(statistics: Sequence[tuple[Tensor, ...]], world: World) -> None:
-    """Sum all scales' code counts and sums over the processes, in place, in one call.
+    """Combine all scales' code statistics over the processes, in place, in one call.
 
-    In float64, so that counts stay exact and every rank gets the same bits.
+    Counts and sums are summed, in float64, so that counts stay exact. Of the vectors at which codes
+    would restart, code k takes that of process ``k % size``. Every process gets the same bits.
+
+    Args:
+        statistics: Per scale counts ``(K,)``, sums ``(K, D)`` and maybe restart vectors ``(K, D)``.
+        world: The processes.
     """
     if world.size == 1:
         return
-    tensors = [tensor for pair in statistics for tensor in pair]
+    for _, _, *restart in statistics:
+        for vectors in restart:
+            owner = torch.arange(len(vectors), device=vectors.device) % world.size
+            vectors[owner != world.rank] = 0
+    tensors = [tensor for scale in statistics for tensor in scale]
     packed = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
     dist.all_reduce(packed)
     for tensor, total in zip(tensors, packed.split([t.numel() for t in tensors]), strict=True):

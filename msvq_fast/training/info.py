@@ -19,14 +19,17 @@ from msvq_fast.training.config import InfoConfig
 
 def run_info(config: InfoConfig) -> int:
     """Print the presets, or versions and the table of ops and backends; return exit code 0."""
-    console = Console(soft_wrap=True)
+    console = Console()
     if config.presets:
         console.print(presets_table())
         return 0
     for name, value in versions().items():
         console.print(f"{name:<10} {value}", markup=False, highlight=False)
     for device in ("cpu", "cuda"):
-        console.print(ops_table(device))
+        if device == "cpu" or torch.cuda.is_available():
+            console.print("", ops_table(device), sep="\n")
+        else:
+            console.print("\nno CUDA device is seen, so nothing can be tried on cuda tensors")
     return 0
 
 
@@ -51,17 +54,20 @@ def versions() -> dict[str, str]:
 
 def ops_table(device: str) -> Table:
     """Run every op with every backend on small tensors of ``device`` and say how it went."""
-    table = Table("op", *BACKENDS, title=f"{device} tensors", title_justify="left")
-    seen = device == "cpu" or torch.cuda.is_available()
-    for name, call in _sample_calls(device if seen else "cpu").items():
-        cells = [_outcome(call, backend) if seen else "no CUDA device" for backend in BACKENDS]
-        table.add_row(name, *cells)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(f"on {device} tensors", no_wrap=True)
+    for backend in BACKENDS:
+        table.add_column(backend)
+    for name, call in _sample_calls(device).items():
+        table.add_row(name, *(_outcome(call, backend) for backend in BACKENDS))
     return table
 
 
 def presets_table() -> Table:
     """Presets with their parameters, counted on the meta device, and the paper's figures."""
-    table = Table("preset", "pixels", "latents", "K", "D", "parameters", "paper", "difference")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for title in ("preset", "pixels", "latents", "K", "D", "parameters", "paper", "difference"):
+        table.add_column(title, no_wrap=True, justify="left" if title == "preset" else "right")
     for name, config in models.PRESETS.items():
         count = count_parameters(name)
         paper = models.PAPER_PARAMETERS.get(name)

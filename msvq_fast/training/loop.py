@@ -151,6 +151,9 @@ class _Run:
             saved = checkpoint.load_optimizer(start, world.device)
             self.optimizer.load_state_dict(saved["optimizer"])
             self.window.load_state_dict(saved["window"])
+        elif model_config.codebook_init == "kmeans":
+            with contextlib.closing(self._epoch(0)) as stream:
+                self.model.initialise_codebooks(self._to_device(next(stream)))
         self.wrapped = distributed.wrap(self.model, world)
         if config.compile:
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]

@@ -1,0 +1,230 @@
+"""The command ``msvq``: options from the dataclasses of training/config.py, errors in one line.
+
+Nothing here imports torch before a command runs, so that help and typing errors answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import os
+import re
+import sys
+import typing
+from argparse import ArgumentError
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from jsonargparse import ActionYesNo, ArgumentParser
+
+from msvq_fast import __version__
+from msvq_fast.training import config as configs
+
+
+class _Command(NamedTuple):
+    config: type[Any]
+    module: str
+    function: str
+    help: str
+
+
+_COMMANDS = {
+    "train": _Command(
+        configs.TrainConfig,
+        "msvq_fast.training.loop",
+        "run_train",
+        "Train a model on a folder of images.",
+    ),
+    "evaluate": _Command(
+        configs.EvaluateConfig,
+        "msvq_fast.training.evaluate",
+        "run_evaluate",
+        "Measure MSE, PSNR, SSIM and codebook usage of a trained model.",
+    ),
+    "reconstruct": _Command(
+        configs.ReconstructConfig,
+        "msvq_fast.training.reconstruct",
+        "run_reconstruct",
+        "Draw images, their contributions and partial sums as a PNG grid.",
+    ),
+    "info": _Command(
+        configs.InfoConfig,
+        "msvq_fast.training.info",
+        "run_info",
+        "Say which op runs where and why not elsewhere; list the presets.",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``msvq`` and return its exit code.
+
+    0 is success, 1 a training that broke down, 2 bad input, 128 plus its number a signal. Errors
+    are one line on stderr.
+    """
+    arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
+    try:
+        parsed = _parser().parse_args(arguments)
+    except SystemExit as exit_:  # --help, --version and --print_config have printed
+        return int(exit_.code or 0)
+    except ArgumentError as error:
+        return _fail(_one_line(str(error)), 2)
+    name = parsed["command"]
+    command = _COMMANDS[name]
+    return _run(command, _build(command.config, parsed[name].as_dict()))
+
+
+def _run(command: _Command, config: Any) -> int:
+    from torch import OutOfMemoryError
+
+    from msvq_fast.ops.checks import InputError
+
+    try:
+        result = getattr(importlib.import_module(command.module), command.function)(config)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (InputError, OSError) as error:
+        return _fail(str(error), 2)
+    except OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        return _fail(f"{reason}; lower batch_size and raise accumulate as much", 1)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+    except RuntimeError as error:
+        from msvq_fast.training.window import TrainingError
+
+        if not isinstance(error, TrainingError):
+            raise
+        return _fail(str(error), 1)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"msvq: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _underscored(argument: str) -> str:
+    """Accept ``--batch-size`` for ``--batch_size``."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="msvq",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Train and use MS-VQVAE and VQ-VAE 2 image tokenizers.",
+    )
+    parser.add_argument("--version", action="version", version=f"msvq_fast {__version__}")
+    commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        sub = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=command.help)
+        sub.add_argument("--config", action="config", help="YAML or JSON file with these options.")
+        _add_options(sub, command.config, "")
+        commands.add_subcommand(name, sub, help=command.help)
+    return parser
+
+
+def _add_options(parser: ArgumentParser, config: type[Any], prefix: str) -> None:
+    hints, texts = typing.get_type_hints(config), _attribute_texts(config)
+    for field in dataclasses.fields(config):
+        name, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            _add_options(parser, typing.cast("type[Any]", hint), f"{name}.")
+            continue
+        options: dict[str, Any] = {"help": texts[field.name].replace("%", "%%")}
+        if field.default is dataclasses.MISSING:
+            options["required"] = True
+        else:
+            options["default"] = field.default
+        if hint is bool:
+            parser.add_argument(f"--{name}", action=ActionYesNo(no_prefix="no_"), **options)
+        else:
+            parser.add_argument(f"--{name}", type=hint, **options)
+
+
+def _attribute_texts(config: type[Any]) -> dict[str, str]:
+    """Read the ``Attributes:`` section of a docstring: the one place that documents a field."""
+    section = (config.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, flags=re.MULTILINE)
+    plain = {name: " ".join(text.split()).replace("``", "") for name, text in entries}
+    return {name: re.sub(r"\bNone\b", "null", text) for name, text in plain.items()}
+
+
+def _build(config: type[Any], values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(config)
+    names = [field.name for field in dataclasses.fields(config)]
+    return config(
+        **{
+            name: _build(hints[name], values[name])
+            if dataclasses.is_dataclass(hints[name])
+            else values[name]
+            for name in names
+        }
+    )
+
+
+def _one_line(message: str) -> str:
+    """Turn what jsonargparse says into one line, with a near miss where there is one."""
+    if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
+        return _unknown("option", found[1].split()[0].partition("=")[0])
+    if found := re.search(r"does not accept option '([\w.]+)'", message):
+        return _unknown("option", f"--{found[1]}")
+    if found := re.search(r"invalid choice: '(.*?)'", message):
+        return _unknown("command", found[1])
+    if found := re.search(r"arguments are required: (\w+)\.([\w.]+)", message):
+        return f"{found[1]} needs --{found[2]}"
+    if 'expected "command"' in message:
+        return f"no command given; expected one of {', '.join(_COMMANDS)} (msvq --help)"
+    if found := re.search(r'Parser key "([\w.]+)":', message):
+        value = re.search(r"(?:Given|Got) value: (.*)", message)
+        if value and (expected := _expected(found[1])):
+            return f"--{found[1]} {value[1]}: expected {expected}"
+    return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+
+
+def _unknown(kind: str, name: str) -> str:
+    options = [f"--{key}" for c in _COMMANDS.values() for key in _option_names(c.config)]
+    near = difflib.get_close_matches(name, _COMMANDS if kind == "command" else options, n=1)
+    hint = f"did you mean {near[0]}?" if near else "msvq --help lists what there is"
+    return f"unknown {kind} {name}; {hint}"
+
+
+def _option_names(config: type[Any]) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(config).items():
+        if dataclasses.is_dataclass(hint):
+            nested = _option_names(typing.cast("type[Any]", hint))
+            names.update({f"{name}.{key}": value for key, value in nested.items()})
+        else:
+            names[name] = hint
+    return names
+
+
+def _expected(name: str) -> str | None:
+    """Describe an option's type in words."""
+    # A message of a config file has the command in front of the option's name.
+    for command, details in _COMMANDS.items():
+        hints = _option_names(details.config)
+        hint = hints.get(name, hints.get(name.removeprefix(f"{command}.")))
+        if hint is not None:
+            break
+    else:
+        return None
+    words: list[str] = []
+    for part in typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,):
+        if typing.get_origin(part) is Literal:
+            words += [str(choice) for choice in typing.get_args(part)]
+        elif typing.get_origin(part) is tuple:
+            kinds = [getattr(kind, "__name__", "...") for kind in typing.get_args(part)]
+            words.append(f"a list [{', '.join(kinds)}]")
+        else:
+            words.append("null" if part is type(None) else part.__name__)
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from msvq_fast.models import from_preset, from_pretrained
+from msvq_fast.ops import InputError
+from msvq_fast.training.checkpoint import (
+    checkpoint_path,
+    find_model,
+    list_checkpoints,
+    prune_checkpoints,
+    read_state,
+)
+
+Train = Callable[..., int]
+ReadMetrics = Callable[[Path], list[dict[str, Any]]]
+
+# Kill the process without a chance to clean up: in step 9, the fourth of the second epoch and the
+# first after an unlogged one, or while the checkpoint of step 9 is half written.
+KILL_IN_STEP = """
+from msvq_fast.training import loop
+step = loop._Run._optimizer_step
+def killed(self, stream):
+    if self.step == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, stream)
+loop._Run._optimizer_step = killed
+"""
+KILL_IN_SAVE = """
+import torch
+save = torch.save
+def killed(content, path):
+    save(content, path)
+    if "00000009" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = killed
+"""
+SETTINGS = ("--steps=13", "--checkpoint_every=3", "--keep_last=3")
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    # Copies: load_file maps the file, which a test may damage later.
+    loaded = load_file(checkpoint_path(out, step) / "model.safetensors")
+    return {name: tensor.clone() for name, tensor in loaded.items()}
+
+
+def assert_same_run(a: Path, b: Path, step: int, read_metrics: ReadMetrics) -> None:
+    assert read_metrics(a) == read_metrics(b)
+    ours, theirs = weights(a, step), weights(b, step)
+    assert ours.keys() == theirs.keys()
+    assert any("codebook" in name for name in ours)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    adam = [
+        torch.load(checkpoint_path(out, step) / "optimizer.pt", weights_only=True)["optimizer"]
+        for out in (a, b)
+    ]
+    for mine, other in zip(*(state["state"].values() for state in adam), strict=True):
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+@pytest.mark.parametrize("kill", [KILL_IN_STEP, KILL_IN_SAVE], ids=["step", "save"])
+def test_a_killed_run_goes_on_bit_for_bit(
+    kill: str,
+    tmp_path: Path,
+    train: Train,
+    train_command: Callable[..., list[str]],
+    read_metrics: ReadMetrics,
+) -> None:
+    assert train(tmp_path / "whole", *SETTINGS) == 0
+    command = train_command(tmp_path / "killed", *SETTINGS)
+    threads = f"import os, signal, torch\ntorch.set_num_threads({torch.get_num_threads()})"
+    program = f"{threads}{kill}\nfrom msvq_fast.cli import main\nmain({command!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    left = [path.name for path in list_checkpoints(tmp_path / "killed")]
+    assert left[-1] == ("step_00000009" if kill == KILL_IN_STEP else "step_00000006")
+    assert train(tmp_path / "killed", *SETTINGS, "--resume=auto") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 13, read_metrics)
+
+
+@pytest.fixture
+def run(tmp_path: Path, train: Train) -> Path:
+    """Four steps with a checkpoint after each, the last two of them kept."""
+    out = tmp_path / "run"
+    assert train(out, "--steps=4", "--checkpoint_every=1", "--validate_every=0") == 0
+    return out
+
+
+def test_reports_and_places_may_change_on_resume(
+    run: Path, tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--steps=6", "--log_every=1", "--workers=1", "--validate_every=0")
+    assert train(tmp_path / "elsewhere", f"--resume={run}", *options) == 0
+    assert "going on after step 4" in capsys.readouterr().out
+    assert read_state(list_checkpoints(tmp_path / "elsewhere")[-1])["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--batch_size=2", "batch_size is 4 there and 2 here"),
+        ("--seed=1", "seed is 0 there and 1 here"),
+        ("--model.num_codes=16", "num_codes is 8 there and 16 here"),
+        ("--preset=vqvae2-tiny", "model_class is MSVQVAE there and VQVAE2 here"),
+    ],
+)
+def test_another_configuration_cannot_go_on(
+    run: Path, train: Train, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    before = (run / "config.json").read_text()
+    assert train(run, "--steps=6", "--resume=auto", option) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert (run / "config.json").read_text() == before
+
+
+def test_a_second_run_does_not_overwrite_the_first(
+    run: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (run / "metrics.jsonl").read_text()
+    assert train(run, "--steps=4") == 2
+    assert "already holds a run; go on with resume=auto" in capsys.readouterr().err
+    older = list_checkpoints(run)[0]
+    assert train(run, "--steps=6", f"--resume={older}") == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text() == lines
+
+
+def test_a_finished_run_says_that_nothing_is_left(
+    run: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(run, "--steps=4", "--resume=auto", "--validate_every=0") == 2
+    assert "step 4 of 4: nothing is left to train" in capsys.readouterr().err
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors", truncate, "bytes, written were"),
+        ("model.safetensors", flip_a_bit, "checksum does not match"),
+        ("optimizer.pt", truncate, "bytes, written were"),
+        ("optimizer.pt", Path.unlink, "is missing"),
+        ("state.json", truncate, "is corrupt"),
+        ("state.json", Path.unlink, "is missing"),
+    ],
+)
+def test_a_corrupt_checkpoint_is_named_and_auto_takes_the_one_before(
+    run: Path,
+    train: Train,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    good, newest = list_checkpoints(run)
+    expected = weights(run, 4)
+    damage(newest / name)
+    assert train(run, "--steps=6", f"--resume={newest}") == 2
+    error = capsys.readouterr().err
+    assert str(newest / name) in error and message in error and error.count("\n") == 1
+
+    options = ("--steps=4", "--checkpoint_every=1", "--validate_every=0", "--resume=auto")
+    assert train(run, *options) == 0
+    printed = capsys.readouterr().out
+    assert "warning: " in printed and "going on after step 3" in printed
+    assert all(torch.equal(t, expected[n]) for n, t in weights(run, 4).items())
+    assert good.is_dir() and newest.with_name(f"{newest.name}.corrupt").is_dir()
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(
+    tmp_path: Path,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save = torch.save
+
+    def full(content: object, path: Path) -> None:
+        if "00000002" in str(path):
+            raise OSError(28, "No space left on device")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert train(tmp_path, "--steps=4", "--checkpoint_every=1") == 2
+    assert "step_00000002: No space left on device" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    from_pretrained(find_model(tmp_path))
+
+
+def test_find_model_takes_runs_checkpoints_and_saved_models(run: Path, tmp_path: Path) -> None:
+    older, newest = list_checkpoints(run)
+    assert find_model(run) == newest
+    assert find_model(older) == older
+    state = read_state(newest)
+    state["best"] = {"step": 3, "psnr": 20.0}
+    (newest / "state.json").write_text(json.dumps(state))
+    assert find_model(run) == older
+    from_preset("tiny").save_pretrained(tmp_path / "saved")
+    assert find_model(tmp_path / "saved") == tmp_path / "saved"
+
+
+def test_find_model_says_what_is_wrong(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        find_model(tmp_path / "nothing")
+    with pytest.raises(InputError, match="no checkpoint and no saved model"):
+        find_model(run / "checkpoints")
+    truncate(list_checkpoints(run)[-1] / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors is corrupt"):
+        find_model(run)
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+    prune_checkpoints(tmp_path, keep_last=1, best_step=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000004"]

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from msvq_fast import __version__, models
+from msvq_fast.cli import main
+from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig
+
+Train = Callable[..., int]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a command that must exit with 2."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("msvq: error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_help_answers_before_torch_could_be_loaded() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = "import sys\nfrom msvq_fast.cli import main\ncode = main(['train', '--help'])\n"
+    program += "sys.exit(code or 'torch' in sys.modules)"
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, check=False
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 0.3  # of processor time: others may be using the machine
+
+
+def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "--model.num_codes" in printed and "Peak learning rate of Adam." in printed
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"msvq_fast {__version__}"
+
+
+def test_free_fields_are_fields() -> None:
+    assert set(TrainConfig.__dataclass_fields__) >= FREE_ON_RESUME
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no command given; expected one of train, evaluate, reconstruct, info"),
+        (["trian"], "unknown command trian; did you mean train?"),
+        (["train", "--lrr", "3"], "unknown option --lrr; did you mean --lr?"),
+        (["train", "--model.num_code=3"], "did you mean --model.num_codes?"),
+        (["train", "--zzzzzz"], "unknown option --zzzzzz; msvq --help"),
+        (["train", "--lr", "fast"], "--lr fast: expected float"),
+        (["train", "--steps", "1.5"], "--steps 1.5: expected int or null"),
+        (["train", "--crop", "left"], "--crop left: expected random or center"),
+        (["train", "--schedule", "step"], "--schedule step: expected cosine, constant or null"),
+        (["train", "--betas", "0.9"], "--betas 0.9: expected a list [float, float]"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["evaluate"], "evaluate needs --checkpoint"),
+    ],
+)
+def test_wrong_words(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset=huge"], "preset 'huge' is unknown; expected one of"),
+        (["--preset=vqvae2-tiny", "--model.kernel_size=3"], "'kernel_size' is not a field of"),
+        (["--model.latents=[3,6]"], "resolution 16 must be each of them"),
+        (["--model.latents=[2,6]"], "each must be double the one before"),
+        (["--model.resolution=20"], "resolution 20 must be each of them"),
+        (["--batch_size=0"], "batch_size=0; expected at least 1"),
+        (["--batch_size=50", "--repeat=1"], "an epoch has 10 crops, too few for one step of"),
+        (["--accumulate=9"], "an epoch has 20 crops, too few for one step of"),
+        (["--steps=0"], "steps=0; expected at least 1"),
+        (["--lr=-1"], "lr=-1.0; expected a positive finite number"),
+        (["--betas=[0.9,1]"], "betas=(0.9, 1.0); expected two numbers in [0, 1)"),
+        (["--min_lr_fraction=2"], "min_lr_fraction=2.0; expected 0 to 1"),
+        (["--data=nowhere"], "data folder 'nowhere' does not exist"),
+        (["--data=builtin:cats"], "is not built in; expected 'builtin:photos'"),
+        (["--device=tpu"], "device='tpu'; expected auto, cpu, cuda or cuda:N"),
+        (["--resume=nowhere"], "resume=nowhere does not exist"),
+        (["--backend=triton"], "cannot run"),
+    ],
+)
+def test_settings_that_cannot_work(
+    tmp_path: Path,
+    train: Train,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    assert train(out, "--steps=2", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (out / "checkpoints").is_dir() or not any((out / "checkpoints").iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, "--device=cuda") == 2
+    assert "this torch sees no CUDA device; use device=cpu" in capsys.readouterr().err
+
+
+def test_a_folder_without_images(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("no image")
+    assert train(tmp_path / "out", f"--data={tmp_path / 'data'}") == 2
+    assert "has no image" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert train(out, "--steps=2") == 2
+        error = capsys.readouterr().err
+        assert str(tmp_path / "file") in error and error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_tensorboard_is_asked_for_by_name_when_missing(
+    tmp_path: Path,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train(tmp_path, "--steps=2", "--tensorboard") == 2
+    assert "TensorBoard is not installed; pip install tensorboard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: [", "--config"),
+        ("lrr: 3", "unknown option --lrr; did you mean --lr?"),
+        ("lr: fast", "lr fast: expected float"),
+    ],
+)
+def test_a_bad_config_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (tmp_path / "train.yaml").write_text(text)
+    error = fails(capsys, "train", f"--config={tmp_path / 'train.yaml'}")
+    assert message in error or "Problems parsing config" in error
+
+
+def test_the_printed_config_is_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--batch-size=3", "--model.latents=[4,8]", "--no_flip", "--betas=[0.5,0.9]"]
+    assert main(["train", *options, "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    values: dict[str, Any] = yaml.safe_load(printed)
+    assert values["batch_size"] == 3 and values["flip"] is False and values["betas"] == [0.5, 0.9]
+    assert values["model"]["latents"] == [4, 8]
+    (tmp_path / "train.yaml").write_text(printed)
+    assert main(["train", f"--config={tmp_path / 'train.yaml'}", "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_info_names_every_op_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("reference", "native", "triton", __version__, torch.__version__, "threads"):
+        assert word in printed
+    for op in ("nearest_code", "vector_quantize", "gaussian_blur", "local_attention"):
+        row = next(line for line in printed.splitlines() if line.startswith(op))
+        assert row.split()[1] == "available"
+    assert "fails" not in printed
+
+
+def test_info_presets_shows_the_parameters_beside_the_papers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["info", "--presets"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows.keys() >= models.PRESETS.keys()
+    count = sum(p.numel() for p in models.from_preset("tiny").parameters())
+    assert f"{count / 1e6:.3f} M" in rows["tiny"]
+    assert "54.3 M" in rows["celebahq1024-l"]
+
+
+def test_a_saved_state_tells_what_made_it(tmp_path: Path, train: Train) -> None:
+    assert train(tmp_path, "--steps=1") == 0
+    state = json.loads((tmp_path / "checkpoints" / "step_00000001" / "state.json").read_text())
+    assert state["versions"]["torch"] == torch.__version__
+    assert (state["step"], state["epoch"], state["batch"], state["world_size"]) == (1, 0, 1, 1)
+    assert state["model_config"]["num_codes"] == 8

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from msvq_fast.cli import main
+from msvq_fast.models import from_pretrained
+from msvq_fast.training import loop
+from msvq_fast.training.checkpoint import checkpoint_path, find_model, list_checkpoints, read_state
+from msvq_fast.training.interrupt import StopSignals
+
+Train = Callable[..., int]
+ReadMetrics = Callable[[Path], list[dict[str, Any]]]
+
+
+def losses(records: list[dict[str, Any]]) -> list[float]:
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint_path(out, step) / "model.safetensors")
+
+
+def test_it_learns_the_built_in_photographs(tmp_path: Path, read_metrics: ReadMetrics) -> None:
+    sizes = ["--model.resolution=32", "--model.latents=[4,8]", "--model.width=16"]
+    run = ["--batch_size=8", "--repeat=20", "--steps=120", "--log_every=20", "--lr=1e-3"]
+    others = ["--data=builtin:photos", "--resize=64", "--device=cpu", "--validate_every=4"]
+    assert main(["train", f"--out={tmp_path}", *sizes, *run, *others]) == 0
+    records = read_metrics(tmp_path)
+    curve = losses(records)
+    assert curve[-1] < 0.75 * curve[0]
+    held_out = [record["psnr"][-1] for record in records if record["kind"] == "validation"]
+    assert len(held_out) == 2 and held_out[-1] > held_out[0]
+    last = [record for record in records if record["kind"] == "train"][-1]
+    assert all(percent >= 100 / 128 for percent in last["usage"])
+    assert all(1 < perplexity <= 128 for perplexity in last["perplexity"])
+
+
+def test_log_lines_are_means_over_their_steps(
+    tmp_path: Path, train: Train, read_metrics: ReadMetrics
+) -> None:
+    for every in (1, 3):
+        assert train(tmp_path / str(every), "--steps=6", f"--log_every={every}") == 0
+    single, means = (losses(read_metrics(tmp_path / name)) for name in ("1", "3"))
+    assert means == pytest.approx([sum(single[:3]) / 3, sum(single[3:]) / 3], rel=1e-6)
+
+
+def test_accumulation_is_one_large_batch(
+    tmp_path: Path, train: Train, read_metrics: ReadMetrics
+) -> None:
+    assert train(tmp_path / "a", "--steps=2", "--log_every=1", "--accumulate=2") == 0
+    assert train(tmp_path / "b", "--steps=2", "--log_every=1", "--batch_size=8") == 0
+    a, b = (read_metrics(tmp_path / name) for name in "ab")
+    assert losses(a) == pytest.approx(losses(b), rel=1e-4)
+    # Codes depend on the weights before the step, so the first step's statistics are the same.
+    assert a[0]["perplexity"] == pytest.approx(b[0]["perplexity"], rel=1e-6)
+    a_sizes, b_sizes = (weights(tmp_path / name, 2)["quantizers.0.cluster_size"] for name in "ab")
+    assert a_sizes.sum() == b_sizes.sum() > 0
+
+
+@pytest.mark.parametrize("preset", ["tiny", "vqvae2-tiny"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--precision=bf16", "--channels_last=on", "--grad_clip=1"),
+        ("--model.codebook_init=kmeans", "--model.restart_below=0.5", "--deterministic"),
+        ("--backend=reference", "--crop=center", "--no_flip", "--resize=20", "--workers=2"),
+    ],
+    ids=["bf16", "kmeans", "center"],
+)
+def test_every_option_trains(
+    tmp_path: Path, train: Train, read_metrics: ReadMetrics, preset: str, options: tuple[str, ...]
+) -> None:
+    small = [option.replace("--preset=tiny", f"--preset={preset}") for option in options]
+    assert train(tmp_path, f"--preset={preset}", "--steps=3", *small) == 0
+    records = read_metrics(tmp_path)
+    outputs = 2 if preset == "tiny" else 1
+    assert [len(r["psnr"]) for r in records if r["kind"] == "validation"] == [outputs]
+    model = from_pretrained(find_model(tmp_path))
+    assert model.encode(torch.zeros(1, 3, 16, 16))[-1].shape == (1, 4, 4)
+
+
+def test_a_bad_loss_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = ("--warmup_epochs=0", "--schedule=constant")
+    every = ("--steps=9", "--checkpoint_every=1", "--validate_every=0")
+    assert train(tmp_path, *schedule, *every, "--lr=1e37") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "is not finite" in error and "step" in error
+    kept = list_checkpoints(tmp_path)
+    assert (str(kept[-1]) if kept else "no checkpoint yet") in error
+    for path in kept:
+        assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("reconstruction_loss", float("nan"), "step 4: reconstruction loss of scale 1;"),
+        ("commitment_loss", float("inf"), "step 4: commitment loss of scale 1;"),
+    ],
+)
+def test_a_bad_loss_is_named(
+    tmp_path: Path,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+    value: float,
+    message: str,
+) -> None:
+    add = loop.Window.add
+
+    def spoiled(window: loop.Window, out: Any, step: int) -> None:
+        if step == 4:
+            getattr(out, part)[1] = value
+        add(window, out, step)
+
+    monkeypatch.setattr(loop.Window, "add", spoiled)
+    assert train(tmp_path, "--steps=9", "--checkpoint_every=3", "--validate_every=0") == 1
+    error = capsys.readouterr().err
+    assert message in error and "the last good checkpoint is" in error
+    assert [read_state(path)["step"] for path in list_checkpoints(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_can_go_on(
+    tmp_path: Path,
+    train: Train,
+    read_metrics: ReadMetrics,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    assert train(tmp_path / "whole", "--steps=8") == 0
+    before, step = signal.getsignal(number), loop._Run._optimizer_step
+
+    def interrupted(run: Any, stream: Any) -> None:
+        if run.step == 2:
+            os.kill(os.getpid(), number)
+        step(run, stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_optimizer_step", interrupted)
+        assert train(tmp_path / "stopped", "--steps=8") == code
+    assert [read_state(p)["step"] for p in list_checkpoints(tmp_path / "stopped")] == [3]
+    assert signal.getsignal(number) is before
+    assert train(tmp_path / "stopped", "--steps=8", "--resume=auto") == 0
+    assert read_metrics(tmp_path / "stopped") == read_metrics(tmp_path / "whole")
+    expected = weights(tmp_path / "whole", 8)
+    assert all(torch.equal(t, expected[n]) for n, t in weights(tmp_path / "stopped", 8).items())
+
+
+def test_a_second_signal_is_not_held_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_metrics_of_steps_after_the_checkpoint_are_dropped(
+    tmp_path: Path, train: Train, read_metrics: ReadMetrics
+) -> None:
+    options = ("--checkpoint_every=2", "--validate_every=0")
+    assert train(tmp_path, "--steps=4", *options) == 0
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 6, "loss": 9.0}\n{"kind": "tra')
+    assert train(tmp_path, "--steps=6", *options, "--resume=auto") == 0
+    assert [record["step"] for record in read_metrics(tmp_path)] == [2, 4, 6]
+
+
+def test_an_unreadable_image_is_named_and_counted(
+    tmp_path: Path, train: Train, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        (data / split).mkdir(parents=True)
+        for path in (pictures / split).iterdir():
+            Image.open(path).save(data / split / path.name)
+    broken = sorted((data / "train").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert train(tmp_path / "out", f"--data={data}", "--steps=5") == 0
+    printed = capsys.readouterr().out
+    assert printed.count(str(broken)) == 1 and "skipped image 1 of 10" in printed
+
+
+WORKER = """
+import sys, torch
+from msvq_fast.training import loop
+from msvq_fast.cli import main
+torch.set_num_threads(1)
+close = loop._Run.close
+def closing(run):
+    torch.save(run.model.state_dict(), sys.argv[1])
+    close(run)
+loop._Run.close = closing
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_train_as_one(
+    tmp_path: Path,
+    train: Train,
+    train_command: Callable[..., list[str]],
+    read_metrics: ReadMetrics,
+) -> None:
+    options = ("--steps=4", "--log_every=1", "--model.restart_below=0.1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command = train_command(tmp_path / "two", *options, "--batch_size=2")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path / f"{rank}.pt"), *command],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert printed[1] == "", "only the first process speaks"
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, tensor in ranks[0].items():
+        assert torch.equal(tensor, ranks[1][name]), name
+    assert train(tmp_path / "one", *options) == 0
+    two, one = losses(read_metrics(tmp_path / "two")), losses(read_metrics(tmp_path / "one"))
+    assert two == pytest.approx(one, rel=1e-3)
+    assert two[0] == pytest.approx(one[0], rel=1e-6)
+
+
+def test_config_json_repeats_the_run(tmp_path: Path, train: Train, pictures: Path) -> None:
+    assert train(tmp_path / "a", "--steps=2") == 0
+    saved = tmp_path / "a" / "config.json"
+    assert main(["train", f"--config={saved}", f"--out={tmp_path / 'b'}"]) == 0
+    again = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert {**json.loads(saved.read_text()), "out": again["out"]} == again
+    expected = weights(tmp_path / "a", 2)
+    assert all(torch.equal(t, expected[n]) for n, t in weights(tmp_path / "b", 2).items())

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from msvq_fast.training.optimizer import Schedule, warmup_steps
+
+
+def test_warm_up_rises_linearly_to_the_peak() -> None:
+    schedule = Schedule("cosine", 3e-4, warmup_steps=10, total_steps=100)
+    assert [schedule(step) for step in range(10)] == pytest.approx(
+        [3e-5 * (step + 1) for step in range(10)]
+    )
+
+
+def test_cosine_passes_through_its_middle_and_ends_at_a_tenth() -> None:
+    schedule = Schedule("cosine", 1.0, warmup_steps=20, total_steps=121)
+    rates = [schedule(step) for step in range(121)]
+    assert rates[20] == pytest.approx(1.0)
+    assert rates[70] == pytest.approx(0.55)
+    assert rates[120] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[20:]))
+
+
+def test_constant_stays_after_its_warm_up() -> None:
+    schedule = Schedule("constant", 2.0, warmup_steps=4, total_steps=10)
+    assert [schedule(step) for step in range(10)] == [0.5, 1.0, 1.5, 2.0, *[2.0] * 6]
+
+
+def test_a_run_of_one_step_has_the_peak_rate() -> None:
+    assert Schedule("cosine", 1.0, warmup_steps=0, total_steps=1)(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "total", "expected"),
+    [
+        (None, "cosine", 250 * 64, 5 * 64),  # the paper's five epochs
+        (None, "cosine", 1000, 100),  # but at most a tenth of a short run
+        (None, "constant", 250 * 64, 0),
+        (0.0, "cosine", 1000, 0),
+        (0.5, "constant", 1000, 32),
+    ],
+)
+def test_warm_up_in_steps(asked: float | None, kind: str, total: int, expected: int) -> None:
+    assert warmup_steps(asked, kind, steps_per_epoch=64, total_steps=total) == expected
