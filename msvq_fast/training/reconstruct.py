@@ -128,10 +128,9 @@ def _column_labels(gains: Sequence[int], num_scales: int) -> list[str]:
     if len(gains) == 1:
         labels.append("reconstruction")
     else:
-        labels += [
-            f"contribution {m}" + (f"\n{gain} x around grey" if m else "")
-            for m, gain in enumerate(gains)
-        ]
+        for m, gain in enumerate(gains):
+            shown = "\naround grey" if m else ""
+            labels.append(f"contribution {m}{shown}" + (f", x {gain}" if gain > 1 else ""))
         labels += ["sum of 0" if m == 0 else f"sum of 0..{m}" for m in range(len(gains))]
     return labels + [f"codes {m}" for m in range(num_scales)]
 
