@@ -42,9 +42,9 @@ def reconstruct_grid(
 ) -> None:
     """Draw one row per image: input, contributions C_m, partial sums x̂_m, token maps.
 
-    Contributions are drawn around mid-grey. C_0 is a whole image; the finer ones add and subtract
-    detail, which is often faint and then multiplied by the gain that its column states. VQ-VAE 2
-    has one contribution, its reconstruction, and M token maps.
+    C_0 is a whole image. The finer contributions add and subtract detail: they are drawn around
+    mid-grey, multiplied by the gain that their column states. VQ-VAE 2 has one contribution, its
+    reconstruction, and M token maps.
 
     Args:
         model: Moved to ``device`` and left there; its mode is restored.
@@ -68,7 +68,8 @@ def reconstruct_grid(
             labels.append(f"{name}\nPSNR {float(psnr_from_mse(error)):.2f} dB")
             codes.append([grid[0] for grid in grids])
             contributions.append([c[0] for c in parts])
-    gains = [_gain([parts[m] for parts in contributions]) for m in range(len(contributions[0]))]
+    finer = range(1, len(contributions[0]))
+    gains = [1, *(_gain([parts[m] for parts in contributions]) for m in finer)]
     rows = []
     for (_, image), grids, parts in zip(images, codes, contributions, strict=True):
         row = [image]
@@ -127,10 +128,9 @@ def _column_labels(gains: Sequence[int], num_scales: int) -> list[str]:
     if len(gains) == 1:
         labels.append("reconstruction")
     else:
-        labels += [
-            f"contribution {m}" + (f"\ngrey + {gain} x detail" if gain > 1 else "")
-            for m, gain in enumerate(gains)
-        ]
+        for m, gain in enumerate(gains):
+            shown = "\naround grey" if m else ""
+            labels.append(f"contribution {m}{shown}" + (f", x {gain}" if gain > 1 else ""))
         labels += ["sum of 0" if m == 0 else f"sum of 0..{m}" for m in range(len(gains))]
     return labels + [f"codes {m}" for m in range(num_scales)]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -132,7 +133,7 @@ def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> 
 def print_table(result: EvaluationResult, file: IO[str] | None = None) -> None:
     """Print the figures per scale: a table on a terminal, plain aligned text elsewhere."""
     console = Console(file=file, highlight=False)
-    table = Table(header_style="bold", box=Table().box if console.is_terminal else None)
+    table = Table(header_style="bold", box=HEAVY_HEAD if console.is_terminal else None)
     table.add_column("scale", justify="right")
     for name in ("codes", "MSE e-3", "PSNR dB", "SSIM", "MSE e-3\nto target", "usage %"):
         table.add_column(name, justify="right")

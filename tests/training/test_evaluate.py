@@ -156,6 +156,18 @@ def test_table_off_a_terminal_is_plain_text(model):
     assert ["mean", f"{result.usage:.1f}", f"{result.perplexity:.1f}"] in rows
 
 
+def test_table_on_a_terminal_has_rules(model):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    file = Terminal()
+    result = evaluate(model, tiles(2))
+    print_table(result, file)
+    assert "━" in file.getvalue()
+    assert f"{result.final.psnr:.2f}" in file.getvalue()
+
+
 def test_bad_input_of_evaluate(model):
     with pytest.raises(InputError, match="tiles is empty"):
         evaluate(model, [])

@@ -51,8 +51,7 @@ def test_a_row_is_input_contributions_sums_and_codes(tmp_path, drawn):
     assert torch.equal(row[3], to_uint8(c_0[0]))
     assert torch.equal(row[4], to_uint8((c_0 + c_1)[0]))
     for m, column in ((0, 1), (1, 2)):
-        label = drawn["column_labels"][column]
-        gain = int(label.split("grey + ")[1].split()[0]) if "grey" in label else 1
+        gain = int(drawn["column_labels"][column].partition(", x ")[2] or 1)
         assert torch.equal(row[column], signed_to_uint8((c_0, c_1)[m][0], gain))
         assert torch.equal(row[5 + m], code_map(codes[m][0], 32))
     assert drawn["column_labels"][3:] == ["sum of 0", "sum of 0..1", "codes 0", "codes 1"]
@@ -66,7 +65,7 @@ def test_faint_detail_is_amplified_and_said_so(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(model, "contributions", lambda codes: [torch.ones(1, 3, 64, 64), faint])
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     reconstruct_grid(model, [("black", image)], tmp_path / "grid.png")
-    assert drawn["column_labels"][1:3] == ["contribution 0", "contribution 1\ngrey + 16 x detail"]
+    assert drawn["column_labels"][1:3] == ["contribution 0", "contribution 1\naround grey, x 16"]
     assert torch.equal(drawn["rows"][0][2], signed_to_uint8(faint[0], 16))
 
 
