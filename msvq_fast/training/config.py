@@ -68,8 +68,9 @@ class TrainConfig:
         steps: Optimiser steps; wins over ``epochs``.
         batch_size: Images per process and micro-batch.
         accumulate: Micro-batches per optimiser step.
-        lr: Peak learning rate of Adam.
-        betas: Adam's two decay rates, as the paper prints them.
+        lr: Peak learning rate of Adam; None is the paper's 3e-4, for the tiny presets 1e-3.
+        betas: Adam's two decay rates; None is (0.9, 0.5) as the paper prints them, for the tiny
+            presets (0.5, 0.9), since the printed ones diverge there.
         schedule: None is cosine for MS-VQVAE and constant for VQ-VAE 2, as in the paper.
         warmup_epochs: Epochs of linear warm-up; None is 5 with cosine, but at most a tenth of the
             run, and 0 with constant.
@@ -105,8 +106,8 @@ class TrainConfig:
     steps: int | None = None
     batch_size: int = 16
     accumulate: int = 1
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.5)
+    lr: float | None = None
+    betas: tuple[float, float] | None = None
     schedule: Literal["cosine", "constant"] | None = None
     warmup_epochs: float | None = None
     min_lr_fraction: float = 0.1
@@ -140,17 +141,17 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise InputError(f"{name}={value}; expected at least {least}")
-        if not 0 < self.lr < float("inf"):
+        if self.lr is not None and not 0 < self.lr < float("inf"):
             raise InputError(f"lr={self.lr}; expected a positive finite number")
         if not 0 <= self.min_lr_fraction <= 1:
             raise InputError(f"min_lr_fraction={self.min_lr_fraction}; expected 0 to 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas={tuple(self.betas)}; expected two numbers in [0, 1)")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, numbers and strings, as config.json holds them."""
         plain = asdict(self)
-        plain["betas"] = list(self.betas)
+        plain["betas"] = None if self.betas is None else list(self.betas)
         if self.model.latents is not None:
             plain["model"]["latents"] = list(self.model.latents)
         return plain

@@ -89,6 +89,22 @@ def choose_device(device: str, local_rank: int | None = None) -> torch.device:
     return torch.device("cuda", index)
 
 
+@contextlib.contextmanager
+def determinism(wanted: bool, world: World) -> Iterator[None]:
+    """Choose between the quickest convolution kernels and repeatable ones, for this run only."""
+    before = (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+    if wanted:
+        # cuBLAS reads this when it is first used and is not repeatable without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = world.device.type == "cuda" and not wanted
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
 def wrap(model: nn.Module, world: World) -> nn.Module:
     """Average gradients over the processes; weights and codebooks start as rank 0's."""
     if world.size == 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -22,7 +21,13 @@ from msvq_fast.training import checkpoint, distributed
 from msvq_fast.training.config import TrainConfig
 from msvq_fast.training.distributed import World
 from msvq_fast.training.interrupt import StopSignals
-from msvq_fast.training.optimizer import Schedule, build_adam, warmup_steps
+from msvq_fast.training.optimizer import (
+    Schedule,
+    build_adam,
+    is_unstable,
+    optimizer_settings,
+    warmup_steps,
+)
 from msvq_fast.training.progress import MetricsFile, open_display
 from msvq_fast.training.resume import check_same_run, choose_checkpoint, describe_model
 from msvq_fast.training.validation import load_tiles, validate
@@ -44,7 +49,10 @@ def run_train(config: TrainConfig) -> int:
         OSError: If the run's folder cannot be written.
     """
     config.check()
-    with distributed.join(config.device) as world, _determinism(config, world):
+    with (
+        distributed.join(config.device) as world,
+        distributed.determinism(config.deterministic, world),
+    ):
         run = _Run(config, world)
         try:
             with StopSignals() as signals:
@@ -125,7 +133,8 @@ class _Run:
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
         )
-        self.schedule = Schedule(kind, config.lr, warmup, self.total_steps, config.min_lr_fraction)
+        lr, self.betas = optimizer_settings(config.preset, config.lr, config.betas)
+        self.schedule = Schedule(kind, lr, warmup, self.total_steps, config.min_lr_fraction)
 
     def _build(self, start: Path | None) -> None:
         config, world = self.config, self.world
@@ -143,7 +152,7 @@ class _Run:
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.model.train()
         self.model.defer_codebook_updates()
-        self.optimizer = build_adam(self.model.parameters(), lr=config.lr, betas=config.betas)
+        self.optimizer = build_adam(self.model.parameters(), lr=self.schedule.lr, betas=self.betas)
         model_config = self.model_config
         images = model_config.num_scales if isinstance(model_config, MSVQVAEConfig) else 1
         self.window = Window(images, model_config.num_scales, model_config.num_codes, world)
@@ -181,6 +190,11 @@ class _Run:
             f" {self.dataset.size} px an epoch; {self.steps_per_epoch} steps an epoch,"
             f" {self.total_steps} in all; into {self.out}"
         )
+        if is_unstable(self.betas):
+            self.display.message(
+                f"warning: betas={self.betas} as the paper prints them can diverge, since Adam's "
+                "steps grow where a gradient vanishes (β₁² > β₂); --betas=[0.5,0.9] does not"
+            )
         if self.step:
             self.display.message(f"going on after step {self.step}")
             if state.get("images", files) != files:
@@ -214,7 +228,8 @@ class _Run:
         except TrainingError as error:
             good = checkpoint.list_checkpoints(self.out)
             where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint yet"
-            raise TrainingError(f"{error}; {where}; try a lower lr or grad_clip=1") from None
+            remedy = "--betas=[0.5,0.9]" if is_unstable(self.betas) else "a lower lr or grad_clip=1"
+            raise TrainingError(f"{error}; {where}; try {remedy}") from None
         return 0
 
     def _epoch(self, done: int) -> Generator[Tensor, None, None]:
@@ -373,19 +388,3 @@ class _Run:
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise TrainingError(f"{name} is not finite after step {self.step}")
-
-
-@contextlib.contextmanager
-def _determinism(config: TrainConfig, world: World) -> Iterator[None]:
-    """Choose between the quickest convolution kernels and repeatable ones, for this run only."""
-    before = (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
-    if config.deterministic:
-        # cuBLAS reads this when it is first used and is not repeatable without it.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = world.device.type == "cuda" and not config.deterministic
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]

@@ -10,6 +10,23 @@ from typing import Literal
 import torch
 from torch.nn import Parameter
 
+Betas = tuple[float, float]
+
+
+def optimizer_settings(preset: str, lr: float | None, betas: Betas | None) -> tuple[float, Betas]:
+    """Return Adam's rate and betas: as asked, else the paper's, or those tried on `tiny`."""
+    tiny = preset.endswith("tiny")
+    if lr is None:
+        lr = 1e-3 if tiny else 3e-4
+    if betas is None:
+        betas = (0.5, 0.9) if tiny else (0.9, 0.5)
+    return lr, betas
+
+
+def is_unstable(betas: Betas) -> bool:
+    """Whether Adam's step grows where a gradient vanishes: m falls by β₁ but √v by √β₂."""
+    return betas[0] ** 2 > betas[1]
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -52,8 +69,6 @@ def warmup_steps(
     return min(5 * steps_per_epoch, total_steps // 10)
 
 
-def build_adam(
-    parameters: Iterable[Parameter], *, lr: float, betas: tuple[float, float]
-) -> torch.optim.Adam:
+def build_adam(parameters: Iterable[Parameter], *, lr: float, betas: Betas) -> torch.optim.Adam:
     """Adam with eps 1e-8 and no decay, in one fused kernel where all parameters are floats."""
     return torch.optim.Adam(list(parameters), lr=lr, betas=betas, eps=1e-8, fused=True)

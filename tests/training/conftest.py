@@ -21,6 +21,8 @@ SMALL_MODEL = [
     "--model.code_dim=4",
     "--model.num_codes=8",
     "--model.num_residual_blocks=1",
+    "--model.codebook_init=uniform",
+    "--model.restart_below=0",
 ]
 
 
