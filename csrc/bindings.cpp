@@ -62,7 +62,8 @@ msvq::RowStrides row_strides(std::array<int64_t, 3> strides) {
 double vector_quantize_cpu(Pointer z, int type, std::array<int64_t, 3> size,
                            std::array<int64_t, 3> z_strides, Pointer codebook, int64_t num_codes,
                            Pointer codes, Pointer z_q, std::array<int64_t, 3> z_q_strides,
-                           Pointer counts, Pointer sums, int threads, const std::string& isa) {
+                           Pointer counts, Pointer sums, int threads, bool matrix_unit,
+                           const std::string& isa) {
   double squared_error = 0;
   msvq::VectorQuantizeParams params{};
   params.z = reinterpret_cast<const void*>(z);
@@ -79,6 +80,7 @@ double vector_quantize_cpu(Pointer z, int type, std::array<int64_t, 3> size,
   params.squared_error = &squared_error;
   params.counts = reinterpret_cast<int64_t*>(counts);
   params.sums = reinterpret_cast<float*>(sums);
+  params.matrix_unit = matrix_unit;
   params.threads = threads;
   msvq::vector_quantize(isa_named(isa), params);
   return squared_error;
@@ -115,7 +117,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("vector_quantize_cpu", &vector_quantize_cpu, py::arg("z"), py::arg("type"), py::arg("size"),
         py::arg("z_strides"), py::arg("codebook"), py::arg("num_codes"), py::arg("codes"),
         py::arg("z_q"), py::arg("z_q_strides"), py::arg("counts"), py::arg("sums"),
-        py::arg("threads"), py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
+        py::arg("threads"), py::arg("matrix_unit") = true, py::arg("isa") = "",
+        py::call_guard<py::gil_scoped_release>());
   m.def("vector_quantize_backward_cpu", &vector_quantize_backward_cpu, py::arg("z"),
         py::arg("grad_z_q"), py::arg("grad_z"), py::arg("type"), py::arg("size"),
         py::arg("strides"), py::arg("codebook"), py::arg("codes"), py::arg("scale"),

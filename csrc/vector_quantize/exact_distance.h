@@ -25,8 +25,8 @@ inline vdouble rounded(vdouble x) {
   return x;
 }
 
-// The nearest of the codes added in ascending order, the first of them on ties; kDoubles of them
-// are measured at once. Code 0 if none is at a finite distance.
+// The nearest of the codes added, the lowest index on ties; kDoubles of them are measured at once.
+// Code 0 if none is at a finite distance.
 class NearestExact {
  public:
   NearestExact(const float* z, const float* codebook, int64_t width)
@@ -55,7 +55,7 @@ class NearestExact {
       distance += rounded(difference * difference);
     }
     for (int i = 0; i < pending_; ++i) {
-      if (distance[i] < best_) {
+      if (distance[i] < best_ || (distance[i] == best_ && codes_[i] < code_)) {
         best_ = distance[i];
         code_ = codes_[i];
       }

@@ -10,19 +10,25 @@
 #include <cstring>
 
 #include "parallel.h"
+#include "vector_quantize/amx_split.h"
 #include "vector_quantize/rows.h"
 
 namespace msvq {
 namespace MSVQ_ISA {
 
-constexpr int64_t kPanel = 2 * kLanes;
-
-// The rounding error of a score is at most `score_error(D) * (|c|^2 / 2 + |x| |c|)`: D multiply-
-// adds, the rounding of x, c and the seed, and a margin for terms of second order.
-inline double score_error(int64_t width) { return 1.05 * static_cast<double>(width + 8) * 0x1p-24; }
+// The error of a score is at most `seed_error |c|^2 / 2 + dot_error |x| |c|`: rounding of D
+// multiply- adds, of x, c and the seed, with a margin for terms of second order and for the matrix
+// unit's order of summation. Splitting x and c in two bfloat16 leaves out lo.lo and what is below
+// lo, at most 2^-16 of the product each.
+inline double rounding_error(int64_t width) {
+  return 1.05 * static_cast<double>(width + 40) * 0x1p-24;
+}
+constexpr double kSplitError = 3.05 * 0x1p-16;
 
 struct PackedCodes {
-  float* panels;
+  float* panels;  // float32 columns, or `split`: tiles of bfloat16 pairs (amx_filter.h)
+  bool split;
+  double seed_error, dot_error;
   int64_t count, panel_count, width;
   Scratch<float> seeds, norms;  // (slots,), see pack()
   Scratch<float> mean;          // (D,)
@@ -30,8 +36,11 @@ struct PackedCodes {
   float scale;                  // power of two: every |c_d| < 1
   double max_norm;
 
-  PackedCodes(int64_t num_codes, int64_t width, float* panels)
+  PackedCodes(int64_t num_codes, int64_t width, float* panels, bool split)
       : panels(panels),
+        split(split),
+        seed_error(rounding_error(width)),
+        dot_error(rounding_error(width) + (split ? kSplitError : 0)),
         count(0),
         panel_count(0),
         width(width),
@@ -125,11 +134,12 @@ inline void centre(const float* codebook, PackedCodes* out) {
 // the squared distance up to a term of the row alone. Slots beyond the last code score infinity.
 inline void pack_panels(const float* codebook, int threads, PackedCodes* out) {
   const int64_t width = out->width;
-  const double error = score_error(width);
   out->panel_count = (out->count + kPanel - 1) / kPanel;
   Scratch<double> largest(out->panel_count);
   parallel_for(out->panel_count, threads, [&](int64_t p) {
     float* panel = out->panels + p * kPanel * width;
+    Scratch<float> unsplit(out->split ? kPanel * width : 0);
+    float* columns = out->split ? unsplit.data : panel;
     largest[p] = 0;
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const int64_t slot = p * kPanel + lane;
@@ -137,7 +147,7 @@ inline void pack_panels(const float* codebook, int threads, PackedCodes* out) {
         out->seeds[slot] = __builtin_inff();
         out->norms[slot] = 0;
         out->index[slot] = 0;
-        for (int64_t d = 0; d < width; ++d) panel[d * kPanel + lane] = 0;
+        for (int64_t d = 0; d < width; ++d) columns[d * kPanel + lane] = 0;
         continue;
       }
       const float* e = codebook + out->index[slot] * width;
@@ -145,13 +155,16 @@ inline void pack_panels(const float* codebook, int threads, PackedCodes* out) {
       for (int64_t d = 0; d < width; ++d) {
         const double c = (static_cast<double>(e[d]) - out->mean[d]) * out->scale;
         square += c * c;
-        panel[d * kPanel + lane] = static_cast<float>(c);
+        columns[d * kPanel + lane] = static_cast<float>(c);
       }
       const double norm = __builtin_sqrt(square) * (1 + 1e-6);
-      out->seeds[slot] = static_cast<float>(0.5 * square * (1 - error));
+      out->seeds[slot] = static_cast<float>(0.5 * square * (1 - out->seed_error));
       out->norms[slot] = static_cast<float>(norm);
       largest[p] = norm > largest[p] ? norm : largest[p];
     }
+#ifdef MSVQ_AMX
+    if (out->split) split_panel(columns, width, panel);
+#endif
   });
   for (int64_t p = 0; p < out->panel_count; ++p)
     out->max_norm = largest[p] > out->max_norm ? largest[p] : out->max_norm;

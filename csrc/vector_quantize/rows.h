@@ -12,7 +12,15 @@
 namespace msvq {
 namespace MSVQ_ISA {
 
+// A multiple of every tile's rows; the running best of so many rows stays in the first cache.
+#if defined(__AVX512F__)
+constexpr int64_t kBlockRows = 96;
+#else
 constexpr int64_t kBlockRows = 48;
+#endif
+
+// Codes scored together.
+constexpr int64_t kPanel = 2 * kLanes;
 
 // Uninitialised scratch memory that frees itself.
 template <class T>

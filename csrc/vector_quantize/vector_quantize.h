@@ -31,6 +31,7 @@ struct VectorQuantizeParams {
   double* squared_error;  // sum of (z - e)^2
   int64_t* counts;        // (K,)
   float* sums;            // (K, D), with room for K rounded up to a multiple of 32
+  bool matrix_unit;       // use the processor's matrix unit, if it has one
   int threads;
 };
 

@@ -17,10 +17,10 @@ void load_block(const Rows<const T>& z, int64_t row, const PackedCodes& codes, B
   const int64_t width = codes.width, count = block->count;
   const float scale = -codes.scale;
   float square[kBlockRows];
+  block->ld = z.by_row() ? width : kBlockRows;
   if (z.by_row()) {
-    block->ld = width;
     for (int64_t i = 0; i < count; ++i) {
-      float* x = block->x + i * width;
+      float* x = &block->x[i * width];
       widen_row(z.at(row + i), x, width);
       vfloat sum = {};
       int64_t d = 0;
@@ -36,23 +36,33 @@ void load_block(const Rows<const T>& z, int64_t row, const PackedCodes& codes, B
       }
     }
   } else {
-    block->ld = kBlockRows;
-    for (int64_t i = 0; i < count; ++i) square[i] = 0;
+    for (int64_t i = 0; i < kBlockRows; ++i) square[i] = 0;
     for (int64_t d = 0; d < width; ++d) {
-      float* x = block->x + d * kBlockRows;
+      float* x = &block->x[d * kBlockRows];
       read_column(z, row, count, d, x);
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = count; i < kBlockRows; ++i) x[i] = 0;
+      for (int64_t i = 0; i < kBlockRows; ++i) {
         x[i] = (x[i] - codes.mean[d]) * scale;
         square[i] += x[i] * x[i];
       }
     }
   }
   // The margins cover the rounding of the sum of squares and the squares that underflow.
-  const float error = static_cast<float>(score_error(width) * 1.001);
-  for (int64_t i = 0; i < count; ++i) {
+  const float error = static_cast<float>(codes.dot_error * 1.001);
+  for (int64_t i = count; i < kBlockRows; ++i) square[i] = 0;
+  for (int64_t i = 0; i < kBlockRows; ++i) {
     block->norm[i] = __builtin_sqrtf(square[i]) * 1.001f + 1e-17f;
     block->error_norm[i] = -error * block->norm[i];
   }
+#ifdef MSVQ_AMX
+  if (!codes.split) return;
+  const SplitRows split{block->hi.data, block->lo.data};
+  if (z.by_row()) {
+    for (int64_t i = 0; i < count; ++i) split_row(&block->x[i * width], width, i, split);
+  } else {
+    split_columns(block->x.data, width, count, split);
+  }
+#endif
 }
 
 bool all_finite(const float* x, int64_t width) {
@@ -61,22 +71,21 @@ bool all_finite(const float* x, int64_t width) {
   return finite;
 }
 
-template <class T, bool kByRow>
+template <class T>
 void search_block(const Rows<const T>& z, int64_t row, const float* codebook,
-                  const PackedCodes& codes, Block* block, float* z_row, int64_t* out) {
+                  const PackedCodes& codes, Block* block, int64_t* out) {
   load_block(z, row, codes, block);
-  scan_block<kByRow>(*block, codes);
+  scan(z.by_row(), block, codes);
   for (int64_t i = 0; i < block->count; ++i) {
     const RowBest best = reduce_lanes(block->state[i]);
-    const double limit = score_limit(best.best, block->norm[i], best.slot, codes);
+    const double limit = score_limit(best, block->norm[i], codes);
     if (best.second > limit) {
       out[i] = codes.index[best.slot];
       continue;
     }
-    read_row(z, row + i, codes.width, z_row);
-    out[i] = all_finite(z_row, codes.width)
-                 ? search_row<kByRow>(*block, i, limit, z_row, codebook, codes)
-                 : kSkipped;
+    read_row(z, row + i, codes.width, block->z_row.data);
+    out[i] = all_finite(block->z_row.data, codes.width) ? resolve(block, i, limit, codebook, codes)
+                                                        : kSkipped;
   }
 }
 
@@ -165,27 +174,27 @@ void quantize(const VectorQuantizeParams& p) {
   // The packed codes live where the sums will be: neither needs the room while the other does.
   const int64_t slots = PackedCodes::slots(p.num_codes);
   Scratch<float> own_panels(p.sums == nullptr ? slots * width : 0);
-  PackedCodes codes(p.num_codes, width, p.sums == nullptr ? own_panels.data : p.sums);
+  bool split = false;
+#ifdef MSVQ_AMX
+  split = p.matrix_unit && width % 32 == 0 && amx_available();
+#endif
+  PackedCodes codes(p.num_codes, width, p.sums == nullptr ? own_panels.data : p.sums, split);
   pack(p.codebook, p.num_codes, p.threads, &codes);
 
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  constexpr int64_t kTask = 8;
+  constexpr int64_t kTask = 4;
   Scratch<double> errors(p.sums == nullptr ? 0 : blocks);
   parallel_for((blocks + kTask - 1) / kTask, p.threads, [&](int64_t task) {
-    Scratch<float> x(kBlockRows * width), scratch(kBlockRows * width), z_row(width);
-    Scratch<LaneBest> state(kBlockRows);
-    float norm[kBlockRows], error_norm[kBlockRows];
+    Block block(codes);
     for (int64_t b = task * kTask; b < blocks && b < (task + 1) * kTask; ++b) {
       const int64_t row = b * kBlockRows;
       const int64_t count = rows - row < kBlockRows ? rows - row : kBlockRows;
-      Block block{count, 0, x.data, norm, error_norm, state.data};
       int64_t* out = p.codes + row;
+      block.count = count;
       if (codes.count == 0) {
         for (int64_t i = 0; i < count; ++i) out[i] = 0;
-      } else if (z.by_row()) {
-        search_block<T, true>(z, row, p.codebook, codes, &block, z_row.data, out);
       } else {
-        search_block<T, false>(z, row, p.codebook, codes, &block, z_row.data, out);
+        search_block(z, row, p.codebook, codes, &block, out);
       }
       if (p.sums == nullptr) {
         for (int64_t i = 0; i < count; ++i) out[i] = out[i] == kSkipped ? 0 : out[i];
@@ -193,7 +202,7 @@ void quantize(const VectorQuantizeParams& p) {
       }
       int64_t known[kBlockRows];
       for (int64_t i = 0; i < count; ++i) known[i] = out[i] == kSkipped ? 0 : out[i];
-      errors[b] = write_block(z, z_q, row, count, p.codebook, known, width, scratch.data);
+      errors[b] = write_block(z, z_q, row, count, p.codebook, known, width, block.x.data);
     }
   });
   if (p.sums == nullptr) return;
@@ -212,7 +221,7 @@ void backward(const VectorQuantizeBackwardParams& p) {
   const Rows<const T> grad_z_q{static_cast<const T*>(p.grad_z_q), p.strides, p.inner};
   const Rows<T> grad_z{static_cast<T*>(p.grad_z), p.strides, p.inner};
   const bool through = p.grad_z_q != nullptr;
-  constexpr int64_t kTask = 8;
+  constexpr int64_t kTask = 4;
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   parallel_for((blocks + kTask - 1) / kTask, p.threads, [&](int64_t task) {
     const int64_t length = z.by_row() ? width : kBlockRows;
