@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gaussian_blur/gaussian_blur.h"
+#include "vector_quantize/vector_quantize.h"
 
 namespace py = pybind11;
 
@@ -53,6 +54,58 @@ void gaussian_blur_cpu(Pointer x, Pointer out, int type, std::array<int64_t, 4> 
   msvq::gaussian_blur(isa_named(isa), params);
 }
 
+msvq::RowStrides row_strides(std::array<int64_t, 3> strides) {
+  return {strides[0], strides[1], strides[2]};
+}
+
+// Returns the sum of (z - e)^2; with sums = 0 only the codes are written.
+double vector_quantize_cpu(Pointer z, int type, std::array<int64_t, 3> size,
+                           std::array<int64_t, 3> z_strides, Pointer codebook, int64_t num_codes,
+                           Pointer codes, Pointer z_q, std::array<int64_t, 3> z_q_strides,
+                           Pointer counts, Pointer sums, int threads, bool matrix_unit,
+                           const std::string& isa) {
+  double squared_error = 0;
+  msvq::VectorQuantizeParams params{};
+  params.z = reinterpret_cast<const void*>(z);
+  params.type = static_cast<msvq::LatentType>(type);
+  params.outer = size[0];
+  params.inner = size[1];
+  params.width = size[2];
+  params.z_strides = row_strides(z_strides);
+  params.codebook = reinterpret_cast<const float*>(codebook);
+  params.num_codes = num_codes;
+  params.codes = reinterpret_cast<int64_t*>(codes);
+  params.z_q = reinterpret_cast<void*>(z_q);
+  params.z_q_strides = row_strides(z_q_strides);
+  params.squared_error = &squared_error;
+  params.counts = reinterpret_cast<int64_t*>(counts);
+  params.sums = reinterpret_cast<float*>(sums);
+  params.matrix_unit = matrix_unit;
+  params.threads = threads;
+  msvq::vector_quantize(isa_named(isa), params);
+  return squared_error;
+}
+
+void vector_quantize_backward_cpu(Pointer z, Pointer grad_z_q, Pointer grad_z, int type,
+                                  std::array<int64_t, 3> size, std::array<int64_t, 3> strides,
+                                  Pointer codebook, Pointer codes, double scale, int threads,
+                                  const std::string& isa) {
+  msvq::VectorQuantizeBackwardParams params{};
+  params.z = reinterpret_cast<const void*>(z);
+  params.grad_z_q = reinterpret_cast<const void*>(grad_z_q);
+  params.grad_z = reinterpret_cast<void*>(grad_z);
+  params.type = static_cast<msvq::LatentType>(type);
+  params.outer = size[0];
+  params.inner = size[1];
+  params.width = size[2];
+  params.strides = row_strides(strides);
+  params.codebook = reinterpret_cast<const float*>(codebook);
+  params.codes = reinterpret_cast<const int64_t*>(codes);
+  params.scale = static_cast<float>(scale);
+  params.threads = threads;
+  msvq::vector_quantize_backward(isa_named(isa), params);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -61,4 +114,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("size"), py::arg("taps_y"), py::arg("taps_x"), py::arg("border"),
         py::arg("adjoint"), py::arg("threads"), py::arg("isa") = "",
         py::call_guard<py::gil_scoped_release>());
+  m.def("vector_quantize_cpu", &vector_quantize_cpu, py::arg("z"), py::arg("type"), py::arg("size"),
+        py::arg("z_strides"), py::arg("codebook"), py::arg("num_codes"), py::arg("codes"),
+        py::arg("z_q"), py::arg("z_q_strides"), py::arg("counts"), py::arg("sums"),
+        py::arg("threads"), py::arg("matrix_unit") = true, py::arg("isa") = "",
+        py::call_guard<py::gil_scoped_release>());
+  m.def("vector_quantize_backward_cpu", &vector_quantize_backward_cpu, py::arg("z"),
+        py::arg("grad_z_q"), py::arg("grad_z"), py::arg("type"), py::arg("size"),
+        py::arg("strides"), py::arg("codebook"), py::arg("codes"), py::arg("scale"),
+        py::arg("threads"), py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 }

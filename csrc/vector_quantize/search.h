@@ -1,0 +1,169 @@
+// The exact nearest code: a filter with a certified error bound, then float64 for the rest.
+//
+// Every code's score is a lower bound of half its distance (packed_codes.h). The best code of a
+// row is certain if the second lowest bound lies above the best code's upper bound; otherwise every
+// code whose lower bound does not is measured in float64 in the order of the definition.
+#pragma once
+#include <cstdint>
+
+#include "vector_quantize/amx_filter.h"
+#include "vector_quantize/exact_distance.h"
+#include "vector_quantize/scores.h"
+
+namespace msvq {
+namespace MSVQ_ISA {
+
+// Rows scored at once: the accumulators of 2 x kTileRows vectors fill the registers.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;
+#else
+constexpr int kTileRows = 6;
+#endif
+
+// Scratch memory of a task. Latents are centred, scaled and negated.
+struct Block {
+  Scratch<float> x;  // row by row (ld = D) or d by d (ld = kBlockRows)
+  Scratch<float> panel, z_row, x_row;
+  Scratch<uint16_t> hi, lo;  // of x, for the matrix unit
+  Scratch<LaneBest> state;
+  float norm[kBlockRows];        // upper bounds of |x|; inf or NaN if the filter cannot be used
+  float error_norm[kBlockRows];  // -dot_error |x|
+  int64_t count, ld;
+
+  explicit Block(const PackedCodes& codes)
+      : x(kBlockRows * codes.width),
+        panel(codes.split ? kPanel * codes.width : 0),
+        z_row(codes.width),
+        x_row(codes.width),
+        hi(codes.split ? kBlockRows * codes.width : 0),
+        lo(codes.split ? kBlockRows * codes.width : 0),
+        state(kBlockRows),
+        count(0),
+        ld(0) {}
+};
+
+template <int kRows, bool kByRow>
+inline void score_panel(const float* x, int64_t ld, const float* error_norm, const float* panel,
+                        const float* seeds, const float* norms, int64_t width,
+                        vfloat (&score)[kRows][2]) {
+  const vfloat seed0 = load(seeds), seed1 = load(seeds + kLanes);
+  const vfloat norm0 = load(norms), norm1 = load(norms + kLanes);
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+    const vfloat e = broadcast(error_norm[r]);
+    score[r][0] = seed0 + e * norm0;
+    score[r][1] = seed1 + e * norm1;
+  }
+  for (int64_t d = 0; d < width; ++d) {
+    const vfloat c0 = load(panel + d * kPanel), c1 = load(panel + d * kPanel + kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const vfloat b = broadcast(kByRow ? x[r * ld + d] : x[d * ld + r]);
+      score[r][0] += b * c0;
+      score[r][1] += b * c1;
+    }
+  }
+}
+
+template <int kRows, bool kByRow>
+inline void scan_tile(Block* block, int64_t first, const PackedCodes& codes, int64_t p) {
+  vfloat score[kRows][2];
+  const float* x = block->x.data + (kByRow ? first * block->ld : first);
+  score_panel<kRows, kByRow>(x, block->ld, block->error_norm + first,
+                             codes.panels + p * kPanel * codes.width, &codes.seeds[p * kPanel],
+                             &codes.norms[p * kPanel], codes.width, score);
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+    LaneBest state = block->state[first + r];
+    keep_best(score[r][0], 2 * p, &state);
+    keep_best(score[r][1], 2 * p + 1, &state);
+    block->state[first + r] = state;
+  }
+}
+
+template <bool kByRow>
+inline void scan_block(Block* block, const PackedCodes& codes) {
+  for (int64_t p = 0; p < codes.panel_count; ++p) {
+    int64_t first = 0;
+    for (; first + kTileRows <= block->count; first += kTileRows)
+      scan_tile<kTileRows, kByRow>(block, first, codes, p);
+    for (; first + 3 <= block->count; first += 3) scan_tile<3, kByRow>(block, first, codes, p);
+    for (; first < block->count; ++first) scan_tile<1, kByRow>(block, first, codes, p);
+  }
+}
+
+// Fills the running best of the block's rows.
+inline void scan(bool by_row, Block* block, const PackedCodes& codes) {
+  for (int64_t i = 0; i < kBlockRows; ++i) clear(&block->state[i]);
+#ifdef MSVQ_AMX
+  if (codes.split) {
+    const SplitRows split{block->hi.data, block->lo.data};
+    return scan_split(split, block->count, block->error_norm, codes, block->state.data);
+  }
+#endif
+  if (by_row) return scan_block<true>(block, codes);
+  scan_block<false>(block, codes);
+}
+
+// Scores up to this may belong to the nearest code: the best code's upper bound, and what float64
+// rounds off the definition's distances themselves.
+inline double score_limit(const RowBest& best, double norm, const PackedCodes& codes) {
+  const double width = static_cast<double>(codes.width), code_norm = codes.norms[best.slot];
+  const double error =
+      codes.seed_error * 0.51 * code_norm * code_norm + codes.dot_error * 1.01 * norm * code_norm;
+  const double both = norm + codes.max_norm;
+  const double definition = (width + 8) * 0x1p-52 * both * both;
+  const double underflow = 8 * (width + 4) * 0x1p-126 * (1 + norm);
+  return best.best + 2 * error + definition + underflow;
+}
+
+// Scores the row against every code once more and measures those not above `limit`.
+inline void measure_all(Block* block, int64_t i, float limit, const PackedCodes& codes,
+                        NearestExact* nearest) {
+  const bool all = !(block->norm[i] < __builtin_inff());
+  for (int64_t d = 0; d < codes.width; ++d)
+    block->x_row[d] = (block->z_row[d] - codes.mean[d]) * -codes.scale;
+  for (int64_t p = 0; p < codes.panel_count; ++p) {
+    const int64_t slot = p * kPanel;
+    const int64_t lanes = codes.count - slot < kPanel ? codes.count - slot : kPanel;
+    float scores[kPanel] = {};
+    if (!all) {
+      const float* panel = codes.panels + slot * codes.width;
+#ifdef MSVQ_AMX
+      if (codes.split) {
+        join_panel(panel, codes.width, block->panel.data);
+        panel = block->panel.data;
+      }
+#endif
+      vfloat score[1][2];
+      score_panel<1, true>(block->x_row.data, codes.width, block->error_norm + i, panel,
+                           &codes.seeds[slot], &codes.norms[slot], codes.width, score);
+      store(scores, score[0][0]);
+      store(scores + kLanes, score[0][1]);
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      if (all || scores[lane] <= limit) nearest->add(codes.index[slot + lane]);
+  }
+}
+
+// The nearest code of row `i`, whose values are in `z_row`, where the filter leaves several.
+inline int64_t resolve(Block* block, int64_t i, double limit, const float* codebook,
+                       const PackedCodes& codes) {
+  NearestExact nearest(block->z_row.data, codebook, codes.width);
+  const float bound = static_cast<float>(limit * (limit > 0 ? 1 + 1e-6 : 1 - 1e-6));
+  float best[kLanes], second[kLanes];
+  store(best, block->state[i].best);
+  store(second, block->state[i].second);
+  bool known = block->norm[i] < __builtin_inff();  // a lane holds at most one candidate
+  for (int lane = 0; lane < kLanes; ++lane) known &= second[lane] > bound;
+  if (!known) {
+    measure_all(block, i, bound, codes, &nearest);
+    return nearest.result();
+  }
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (best[lane] <= bound) nearest.add(codes.index[block->state[i].vector[lane] * kLanes + lane]);
+  return nearest.result();
+}
+
+}  // namespace MSVQ_ISA
+}  // namespace msvq

@@ -1,0 +1,271 @@
+// Vector quantization on the CPU: see vector_quantize.h.
+#include "parallel.h"
+#include "vector_quantize/rows.h"
+#include "vector_quantize/search.h"
+#include "vector_quantize/vector_quantize.h"
+
+namespace msvq {
+namespace MSVQ_ISA {
+
+namespace {
+
+constexpr int64_t kSkipped = -1;  // marks a non-finite row until the statistics are done
+
+// Centres and scales the rows from `row`, negated, and bounds their norms.
+template <class T>
+void load_block(const Rows<const T>& z, int64_t row, const PackedCodes& codes, Block* block) {
+  const int64_t width = codes.width, count = block->count;
+  const float scale = -codes.scale;
+  float square[kBlockRows];
+  block->ld = z.by_row() ? width : kBlockRows;
+  if (z.by_row()) {
+    for (int64_t i = 0; i < count; ++i) {
+      float* x = &block->x[i * width];
+      widen_row(z.at(row + i), x, width);
+      vfloat sum = {};
+      int64_t d = 0;
+      for (; d + kLanes <= width; d += kLanes) {
+        const vfloat v = (load(x + d) - load(&codes.mean[d])) * scale;
+        store(x + d, v);
+        sum += v * v;
+      }
+      square[i] = horizontal_sum(sum);
+      for (; d < width; ++d) {
+        x[d] = (x[d] - codes.mean[d]) * scale;
+        square[i] += x[d] * x[d];
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < kBlockRows; ++i) square[i] = 0;
+    for (int64_t d = 0; d < width; ++d) {
+      float* x = &block->x[d * kBlockRows];
+      read_column(z, row, count, d, x);
+      for (int64_t i = count; i < kBlockRows; ++i) x[i] = 0;
+      for (int64_t i = 0; i < kBlockRows; ++i) {
+        x[i] = (x[i] - codes.mean[d]) * scale;
+        square[i] += x[i] * x[i];
+      }
+    }
+  }
+  // The margins cover the rounding of the sum of squares and the squares that underflow.
+  const float error = static_cast<float>(codes.dot_error * 1.001);
+  for (int64_t i = count; i < kBlockRows; ++i) square[i] = 0;
+  for (int64_t i = 0; i < kBlockRows; ++i) {
+    block->norm[i] = __builtin_sqrtf(square[i]) * 1.001f + 1e-17f;
+    block->error_norm[i] = -error * block->norm[i];
+  }
+#ifdef MSVQ_AMX
+  if (!codes.split) return;
+  const SplitRows split{block->hi.data, block->lo.data};
+  if (z.by_row()) {
+    for (int64_t i = 0; i < count; ++i) split_row(&block->x[i * width], width, i, split);
+  } else {
+    split_columns(block->x.data, width, count, split);
+  }
+#endif
+}
+
+bool all_finite(const float* x, int64_t width) {
+  bool finite = true;
+  for (int64_t d = 0; d < width; ++d) finite &= x[d] - x[d] == 0.0f;
+  return finite;
+}
+
+template <class T>
+void search_block(const Rows<const T>& z, int64_t row, const float* codebook,
+                  const PackedCodes& codes, Block* block, int64_t* out) {
+  load_block(z, row, codes, block);
+  scan(z.by_row(), block, codes);
+  for (int64_t i = 0; i < block->count; ++i) {
+    const RowBest best = reduce_lanes(block->state[i]);
+    const double limit = score_limit(best, block->norm[i], codes);
+    if (best.second > limit) {
+      out[i] = codes.index[best.slot];
+      continue;
+    }
+    read_row(z, row + i, codes.width, block->z_row.data);
+    out[i] = all_finite(block->z_row.data, codes.width) ? resolve(block, i, limit, codebook, codes)
+                                                        : kSkipped;
+  }
+}
+
+// Writes z_q of a block and returns its sum of (z - e)^2.
+template <class T>
+float write_block(const Rows<const T>& z, const Rows<T>& z_q, int64_t row, int64_t count,
+                  const float* codebook, const int64_t* codes, int64_t width, float* scratch) {
+  vfloat sum = {};
+  float rest = 0;
+  if (z.by_row()) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float* e = codebook + codes[i] * width;
+      widen_row(z.at(row + i), scratch, width);
+      int64_t d = 0;
+      for (; d + kLanes <= width; d += kLanes) {
+        const vfloat difference = load(scratch + d) - load(e + d);
+        sum += difference * difference;
+      }
+      for (; d < width; ++d) rest += (scratch[d] - e[d]) * (scratch[d] - e[d]);
+      narrow_row(e, z_q.at(row + i), width);
+    }
+  } else {
+    float column[kBlockRows];
+    gather_columns(codebook, codes, count, width, scratch);
+    for (int64_t d = 0; d < width; ++d) {
+      const float* e = scratch + d * kBlockRows;
+      read_column(z, row, count, d, column);
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) {
+        const vfloat difference = load(column + i) - load(e + i);
+        sum += difference * difference;
+      }
+      for (; i < count; ++i) rest += (column[i] - e[i]) * (column[i] - e[i]);
+      write_column(z_q, row, count, d, e);
+    }
+  }
+  return horizontal_sum(sum) + rest;
+}
+
+// Sums over the rows of every code, in order of the rows: one task owns a range of codes and of d,
+// so that neither the thread count nor a popular code changes the order or the balance of work.
+template <class T>
+void add_statistics(const VectorQuantizeParams& p, const Rows<const T>& z, int64_t rows) {
+  constexpr int64_t kSlice = 16;
+  const int64_t width = p.width, slices = (width + kSlice - 1) / kSlice;
+  int64_t ranges = (p.threads + slices - 1) / slices;
+  ranges = ranges < p.num_codes ? ranges : p.num_codes;
+  parallel_for(slices * ranges, p.threads, [&](int64_t task) {
+    const int64_t d0 = task % slices * kSlice, range = task / slices;
+    const int64_t size = width - d0 < kSlice ? width - d0 : kSlice;
+    const int64_t low = p.num_codes * range / ranges, high = p.num_codes * (range + 1) / ranges;
+    for (int64_t k = low; k < high; ++k)
+      for (int64_t d = d0; d < d0 + size; ++d) p.sums[k * width + d] = 0;
+    float x[kBlockRows * kSlice];
+    for (int64_t row = 0; row < rows; row += kBlockRows) {
+      const int64_t count = rows - row < kBlockRows ? rows - row : kBlockRows;
+      if (!z.by_row()) {
+        float column[kBlockRows];
+        for (int64_t d = 0; d < size; ++d) {
+          read_column(z, row, count, d0 + d, column);
+          for (int64_t i = 0; i < count; ++i) x[i * kSlice + d] = column[i];
+        }
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t code = p.codes[row + i];
+        if (code < low || code >= high) continue;  // also rows that are skipped
+        float* sum = p.sums + code * width + d0;
+        float* value = x + i * kSlice;
+        if (z.by_row()) widen_row(z.at(row + i) + d0, value, size);
+        if (size == kSlice) {
+          for (int64_t d = 0; d < kSlice; ++d) sum[d] += value[d];
+        } else {
+          for (int64_t d = 0; d < size; ++d) sum[d] += value[d];
+        }
+        if (d0 == 0) ++p.counts[code];
+      }
+    }
+  });
+}
+
+template <class T>
+void quantize(const VectorQuantizeParams& p) {
+  const int64_t rows = p.outer * p.inner, width = p.width;
+  const Rows<const T> z{static_cast<const T*>(p.z), p.z_strides, p.inner};
+  const Rows<T> z_q{static_cast<T*>(p.z_q), p.z_q_strides, p.inner};
+  // The packed codes live where the sums will be: neither needs the room while the other does.
+  const int64_t slots = PackedCodes::slots(p.num_codes);
+  Scratch<float> own_panels(p.sums == nullptr ? slots * width : 0);
+  bool split = false;
+#ifdef MSVQ_AMX
+  split = p.matrix_unit && width % 32 == 0 && amx_available();
+#endif
+  PackedCodes codes(p.num_codes, width, p.sums == nullptr ? own_panels.data : p.sums, split);
+  pack(p.codebook, p.num_codes, p.threads, &codes);
+
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  constexpr int64_t kTask = 4;
+  Scratch<double> errors(p.sums == nullptr ? 0 : blocks);
+  parallel_for((blocks + kTask - 1) / kTask, p.threads, [&](int64_t task) {
+    Block block(codes);
+    for (int64_t b = task * kTask; b < blocks && b < (task + 1) * kTask; ++b) {
+      const int64_t row = b * kBlockRows;
+      const int64_t count = rows - row < kBlockRows ? rows - row : kBlockRows;
+      int64_t* out = p.codes + row;
+      block.count = count;
+      if (codes.count == 0) {
+        for (int64_t i = 0; i < count; ++i) out[i] = 0;
+      } else {
+        search_block(z, row, p.codebook, codes, &block, out);
+      }
+      if (p.sums == nullptr) {
+        for (int64_t i = 0; i < count; ++i) out[i] = out[i] == kSkipped ? 0 : out[i];
+        continue;
+      }
+      int64_t known[kBlockRows];
+      for (int64_t i = 0; i < count; ++i) known[i] = out[i] == kSkipped ? 0 : out[i];
+      errors[b] = write_block(z, z_q, row, count, p.codebook, known, width, block.x.data);
+    }
+  });
+  if (p.sums == nullptr) return;
+  double total = 0;
+  for (int64_t b = 0; b < blocks; ++b) total += errors[b];
+  *p.squared_error = total;
+  for (int64_t k = 0; k < p.num_codes; ++k) p.counts[k] = 0;
+  add_statistics(p, z, rows);
+  for (int64_t i = 0; i < rows; ++i) p.codes[i] = p.codes[i] == kSkipped ? 0 : p.codes[i];
+}
+
+template <class T>
+void backward(const VectorQuantizeBackwardParams& p) {
+  const int64_t rows = p.outer * p.inner, width = p.width;
+  const Rows<const T> z{static_cast<const T*>(p.z), p.strides, p.inner};
+  const Rows<const T> grad_z_q{static_cast<const T*>(p.grad_z_q), p.strides, p.inner};
+  const Rows<T> grad_z{static_cast<T*>(p.grad_z), p.strides, p.inner};
+  const bool through = p.grad_z_q != nullptr;
+  constexpr int64_t kTask = 4;
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  parallel_for((blocks + kTask - 1) / kTask, p.threads, [&](int64_t task) {
+    const int64_t length = z.by_row() ? width : kBlockRows;
+    Scratch<float> columns(z.by_row() ? 0 : kBlockRows * width), x(length), grad(length);
+    for (int64_t i = 0; i < length; ++i) grad[i] = 0;
+    const auto combine = [&](const float* e, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) x[i] = grad[i] + p.scale * (x[i] - e[i]);
+    };
+    for (int64_t b = task * kTask; b < blocks && b < (task + 1) * kTask; ++b) {
+      const int64_t row = b * kBlockRows;
+      const int64_t count = rows - row < kBlockRows ? rows - row : kBlockRows;
+      if (z.by_row()) {
+        for (int64_t i = row; i < row + count; ++i) {
+          widen_row(z.at(i), x.data, width);
+          if (through) widen_row(grad_z_q.at(i), grad.data, width);
+          combine(p.codebook + p.codes[i] * width, width);
+          narrow_row(x.data, grad_z.at(i), width);
+        }
+      } else {
+        gather_columns(p.codebook, p.codes + row, count, width, columns.data);
+        for (int64_t d = 0; d < width; ++d) {
+          read_column(z, row, count, d, x.data);
+          if (through) read_column(grad_z_q, row, count, d, grad.data);
+          combine(&columns[d * kBlockRows], count);
+          write_column(grad_z, row, count, d, x.data);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void vector_quantize(const VectorQuantizeParams& p) {
+  if (p.type == LatentType::float32) return quantize<float>(p);
+  if (p.type == LatentType::float16) return quantize<float16>(p);
+  quantize<bfloat16>(p);
+}
+
+void vector_quantize_backward(const VectorQuantizeBackwardParams& p) {
+  if (p.type == LatentType::float32) return backward<float>(p);
+  if (p.type == LatentType::float16) return backward<float16>(p);
+  backward<bfloat16>(p);
+}
+
+}  // namespace MSVQ_ISA
+}  // namespace msvq

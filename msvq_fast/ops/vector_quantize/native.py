@@ -1,0 +1,233 @@
+"""The C++ vector quantization on CPU tensors (csrc/vector_quantize)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from msvq_fast import _C
+from msvq_fast.ops.vector_quantize.reference import ema_update_
+
+__all__ = [
+    "ema_update_",  # K x D arithmetic beside the search's N x K x D: torch's loops are enough
+    "nearest_code",
+    "unsupported",
+    "vector_quantize",
+    "vector_quantize_backward",
+]
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_PANEL = 32  # the sums' memory first holds the packed codes, a multiple of this many
+
+
+def unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    """Why this call cannot run here, or None."""
+    if z.device.type != "cpu":
+        return f"the C++ kernel runs on CPU tensors, z is on {z.device}"
+    if z.dtype not in _TYPES:
+        return f"the C++ kernel takes float32, float16 or bfloat16, z is {z.dtype}"
+    if codebook.dtype != torch.float32:
+        return f"the C++ kernel takes a float32 codebook, it is {codebook.dtype}"
+    if codebook.shape[1] > 4096:
+        return f"the C++ kernel takes D up to 4096, it is {codebook.shape[1]}"
+    return None
+
+
+def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
+    """Code of every latent, as the reference defines it."""
+    codes: Tensor = _nearest_code(z, codebook, dim)
+    return codes
+
+
+def vector_quantize(
+    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
+) -> tuple[Tensor, ...]:
+    """``(z_q, codes, commitment_loss, code_counts, code_sums)``, all from one call."""
+    out: tuple[Tensor, ...] = _vector_quantize(z, codebook, dim, commitment_weight)
+    return out
+
+
+def vector_quantize_backward(
+    grad_z_q: Tensor | None,
+    grad_loss: Tensor,
+    z: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    dim: int,
+    commitment_weight: float,
+) -> Tensor:
+    """``grad_z_q + grad_loss 2β/numel(z) (z - e)`` in the layout of ``z``."""
+    grad_z: Tensor = _backward(grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight)
+    return grad_z
+
+
+def _strides(dim: int, *tensors: Tensor) -> tuple[list[int], list[tuple[int, int, int]]] | None:
+    """Number the rows of same-shaped tensors outer-major without moving them in memory.
+
+    Returns:
+        ``[outer, inner]`` sizes and per tensor the strides ``(outer, inner, d)``; None where the
+        dimensions beside ``dim`` do not merge into two, or neither ``d`` nor ``inner`` is dense.
+    """
+    shape = tensors[0].shape
+    groups: list[tuple[int, list[int]]] = []
+    for i, size in enumerate(shape):
+        if i == dim or size == 1:
+            continue
+        strides = [t.stride(i) for t in tensors]
+        if groups and all(a == b * size for a, b in zip(groups[-1][1], strides, strict=True)):
+            groups[-1] = (groups[-1][0] * size, strides)
+        else:
+            groups.append((size, strides))
+    if len(groups) > 2:
+        return None
+    # A single group is `inner` if its rows are neighbours, and also if there is nothing else.
+    while len(groups) < 2:
+        groups.insert(0, (1, [0] * len(tensors)))
+    width = shape[dim]
+    out = []
+    for i, t in enumerate(tensors):
+        d_stride = 1 if width == 1 else t.stride(dim)
+        out.append((groups[0][1][i], groups[1][1][i], d_stride))
+    by_row = all(s[2] == 1 for s in out)
+    by_column = all(s[1] == 1 and s[2] != 1 for s in out)
+    if not (by_row or by_column):
+        return None
+    return [groups[0][0], groups[1][0]], out
+
+
+def _like(tensor: Tensor, layout: Tensor) -> Tensor:
+    """``tensor`` in the memory layout of ``layout``, copied only if it has another."""
+    same = tensor.stride() == layout.stride()
+    return tensor if same else torch.empty_like(layout).copy_(tensor)
+
+
+@torch.library.custom_op("msvq_fast::nearest_code_native", mutates_args=(), device_types="cpu")
+def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
+    codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+    codebook = codebook.contiguous()
+    placed = _strides(dim, z)
+    if placed is None:
+        z = z.contiguous()
+        placed = _strides(dim, z)
+        assert placed is not None
+    size, (strides,) = placed
+    _C.vector_quantize_cpu(
+        z.data_ptr(),
+        _TYPES[z.dtype],
+        (*size, codebook.shape[1]),
+        strides,
+        codebook.data_ptr(),
+        codebook.shape[0],
+        codes.data_ptr(),
+        0,
+        (0, 0, 0),
+        0,
+        0,
+        torch.get_num_threads(),
+    )
+    return codes
+
+
+@_nearest_code.register_fake
+def _(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
+    return z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+
+
+@torch.library.custom_op("msvq_fast::vector_quantize_native", mutates_args=(), device_types="cpu")
+def _vector_quantize(
+    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_codes, width = codebook.shape
+    codebook = codebook.contiguous()
+    codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+    counts = z.new_empty(num_codes, dtype=torch.int64)
+    room = z.new_empty(math.ceil(num_codes / _PANEL) * _PANEL * width, dtype=torch.float32)
+    sums = room[: num_codes * width].view(num_codes, width)
+    z_q = out = torch.empty_like(z)
+    placed = _strides(dim, z, out)
+    if placed is None:
+        z, out = z.contiguous(), torch.empty(z.shape, dtype=z.dtype)
+        placed = _strides(dim, z, out)
+        assert placed is not None
+    size, (z_strides, out_strides) = placed
+    squared_error = _C.vector_quantize_cpu(
+        z.data_ptr(),
+        _TYPES[z.dtype],
+        (*size, width),
+        z_strides,
+        codebook.data_ptr(),
+        num_codes,
+        codes.data_ptr(),
+        out.data_ptr(),
+        out_strides,
+        counts.data_ptr(),
+        sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if out is not z_q:
+        z_q.copy_(out)
+    loss = commitment_weight * squared_error / max(z.numel(), 1)
+    return z_q, codes, torch.tensor(loss, dtype=torch.float32), counts, sums
+
+
+@_vector_quantize.register_fake
+def _(
+    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(z),
+        z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64),
+        z.new_empty((), dtype=torch.float32),
+        z.new_empty(codebook.shape[0], dtype=torch.int64),
+        codebook.new_empty(codebook.shape),
+    )
+
+
+@torch.library.custom_op(
+    "msvq_fast::vector_quantize_backward_native", mutates_args=(), device_types="cpu"
+)
+def _backward(
+    grad_z_q: Tensor | None,
+    grad_loss: Tensor,
+    z: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    dim: int,
+    commitment_weight: float,
+) -> Tensor:
+    grad_z = out = torch.empty_like(z)
+    if _strides(dim, out) is None:
+        out = torch.empty(z.shape, dtype=z.dtype)
+    z = _like(z, out)
+    grad_z_q = None if grad_z_q is None else _like(grad_z_q, out)
+    placed = _strides(dim, out)
+    assert placed is not None
+    size, (strides,) = placed
+    _C.vector_quantize_backward_cpu(
+        z.data_ptr(),
+        0 if grad_z_q is None else grad_z_q.data_ptr(),
+        out.data_ptr(),
+        _TYPES[z.dtype],
+        (*size, codebook.shape[1]),
+        strides,
+        codebook.data_ptr(),
+        codes.data_ptr(),
+        float(grad_loss) * 2 * commitment_weight / max(z.numel(), 1),
+        torch.get_num_threads(),
+    )
+    return grad_z if out is grad_z else grad_z.copy_(out)
+
+
+@_backward.register_fake
+def _(
+    grad_z_q: Tensor | None,
+    grad_loss: Tensor,
+    z: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    dim: int,
+    commitment_weight: float,
+) -> Tensor:
+    return torch.empty_like(z)
