@@ -67,7 +67,8 @@ def save_checkpoint(
     final = checkpoint_path(out, state["step"])
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for stale in final.parent.glob(f".{_PREFIX}*"):  # of a process that was killed while saving
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         temporary.mkdir()
         model.save_pretrained(temporary)

@@ -35,6 +35,7 @@ from msvq_fast.training.window import TrainingError, Window
 
 DEFAULT_EPOCHS = 250  # §4 of the paper
 _DEFAULT_CROPS = 1024  # crops of an epoch where ``repeat`` is not given
+_LOW_USAGE = 10  # percent
 
 
 def run_train(config: TrainConfig) -> int:
@@ -85,7 +86,7 @@ class _Run:
             check_same_run(start, state, config, model_config, world.size)
         self.step: int = state["step"]
         self.best: dict[str, Any] | None = state["best"]
-        if self.step >= self.total_steps:
+        if self.step >= self.total_steps and config.resume != "auto":
             raise InputError(
                 f"{start} is at step {self.step} of {self.total_steps}: nothing is left to train; "
                 "raise epochs or steps"
@@ -107,6 +108,7 @@ class _Run:
             repeat=config.repeat or -(-wanted // len(paths)),
         )
         self.reported: set[str] = set()
+        self.warned = False
         self.held_out = list_images(config.data, split="val") if config.validate_every else []
         self.tiles: Tensor | None = None
 
@@ -196,7 +198,8 @@ class _Run:
                 "steps grow where a gradient vanishes (β₁² > β₂); --betas=[0.5,0.9] does not"
             )
         if self.step:
-            self.display.message(f"going on after step {self.step}")
+            done = "; nothing is left to train" if self.step >= self.total_steps else ""
+            self.display.message(f"going on after step {self.step}{done}")
             if state.get("images", files) != files:
                 self.display.message(
                     f"warning: the data had {state['images']} images and has {files} now, so the "
@@ -228,7 +231,7 @@ class _Run:
         except TrainingError as error:
             good = checkpoint.list_checkpoints(self.out)
             where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint yet"
-            remedy = "--betas=[0.5,0.9]" if is_unstable(self.betas) else "a lower lr or grad_clip=1"
+            remedy = "--betas=[0.5,0.9]" if is_unstable(self.betas) else "a lower lr"
             raise TrainingError(f"{error}; {where}; try {remedy}") from None
         return 0
 
@@ -315,6 +318,13 @@ class _Run:
                 "eta_seconds": (self.total_steps - self.step) / rate,
             }
         )
+        unused = [m for m, percent in enumerate(summary.usage) if percent < _LOW_USAGE]
+        if unused and self.step >= self.steps_per_epoch and not self.warned:
+            self.warned = True
+            self.display.message(
+                f"warning: less than {_LOW_USAGE} % of the codes of scale "
+                f"{', '.join(map(str, unused))} are in use; model.restart_below=0.1 revives codes"
+            )
         new = {path: why for path, why in self.dataset.skipped.items() if path not in self.reported}
         for path, reason in new.items():
             self.reported.add(path)

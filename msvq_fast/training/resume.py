@@ -94,8 +94,7 @@ def check_same_run(
     """
     before = {**state["config"], **state["model_config"], "processes": state.get("world_size", 1)}
     now = {**config.to_dict(), **describe_model(model_config), "processes": processes}
-    # The model's own fields say more than the preset's name and the changes to it.
-    ignored = FREE_ON_RESUME | {"preset", "model"}
+    ignored = FREE_ON_RESUME | {"model"}  # the model's own fields say more
     missing = "not set"
     changed = [
         f"{name} is {before.get(name, missing)} there and {now.get(name, missing)} here"

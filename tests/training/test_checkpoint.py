@@ -91,6 +91,8 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert left[-1] == ("step_00000009" if kill == KILL_IN_STEP else "step_00000006")
     assert train(tmp_path / "killed", *SETTINGS, "--resume=auto") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "killed", 13, read_metrics)
+    names = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert all(name.startswith("step_") for name in names), "half a checkpoint was left behind"
 
 
 @pytest.fixture
@@ -144,8 +146,13 @@ def test_a_second_run_does_not_overwrite_the_first(
 def test_a_finished_run_says_that_nothing_is_left(
     run: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(run, "--steps=4", "--resume=auto", "--validate_every=0") == 2
+    newest, lines = list_checkpoints(run)[-1], (run / "metrics.jsonl").read_text()
+    assert train(run, "--steps=4", f"--resume={newest}", "--validate_every=0") == 2
     assert "step 4 of 4: nothing is left to train" in capsys.readouterr().err
+    # A command that is started again and again should end well once its work is done.
+    assert train(run, "--steps=4", "--resume=auto", "--validate_every=0") == 0
+    assert "going on after step 4; nothing is left to train" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == lines
 
 
 def truncate(path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_bad_loss_stops_and_keeps_the_last_good_checkpoint(
     assert train(tmp_path, *schedule, *every, "--lr=1e37") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "is not finite" in error and "step" in error
+    assert "is not finite" in error and "try a lower lr" in error
     kept = list_checkpoints(tmp_path)
     assert (str(kept[-1]) if kept else "no checkpoint yet") in error
     for path in kept:
@@ -253,6 +253,14 @@ def test_two_processes_train_as_one(
     two, one = losses(read_metrics(tmp_path / "two")), losses(read_metrics(tmp_path / "one"))
     assert two == pytest.approx(one, rel=1e-3)
     assert two[0] == pytest.approx(one[0], rel=1e-6)
+
+
+def test_codes_out_of_use_are_reported_once(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, "--steps=12", "--model.num_codes=256", "--validate_every=0") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("warning: less than 10 % of the codes of scale 0, 1 are in use") == 1
 
 
 def test_config_json_repeats_the_run(tmp_path: Path, train: Train, pictures: Path) -> None:
