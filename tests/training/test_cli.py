@@ -47,7 +47,7 @@ def test_help_answers_before_torch_could_be_loaded() -> None:
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert "--model.num_codes" in printed and "Peak learning rate of Adam." in printed
+    assert "--model.num_codes" in printed and "Peak learning rate of Adam;" in printed
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"msvq_fast {__version__}"
 
