@@ -19,6 +19,7 @@ constexpr int kRows = 4;                        // output rows of one vertical r
 constexpr int kVectors = kLanes == 16 ? 4 : 2;  // its vectors; 4 x 4 tiles need 32 registers
 constexpr int64_t kStrip = 256;    // elements of a strip: the ring of k = 31 takes 34 KiB
 constexpr int64_t kChannels = 64;  // channels of a strip of a channels_last tensor
+constexpr int64_t kGrain = 1 << 20;
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -105,8 +106,9 @@ inline vfloat shifted(vfloat low, vfloat high) {
 // lines takes a load port twice, a shift in registers takes one of the two FMA ports: two loads to
 // one shift keep both kinds of port busy.
 template <int kShift, int kU>
-__attribute__((always_inline)) inline void add_shifted(const float* taps, int64_t size, const float* line, const vfloat* value,
-                        vfloat* sum) {
+__attribute__((always_inline)) inline void add_shifted(const float* taps, int64_t size,
+                                                       const float* line, const vfloat* value,
+                                                       vfloat* sum) {
   if constexpr (kShift < kLanes) {
     if (kShift >= size) return;
     const vfloat tap = broadcast(taps[kShift]);
@@ -386,8 +388,11 @@ void blur(const GaussianBlurParams& p) {
   const AxisTaps y(p.taps_y, p.radius_y, p.height), x(p.taps_x, p.radius_x, p.width);
   const int64_t channels = min(p.inner, kChannels);
   const int64_t chunks = ceil_div(p.inner, channels);
+  // A thread for every kGrain multiply-adds at most: starting one costs as much as a small image.
+  const int64_t work = p.planes * p.height * p.width * p.inner * (y.size + x.size);
+  const int threads = static_cast<int>(max(min(p.threads, work / kGrain), 1));
   // Enough tasks for every thread: narrower strips cost little, shorter ones blur rows twice.
-  const int64_t wanted = p.threads > 1 ? 4 * p.threads : 1;
+  const int64_t wanted = threads > 1 ? 4 * threads : 1;
   int64_t pixels = max(kStrip / channels / 16 * 16, channels == 1 ? 16 : 32);
   while (pixels > 64 && p.planes * chunks * ceil_div(p.width, pixels) < wanted) pixels /= 2;
   const int64_t strips = ceil_div(p.width, pixels);
@@ -395,7 +400,7 @@ void blur(const GaussianBlurParams& p) {
   bands = min(bands, max(p.height / (8 * max(p.radius_y, kRows)), 1));
   const int64_t rows = ceil_div(ceil_div(p.height, bands), kRows) * kRows;
   bands = ceil_div(p.height, rows);
-  parallel_for(p.planes * chunks * strips * bands, p.threads, [&](int64_t task) {
+  parallel_for(p.planes * chunks * strips * bands, threads, [&](int64_t task) {
     Strip s;
     s.pixel = task % strips * pixels;
     s.pixels = min(pixels, p.width - s.pixel);

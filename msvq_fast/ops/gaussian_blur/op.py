@@ -146,7 +146,9 @@ def _gaussian_taps(kernel_size: int, sigma: float) -> tuple[float, ...]:
 def _taps(
     sizes: tuple[int, int], sigmas: tuple[float, float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return _gaussian_taps(sizes[0], sigmas[0]), _gaussian_taps(sizes[1], sigmas[1])
+    taps_y = _gaussian_taps(sizes[0], sigmas[0])
+    same = (sizes[0], sigmas[0]) == (sizes[1], sigmas[1])
+    return taps_y, taps_y if same else _gaussian_taps(sizes[1], sigmas[1])
 
 
 class _GaussianBlur(torch.autograd.Function):
