@@ -19,6 +19,7 @@ constexpr int kRows = 4;                        // output rows of one vertical r
 constexpr int kVectors = kLanes == 16 ? 4 : 2;  // its vectors; 4 x 4 tiles need 32 registers
 constexpr int64_t kStrip = 256;    // elements of a strip: the ring of k = 31 takes 34 KiB
 constexpr int64_t kChannels = 64;  // channels of a strip of a channels_last tensor
+constexpr int64_t kGrain = 1 << 20;
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -93,6 +94,48 @@ inline void correlate(const float* taps, int64_t size, const Source& source, con
     for (int u = 0; u < kU; ++u) sink(t, u, sum[t][u]);
 }
 
+#if defined(__AVX512F__)
+// The vector that starts kShift elements into low | high.
+template <int kShift>
+inline vfloat shifted(vfloat low, vfloat high) {
+  if constexpr (kShift == 0) return low;
+  return (vfloat)_mm512_alignr_epi32((__m512i)high, (__m512i)low, kShift);
+}
+
+// Adds taps kShift .. 15 of a block of 16, of which `size` exist. A load that straddles two cache
+// lines takes a load port twice, a shift in registers takes one of the two FMA ports: two loads to
+// one shift keep both kinds of port busy.
+template <int kShift, int kU>
+__attribute__((always_inline)) inline void add_shifted(const float* taps, int64_t size,
+                                                       const float* line, const vfloat* value,
+                                                       vfloat* sum) {
+  if constexpr (kShift < kLanes) {
+    if (kShift >= size) return;
+    const vfloat tap = broadcast(taps[kShift]);
+#pragma GCC unroll 8
+    for (int u = 0; u < kU; ++u)
+      sum[u] +=
+          tap * (kShift == 0 || (kShift + u) % 3 == 0 ? shifted<kShift>(value[u], value[u + 1])
+                                                      : load(line + kShift + u * kLanes));
+    add_shifted<kShift + 1, kU>(taps, size, line, value, sum);
+  }
+}
+
+// The sums of blur_line for lines of single-channel pixels; `line` is aligned.
+template <int kU>
+inline void blur_aligned(const float* taps, int64_t size, const float* line, float* out) {
+  vfloat sum[kU] = {};
+  for (int64_t first = 0; first < size; first += kLanes) {
+    vfloat value[kU + 1];
+#pragma GCC unroll 9
+    for (int u = 0; u <= kU; ++u) value[u] = load(line + first + u * kLanes);
+    add_shifted<0, kU>(taps + first, size - first, line + first, value, sum);
+  }
+#pragma GCC unroll 8
+  for (int u = 0; u < kU; ++u) store(out + u * kLanes, sum[u]);
+}
+#endif
+
 // Blurs along a line: out[e] = sum_j taps[j] * line[e + j * step], for `vectors` vectors.
 inline void blur_line(const float* taps, int64_t size, const float* line, int64_t step,
                       int64_t vectors, float* out) {
@@ -102,6 +145,12 @@ inline void blur_line(const float* taps, int64_t size, const float* line, int64_
     for (; v + kU <= vectors; v += kU) {
       const float* from = line + v * kLanes;
       float* to = out + v * kLanes;
+#if defined(__AVX512F__)
+      if (step == 1) {
+        blur_aligned<kU>(taps, size, from, to);
+        continue;
+      }
+#endif
       correlate<1, kU>(
           taps, size, [=](int64_t j, int u) { return load(from + j * step + u * kLanes); },
           [=](int, int u, vfloat sum) { store(to + u * kLanes, sum); });
@@ -168,8 +217,9 @@ struct StripBlur {
         padded(s.pixels + 2 * x.radius),
         vectors(ceil_div(s.pixels * s.channels, kLanes)),
         ring_rows(2 * y.radius + kRows),
+        line_size(ceil_div(padded * s.channels, kLanes) * kLanes + 2 * kLanes),
         source(padded),
-        line(padded * s.channels + kLanes),
+        line(kRows * line_size),
         ring(ring_rows * vectors * kLanes),
         zeros(vectors * kLanes),
         staged(kRows * vectors * kLanes),
@@ -182,10 +232,8 @@ struct StripBlur {
     int64_t head = 0;  // the slot of row - radius
     for (int64_t row = s.row; row < s.row + s.rows; row += kRows) {
       const int64_t top = row - y.radius;
-      for (int64_t k = row == s.row ? 0 : ring_rows - kRows; k < ring_rows; ++k) {
-        const int64_t from = ring_source(top + k);
-        if (from >= 0) blur_row(from, slot(head + k));
-      }
+      for (int64_t k = row == s.row ? 0 : ring_rows - kRows; k < ring_rows; k += kRows)
+        fill_ring(top + k, head + k, min(kRows, ring_rows - k));
       for (int64_t k = 0; k < ring_rows; ++k) lines[k] = blurred_row(top, k, head);
       blur_rows(row);
       head = wrap(head + kRows);
@@ -196,6 +244,17 @@ struct StripBlur {
   float* slot(int64_t i) const { return ring.data + wrap(i) * vectors * kLanes; }
   bool is_inside(int64_t row) const { return row >= 0 && row < p.height; }
   bool is_needed(int64_t row) const { return row < p.height + y.radius; }
+
+  // Blurs `count` rows horizontally. All are read before the first is blurred: a load that spans
+  // two stores still on their way to the cache would wait for both.
+  void fill_ring(int64_t row, int64_t at, int64_t count) {
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t from = ring_source(row + t);
+      if (from >= 0) read_line(from, line.data + t * line_size);
+    }
+    for (int64_t t = 0; t < count; ++t)
+      if (ring_source(row + t) >= 0) blur_row(line.data + t * line_size, slot(at + t));
+  }
 
   // The image row whose blur the ring holds at position `row`, or -1: outside the image only the
   // circular border needs one of its own, the other borders' sources are in the ring already.
@@ -221,20 +280,19 @@ struct StripBlur {
   }
 
   // Reads a row and its borders into `line`.
-  void read_line(int64_t row) {
+  void read_line(int64_t row, float* line) {
     const T* from = input(row);
     const int64_t c = s.channels;
     const int64_t low = min(max(x.radius - s.pixel, 0), padded);
     const int64_t high = max(min(p.width - s.pixel + x.radius, padded), low);
     const int64_t first = s.pixel - x.radius + low;
     if (c == p.inner) {
-      widen_row(from + first * c, line.data + low * c, (high - low) * c);
+      widen_row(from + first * c, line + low * c, (high - low) * c);
     } else {
-      for (int64_t i = low; i < high; ++i)
-        widen_row(from + source[i] * p.inner, line.data + i * c, c);
+      for (int64_t i = low; i < high; ++i) widen_row(from + source[i] * p.inner, line + i * c, c);
     }
-    for (int64_t i = 0; i < low; ++i) read_pixel(from, i);
-    for (int64_t i = high; i < padded; ++i) read_pixel(from, i);
+    for (int64_t i = 0; i < low; ++i) read_pixel(from, i, line);
+    for (int64_t i = high; i < padded; ++i) read_pixel(from, i, line);
     if (!scaled) return;
     if (p.width > 1) {
       for (int64_t i = 0; i < padded; ++i) {
@@ -246,7 +304,7 @@ struct StripBlur {
       for (int64_t i = 0; i < padded * c; ++i) line[i] *= 2;
   }
 
-  void read_pixel(const T* from, int64_t i) {
+  void read_pixel(const T* from, int64_t i, float* line) {
     if (source[i] < 0) return;  // stays zero
     for (int64_t k = 0; k < s.channels; ++k)
       line[i * s.channels + k] = widen(from[source[i] * p.inner + k]);
@@ -254,17 +312,15 @@ struct StripBlur {
 
   bool is_edge_row(int64_t row) const { return p.height > 1 && (row == 0 || row == p.height - 1); }
 
-  // Blurs a row of the image horizontally.
-  void blur_row(int64_t row, float* out) {
-    read_line(row);
-    blur_line(x.taps, x.size, line.data, s.channels, vectors, out);
+  void blur_row(const float* line, float* out) {
+    blur_line(x.taps, x.size, line, s.channels, vectors, out);
     if (!collected) return;
-    if (s.pixel == 0) collect(x.first.data, 0, out);
+    if (s.pixel == 0) collect(x.first.data, line, 0, out);
     const int64_t last = p.width - 1 - s.pixel;
-    if (last < s.pixels) collect(x.last.data, last, out);
+    if (last < s.pixels) collect(x.last.data, line, last, out);
   }
 
-  void collect(const float* taps, int64_t pixel, float* out) {
+  void collect(const float* taps, const float* line, int64_t pixel, float* out) {
     for (int64_t k = 0; k < s.channels; ++k) {
       const int64_t at = pixel * s.channels + k;
       float sum = 0;
@@ -318,9 +374,10 @@ struct StripBlur {
   const bool scaled;     // reflect: G^T = D G D^-1 with 1/2 at both ends of D's diagonal
   const bool collected;  // replicate: the edges collect what falls outside
   const int64_t padded, vectors, ring_rows;
-  Array<int64_t> source;  // the pixel that every position of `line` reads
-  Array<float> line;      // one row of the strip and its borders
-  Array<float> ring;      // horizontally blurred rows
+  const int64_t line_size;  // with room to load whole vectors past the end
+  Array<int64_t> source;    // the pixel that every position of `line` reads
+  Array<float> line;        // kRows rows of the strip with their borders
+  Array<float> ring;        // horizontally blurred rows
   Array<float> zeros;
   Array<float> staged;        // kRows rows of results
   Array<const float*> lines;  // the rows that the vertical pass reads
@@ -331,8 +388,11 @@ void blur(const GaussianBlurParams& p) {
   const AxisTaps y(p.taps_y, p.radius_y, p.height), x(p.taps_x, p.radius_x, p.width);
   const int64_t channels = min(p.inner, kChannels);
   const int64_t chunks = ceil_div(p.inner, channels);
+  // A thread for every kGrain multiply-adds at most: starting one costs as much as a small image.
+  const int64_t work = p.planes * p.height * p.width * p.inner * (y.size + x.size);
+  const int threads = static_cast<int>(max(min(p.threads, work / kGrain), 1));
   // Enough tasks for every thread: narrower strips cost little, shorter ones blur rows twice.
-  const int64_t wanted = p.threads > 1 ? 4 * p.threads : 1;
+  const int64_t wanted = threads > 1 ? 4 * threads : 1;
   int64_t pixels = max(kStrip / channels / 16 * 16, channels == 1 ? 16 : 32);
   while (pixels > 64 && p.planes * chunks * ceil_div(p.width, pixels) < wanted) pixels /= 2;
   const int64_t strips = ceil_div(p.width, pixels);
@@ -340,7 +400,7 @@ void blur(const GaussianBlurParams& p) {
   bands = min(bands, max(p.height / (8 * max(p.radius_y, kRows)), 1));
   const int64_t rows = ceil_div(ceil_div(p.height, bands), kRows) * kRows;
   bands = ceil_div(p.height, rows);
-  parallel_for(p.planes * chunks * strips * bands, p.threads, [&](int64_t task) {
+  parallel_for(p.planes * chunks * strips * bands, threads, [&](int64_t task) {
     Strip s;
     s.pixel = task % strips * pixels;
     s.pixels = min(pixels, p.width - s.pixel);

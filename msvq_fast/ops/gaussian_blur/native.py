@@ -36,12 +36,10 @@ def gaussian_blur(
 def _gaussian_blur(
     x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool
 ) -> Tensor:
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = x.contiguous(memory_format=layout)
+    x = _dense(x)
     out = torch.empty_like(x)
     batch, channels, height, width = x.shape
-    planes, inner = (batch, channels) if channels_last else (batch * channels, 1)
+    planes, inner = (batch * channels, 1) if x.is_contiguous() else (batch, channels)
     _C.gaussian_blur_cpu(
         x.data_ptr(),
         out.data_ptr(),
@@ -58,4 +56,9 @@ def _gaussian_blur(
 
 @_gaussian_blur.register_fake
 def _(x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(_dense(x))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` itself where it is contiguous or channels_last, else a contiguous copy."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()

@@ -13,7 +13,7 @@ from msvq_fast.ops.checks import InputError, check_choice, check_image
 from msvq_fast.ops.gaussian_blur import reference
 
 BORDERS = ("reflect", "symmetric", "replicate", "circular", "constant")
-SIGMA_RULES = {"paper": (1 / 3, 4 / 5), "opencv": (0.3, 0.8)}
+SIGMA_RULES = ("paper", "opencv")
 OP = Op(__package__)
 
 
@@ -106,14 +106,18 @@ def default_kernel_size(resolution: int) -> int:
 
     1024 → 31, 512 → 21, 256 → 15, 128 → 11, 64 → 7.
     """
-    return max(int(math.sqrt(resolution) - 1), 0) | 1
+    # The integer root by comparison: math.isqrt would fix the image size of a compiled graph.
+    root = 1
+    while (root + 1) ** 2 <= resolution:
+        root += 1
+    return (root - 1) | 1
 
 
 def default_sigma(kernel_size: int, rule: str = "paper") -> float:
     """Sigma in pixels for a kernel size, Eq. 8 (``"paper"``) or OpenCV's and torchvision's rule."""
-    check_choice("sigma_rule", rule, tuple(SIGMA_RULES))
-    slope, offset = SIGMA_RULES[rule]
-    return slope * ((kernel_size - 1) / 2 - 1) + offset
+    check_choice("sigma_rule", rule, SIGMA_RULES)
+    steps = (kernel_size - 1) / 2 - 1
+    return steps * (1 / 3) + 4 / 5 if rule == "paper" else 0.3 * steps + 0.8
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -146,7 +150,9 @@ def _gaussian_taps(kernel_size: int, sigma: float) -> tuple[float, ...]:
 def _taps(
     sizes: tuple[int, int], sigmas: tuple[float, float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return _gaussian_taps(sizes[0], sigmas[0]), _gaussian_taps(sizes[1], sigmas[1])
+    taps_y = _gaussian_taps(sizes[0], sigmas[0])
+    same = (sizes[0], sigmas[0]) == (sizes[1], sigmas[1])
+    return taps_y, taps_y if same else _gaussian_taps(sizes[1], sigmas[1])
 
 
 class _GaussianBlur(torch.autograd.Function):
