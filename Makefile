@@ -28,9 +28,9 @@ $(VENV)/.bench: $(VENV)/.built
 	touch $@
 
 demo: build
-	$(BIN)/msvq train --preset tiny --data builtin:photos --out $(OUT)
-	$(BIN)/msvq evaluate --checkpoint $(OUT) --data builtin:photos --out $(OUT)/evaluation
-	$(BIN)/msvq reconstruct --checkpoint $(OUT) --data builtin:photos --out $(OUT)/reconstructions.png
+	$(BIN)/msvq train --preset tiny --data builtin:photos --resize 512 --steps 1400 --out $(OUT) --resume auto
+	$(BIN)/msvq evaluate --checkpoint $(OUT) --data builtin:photos --resize 512 --out $(OUT)/evaluation
+	$(BIN)/msvq reconstruct --checkpoint $(OUT) --data builtin:photos --size 256 --out $(OUT)/reconstructions.png
 
 test: $(VENV)/.tools
 	$(BIN)/python -m pytest
