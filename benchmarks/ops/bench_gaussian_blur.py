@@ -1,0 +1,72 @@
+"""Gaussian blur and pyramid on images of the paper's sizes, beside what people use today."""
+
+from __future__ import annotations
+
+import peers
+import pytest
+import torch
+from parity import assert_close
+
+from msvq_fast.ops import default_sigma, gaussian_blur, gaussian_pyramid
+
+# resolution, κ of the paper for it
+SHAPES = [(256, 15), (1024, 31)]
+PEERS = {
+    "torch separable": peers.torch_separable_blur,
+    "torch dense": peers.torch_dense_blur,
+    "kornia": peers.kornia_blur,
+    "OpenCV float32": peers.opencv_blur,
+}
+OURS = ["native", "reference"]
+
+
+def image(resolution: int) -> torch.Tensor:
+    return torch.rand(1, 3, resolution, resolution) * 2 - 1
+
+
+@pytest.mark.parametrize("name", [*OURS, "copy", *PEERS])
+@pytest.mark.parametrize(("resolution", "size"), SHAPES)
+def test_blur(measure: peers.Measure, resolution: int, size: int, name: str) -> None:
+    x, sigma = image(resolution), default_sigma(size)
+    if name in OURS:
+        function = lambda: gaussian_blur(x, size, sigma, backend=name)  # noqa: E731
+    elif name == "copy":
+        function = x.clone
+    else:
+        function = PEERS[name](x, size, sigma)
+    if name != "copy":
+        want = gaussian_blur(x.double(), size, sigma, backend="reference")
+        # OpenCV and the convolutions sum in float32 in other orders
+        assert_close(name, function(), want, ulps=64)
+    measure(f"blur 3x{resolution}x{resolution} k{size} float32", name, function)
+
+
+@pytest.mark.parametrize("name", [*OURS, *PEERS])
+def test_pyramid(measure: peers.Measure, name: str) -> None:
+    x, size = image(1024), 31
+    sigma = default_sigma(size)
+    first = PEERS[name](x, size, sigma) if name in PEERS else None
+
+    def two_levels() -> torch.Tensor:
+        if name in OURS:
+            return gaussian_pyramid(x, 3, backend=name)[0]
+        return PEERS[name](first(), size, sigma)()
+
+    want = gaussian_pyramid(x.double(), 3, backend="reference")[0]
+    assert_close(name, two_levels(), want, ulps=128)
+    measure("pyramid 3x1024x1024 k31, two levels, float32", name, two_levels, rounds=9)
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+def test_blur_of_other_types(measure: peers.Measure, dtype: torch.dtype, name: str) -> None:
+    x = image(1024)
+    x = ((x + 1) * 127.5).to(dtype) if dtype == torch.uint8 else x.to(dtype)
+    label = str(dtype).removeprefix("torch.")
+    got = gaussian_blur(x, 31, backend=name).double()
+    want = gaussian_blur(x.double(), 31, backend="reference")
+    if dtype == torch.uint8:
+        assert bool(((got - want).abs() < 0.5 + 1e-3).all())
+    else:
+        assert_close(name, got.to(dtype), want)
+    measure(f"blur 3x1024x1024 k31 {label}", name, lambda: gaussian_blur(x, 31, backend=name))

@@ -1,0 +1,119 @@
+"""Make README's tables from the presets and the result files; ``--check`` only compares.
+
+    python benchmarks/readme.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from msvq_fast.models import PAPER_PARAMETERS, PRESETS
+from msvq_fast.training.info import count_parameters
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "0.1.0"
+
+
+def presets_table() -> str:
+    """Parameters of every preset of the paper beside the paper's."""
+    rows = ["| preset | latents | K | built | paper |", "|---|---|---|---|---|"]
+    for name, config in PRESETS.items():
+        if name in PAPER_PARAMETERS:
+            latents = "-".join(map(str, config.latents))
+            built = count_parameters(name) / 1e6
+            rows.append(
+                f"| `{name}` | {latents} | {config.num_codes} | {built:.2f} "
+                f"| {PAPER_PARAMETERS[name]} |"
+            )
+    return "\n".join(rows)
+
+
+def speed_tables() -> str:
+    """One table per result file: a row per group, what each peer took, ours first."""
+    parts = []
+    for path in sorted(RESULTS.glob("*--cpu.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["suite"] != "demo":
+            parts.append(_speed_table(record))
+    return "\n\n".join(parts)
+
+
+def _speed_table(record: dict[str, Any]) -> str:
+    machine, versions = record["machine"], record["versions"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in record["results"]:
+        groups.setdefault(result["group"], []).append(result)
+    lines = [
+        f"**{record['suite']}** — {machine['cpu']}, {machine['threads']} threads, "
+        f"{machine['isa']}, torch {versions['torch']}, commit `{record['commit']}`",
+        "",
+        "| | ms, times slower than ours |",
+        "|---|---|",
+    ]
+    for group, results in groups.items():
+        ours = next(r["median_s"] for r in results if r["name"] == "native")
+        results = sorted(results, key=lambda r: r["median_s"])
+        cells = [
+            f"**native {_ms(ours)}**"
+            if r["name"] == "native"
+            else f"{r['name']} {_ms(r['median_s'])} (×{r['median_s'] / ours:.2g})"
+            for r in results
+        ]
+        lines.append(f"| {group} | {' · '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
+
+
+def demo_table() -> str:
+    """What the demo's evaluation measured."""
+    record = json.loads(next(RESULTS.glob("demo--*.json")).read_text(encoding="utf-8"))
+    evaluation, machine = record["evaluation"], record["machine"]
+    lines = [
+        f"Three held-out photographs, {evaluation['images']} tiles of 64 px, images in [0, 1]; "
+        f"`make demo` took {record['wall_s']} s with everything it installs on {machine['cpu']}, "
+        f"{machine['cores']} cores.",
+        "",
+        "| scale | MSE | PSNR dB | SSIM | codes used | perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for scale, codes in zip(evaluation["reconstructions"], evaluation["codebooks"], strict=True):
+        lines.append(
+            f"| x̂_{scale['scale']} | {scale['mse']:.5f} | {scale['psnr']:.2f} "
+            f"| {scale['ssim']:.3f} | {codes['usage']:.0f} % | {codes['perplexity']:.0f} |"
+        )
+    steps = record["validation"]
+    shown = ", ".join(f"{v['psnr'][-1]:.1f} at step {v['step']}" for v in steps)
+    return "\n".join([*lines, "", f"PSNR of the validation tiles while it trains: {shown} (dB)."])
+
+
+def render(text: str) -> str:
+    """Return README with its generated parts made anew."""
+    parts = {"presets": presets_table, "speed": speed_tables, "demo": demo_table}
+    for name, make in parts.items():
+        pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+        body = make()
+        text, count = re.subn(pattern, lambda m, b=body: f"{m[1]}{b}\n{m[2]}", text, flags=re.S)
+        assert count == 1, f"README has no place for {name}"
+    return text
+
+
+def main() -> int:
+    """Rewrite README, or with ``--check`` say whether it is up to date."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    rendered = render(text)
+    if "--check" in sys.argv:
+        return int(text != rendered)
+    readme.write_text(rendered, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

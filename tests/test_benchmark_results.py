@@ -1,0 +1,43 @@
+"""Result files keep one schema, and README says what they hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+HEAD = {"schema": int, "suite": str, "commit": str, "date": str, "device": str}
+RESULT = {"group": str, "name": str, "median_s": float, "iqr_s": float, "rounds": int}
+
+
+def test_there_are_results() -> None:
+    assert FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_schema(path: Path) -> None:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for key, kind in HEAD.items():
+        assert isinstance(record[key], kind), key
+    assert record["schema"] == 1
+    assert path.name.startswith(record["suite"] + "--") and path.stem.endswith(record["device"])
+    assert {"cpu", "cores", "threads", "isa"} <= record["machine"].keys()
+    assert {"python", "torch"} <= record["versions"].keys()
+    if record["suite"] == "demo":
+        assert record["evaluation"]["reconstructions"] and record["validation"]
+        return
+    assert record["results"]
+    for result in record["results"]:
+        for key, kind in RESULT.items():
+            assert isinstance(result[key], kind), key
+        assert 0 < result["median_s"] and 0 <= result["iqr_s"] and isinstance(result["extra"], dict)
+
+
+def test_readme_is_made_of_them() -> None:
+    import readme
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.render(text) == text, "run python benchmarks/readme.py"
