@@ -121,8 +121,8 @@ def default_sigma(kernel_size: int, rule: str = "paper") -> float:
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or any(k < 1 or k % 2 == 0 for k in pair):
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in pair):
         raise InputError(f"{name}={value}; expected an odd positive int or a pair of them (y, x)")
     return pair
 
@@ -133,8 +133,10 @@ def _sigma_pair(
     if sigma is None:
         size_y, size_x = _pair("kernel_size", kernel_size)
         return default_sigma(size_y), default_sigma(size_x)
-    pair = (sigma, sigma) if isinstance(sigma, (int, float)) else tuple(sigma)
-    if len(pair) != 2 or any(not (s > 0 and math.isfinite(s)) for s in pair):
+    pair = tuple(sigma) if isinstance(sigma, (tuple, list)) else (sigma, sigma)
+    if len(pair) != 2 or any(
+        not isinstance(s, (int, float)) or not (s > 0 and math.isfinite(s)) for s in pair
+    ):
         raise InputError(f"sigma={sigma}; expected a positive finite number or a pair (y, x)")
     return float(pair[0]), float(pair[1])
 

@@ -63,4 +63,7 @@ def gaussian_blur(
     out = _blur_axis(_blur_axis(work, taps_x, border, -1), taps_y, border, -2)
     if x.dtype == torch.uint8:
         out = out.round().clamp(0, 255)
-    return out.to(x.dtype)
+    out = out.to(x.dtype)
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return out
+    return out.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,417 @@
+"""The blur against an independent dense operator in float64, its identities and its gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from parity import EPS
+from torch import Tensor
+
+from msvq_fast.ops import (
+    InputError,
+    default_kernel_size,
+    default_sigma,
+    gaussian_blur,
+    gaussian_pyramid,
+)
+from msvq_fast.ops.gaussian_blur.op import BORDERS, OP
+
+NATIVE = "native" in OP.kernels
+native_only = pytest.mark.skipif(not NATIVE, reason=OP.missing.get("native", ""))
+BACKENDS = ["reference", pytest.param("native", marks=native_only)]
+ISAS = OP.kernels["native"]._C.cpu_isas() if NATIVE else ["portable"]
+KERNELS = (1, 3, 7, 11, 15, 21, 31, 45)
+SHAPES = ((1, 3, 1, 1), (2, 1, 2, 7), (1, 2, 97, 3), (1, 3, 31, 16), (1, 1, 33, 64), (1, 1, 5, 97))
+
+
+def taps(kernel_size: int, sigma: float | None = None) -> list[float]:
+    """Samples of the Gaussian over their sum, independent of the package."""
+    sigma = sigma or (kernel_size - 3) / 6 + 0.8
+    offsets = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
+    weights = torch.exp(-offsets.square() / (2 * sigma * sigma))
+    return (weights / weights.sum()).tolist()
+
+
+def operator(size: int, weights: list[float], border: str) -> Tensor:
+    """The blur of one axis as a dense matrix, by walking every tap from its pixel."""
+    radius = len(weights) // 2
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    for i in range(size):
+        for offset, weight in enumerate(weights, -radius):
+            j = i + offset
+            while not 0 <= j < size:
+                if border == "constant":
+                    break
+                if border == "replicate":
+                    j = 0 if j < 0 else size - 1
+                elif border == "circular":
+                    j += size if j < 0 else -size
+                elif border == "symmetric":
+                    j = -1 - j if j < 0 else 2 * size - 1 - j
+                elif size == 1:
+                    j = 0
+                else:
+                    j = -j if j < 0 else 2 * (size - 1) - j
+            else:
+                matrix[i, j] += weight
+    return matrix
+
+
+def dense_blur(
+    x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool = False
+) -> Tensor:
+    across, along = (
+        operator(n, w, border) for n, w in zip(x.shape[-2:], (taps_y, taps_x), strict=True)
+    )
+    if adjoint:
+        across, along = across.T, along.T
+    return across @ x.double() @ along.T
+
+
+def native_blur(
+    x: Tensor,
+    taps_y: list[float],
+    taps_x: list[float],
+    border: str,
+    adjoint: bool,
+    isa: str,
+    threads: int = 1,
+) -> Tensor:
+    """The C++ kernel itself, on the instruction set named."""
+    native = OP.kernels["native"]
+    out = torch.empty_like(x)
+    batch, channels, height, width = x.shape
+    nchw = x.is_contiguous()
+    native._C.gaussian_blur_cpu(
+        x.data_ptr(),
+        out.data_ptr(),
+        native._TYPES[x.dtype],
+        (batch * channels if nchw else batch, height, width, 1 if nchw else channels),
+        taps_y,
+        taps_x,
+        native._BORDERS[border],
+        adjoint,
+        threads,
+        isa,
+    )
+    return out
+
+
+def assert_blur_close(got: Tensor, want: Tensor, x: Tensor, ulps: float = 4) -> None:
+    """The taps are positive and sum to 1, so rounding errors are relative to max |x|."""
+    assert got.dtype == x.dtype
+    limit = ulps * EPS[torch.float32] * x.double().abs().max()
+    if x.dtype in (torch.bfloat16, torch.float16):
+        limit = limit + EPS[x.dtype] / 2 * want.abs()
+    error = (got.double() - want).abs() - limit
+    assert bool((error <= 0).all()), f"{error.max():.3e} over the limit"
+
+
+@native_only
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_native_equals_dense_operator(isa: str, border: str) -> None:
+    for kernel_size in KERNELS:
+        taps_y, taps_x = taps(kernel_size), taps(max(kernel_size - 4, 1))
+        for shape in SHAPES:
+            for adjoint in (False, True):
+                x = torch.randn(shape)
+                want = dense_blur(x, taps_y, taps_x, border, adjoint)
+                edge = len(taps_y) if adjoint and border == "replicate" else 1
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    y = x.to(memory_format=layout)
+                    got = native_blur(y, taps_y, taps_x, border, adjoint, isa)
+                    assert_blur_close(got, want, x * edge)
+
+
+@native_only
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_native_rounds_low_precision_once(isa: str, dtype: torch.dtype) -> None:
+    for shape in ((1, 3, 33, 97), (2, 5, 17, 16)):
+        x = torch.randn(shape).to(dtype)
+        for border in BORDERS:
+            for adjoint in (False, True):
+                want = dense_blur(x, taps(7), taps(11), border, adjoint)
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    y = x.to(memory_format=layout)
+                    got = native_blur(y, taps(7), taps(11), border, adjoint, isa)
+                    assert_blur_close(got, want, x, ulps=16)
+
+
+@native_only
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_native_converts_every_value_like_torch(isa: str, dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = every.reshape(1, 1, 256, 256)
+    got = native_blur(x, [1.0], [1.0], "reflect", False, isa)
+    same = (got.view(torch.int16) == x.view(torch.int16)) | (got.isnan() & x.isnan())
+    # 0 + -0 is +0
+    assert bool((same | (x == 0)).all())
+    # Rounding: halves of every finite value, which are ties where the value is subnormal.
+    got = native_blur(x.nan_to_num(0, 0, 0), [0.5], [0.75], "reflect", False, isa)
+    want = (x.nan_to_num(0, 0, 0).float() * 0.75 * 0.5).to(dtype)
+    assert torch.equal(got, want)
+
+
+@native_only
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_native_wide_image_many_channels(isa: str, layout: torch.memory_format) -> None:
+    for shape in ((1, 2, 192, 256), (1, 70, 20, 33)):
+        x = torch.randn(shape).to(memory_format=layout)
+        for border in BORDERS:
+            got = native_blur(x, taps(21), taps(15), border, False, isa)
+            assert_blur_close(got, dense_blur(x, taps(21), taps(15), border), x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_full_size_image(backend: str) -> None:
+    x = torch.rand(1, 1, 1024, 1000) * 2 - 1
+    want = dense_blur(x, taps(31, 5.0), taps(31, 5.0), "reflect")
+    assert_blur_close(gaussian_blur(x, 31, 5.0, backend=backend), want, x)
+
+
+@pytest.mark.parametrize("border", BORDERS)
+def test_reference_equals_dense_operator(border: str) -> None:
+    for kernel_size in KERNELS:
+        for shape in SHAPES:
+            x = torch.randn(shape, dtype=torch.float64)
+            sigmas = 0.2 * kernel_size + 0.3, 1.5
+            got = gaussian_blur(x, (kernel_size, 5), sigmas, border=border, backend="reference")
+            want = dense_blur(x, taps(kernel_size, sigmas[0]), taps(5, 1.5), border)
+            assert (got - want).abs().max() <= 1e-14 * x.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("border", BORDERS)
+def test_uint8_rounds_half_to_even(backend: str, border: str) -> None:
+    x = torch.randint(0, 256, (2, 3, 33, 50), dtype=torch.uint8)
+    got = gaussian_blur(x, 7, 1.4, border=border, backend=backend)
+    exact = dense_blur(x, taps(7, 1.4), taps(7, 1.4), border)
+    assert got.dtype == torch.uint8
+    assert (got.double() - exact).abs().max() <= 0.5 + 1e-4
+    # Taps (1, 2, 1)/4 along pixels 0, 2 repeated, and (1) across, give exact halves: 0.5 and 1.5.
+    if border == "reflect":
+        ties = torch.tensor([[0, 0, 2, 4, 4, 4, 6]], dtype=torch.uint8).reshape(1, 1, 1, 7)
+        sigma = math.sqrt(1 / (2 * math.log(2)))
+        got = gaussian_blur(ties, (1, 3), sigma, backend=backend)
+        assert got.flatten().tolist()[1:6] == [0, 2, 4, 4, 4]
+
+
+@native_only
+@pytest.mark.parametrize("isa", ISAS)
+def test_native_uint8_ties(isa: str) -> None:
+    x = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 1, 256)
+    got = native_blur(x, [0.5], [1.0], "reflect", False, isa)
+    assert torch.equal(got, (x.float() / 2).round().to(torch.uint8))
+    assert bool((native_blur(x, [2.0], [1.0], "reflect", False, isa)[..., 128:] == 255).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("border", ["reflect", "symmetric", "circular"])
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 64])
+def test_two_blurs_are_one_with_composed_taps(backend: str, border: str, size: int) -> None:
+    x = torch.randn(1, 1, size, size + 3)
+    once = taps(15)
+    composed = torch.nn.functional.conv1d(
+        torch.tensor(once, dtype=torch.float64).view(1, 1, -1),
+        torch.tensor(once, dtype=torch.float64).view(1, 1, -1),
+        padding=14,
+    )
+    got = gaussian_pyramid(x, 3, kernel_size=15, sigma=2.8, border=border, backend=backend)
+    weights = composed.flatten().tolist()
+    assert got[2] is x
+    assert_blur_close(got[0], dense_blur(x, weights, weights, border), x, ulps=8)
+
+
+@native_only
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("shape", [(1, 2, 40, 37), (2, 1, 3, 300), (1, 1, 1, 2)])
+def test_adjoint_inner_product(border: str, shape: tuple[int, ...]) -> None:
+    x, y = torch.randn(2, *shape).unbind()
+    forward = native_blur(x, taps(31), taps(7), border, False, "")
+    adjoint = native_blur(y, taps(31), taps(7), border, True, "")
+    left, right = (forward.double() * y).sum(), (x.double() * adjoint).sum()
+    assert abs(left - right) <= 1e-6 * x.norm() * y.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("border", ["reflect", "symmetric", "replicate", "circular"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+def test_constant_image_is_preserved(backend: str, border: str, dtype: torch.dtype) -> None:
+    x = torch.full((1, 3, 20, 40), 200 if dtype == torch.uint8 else 0.7).to(dtype)
+    got = gaussian_blur(x, 31, 5.0, border=border, backend=backend)
+    if dtype == torch.float32:
+        assert (got - x).abs().max() <= 4 * EPS[dtype]
+    else:
+        assert torch.equal(got, x)  # torchvision's taps in bfloat16 gain 2e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_symmetric_border_preserves_the_mean(backend: str) -> None:
+    x = torch.rand(1, 1, 37, 50)
+    mean = gaussian_blur(x, 31, border="symmetric", backend=backend).double().mean()
+    assert abs(mean - x.double().mean()) <= 1e-7
+    assert abs(gaussian_blur(x, 31, backend=backend).double().mean() - x.double().mean()) > 1e-6
+
+
+@pytest.mark.parametrize("border", BORDERS)
+def test_reference_gradients_are_those_of_the_values(border: str) -> None:
+    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    arguments = (lambda x: gaussian_blur(x, (7, 3), border=border, backend="reference")), (x,)
+    assert torch.autograd.gradcheck(*arguments)
+    assert torch.autograd.gradgradcheck(*arguments)
+
+
+@native_only
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_native_first_and_second_gradients(border: str, layout: torch.memory_format) -> None:
+    values = torch.randn(2, 3, 9, 20).to(memory_format=layout)
+    upstream, direction = torch.randn(2, 2, 3, 9, 20).unbind()
+
+    def gradients(x: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        up = upstream.to(x.dtype).requires_grad_()
+        out = gaussian_blur(x, 11, border=border, backend=backend).square()
+        (grad_x,) = torch.autograd.grad(out, x, up, create_graph=True)
+        seconds = torch.autograd.grad(grad_x, (x, up), direction.to(x.dtype))
+        return grad_x.detach(), *seconds
+
+    for got, want in zip(
+        gradients(values, "native"), gradients(values.double(), "reference"), strict=True
+    ):
+        assert (got.double() - want).abs().max() <= 4e-6 * want.abs().max()
+
+
+@native_only
+def test_results_do_not_depend_on_threads() -> None:
+    before = torch.get_num_threads()
+    images = [torch.randn(1, 3, 200, 300), torch.randn(1, 1, 900, 70).half()]
+    images.append(images[0].to(memory_format=torch.channels_last))
+    try:
+        for border in ("reflect", "circular"):
+            for x in images:
+                results = []
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    results.append(gaussian_blur(x, 31, border=border, backend="native"))
+                assert all(torch.equal(results[0], other) for other in results[1:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layout_of_the_input_is_kept(backend: str) -> None:
+    x = torch.randn(2, 3, 16, 20)
+    want = gaussian_blur(x, 5, backend=backend)
+    last = gaussian_blur(x.to(memory_format=torch.channels_last), 5, backend=backend)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    strided = torch.randn(2, 3, 32, 40)[:, :, ::2, ::2].copy_(x)
+    for got in (last, gaussian_blur(strided, 5, backend=backend)):
+        assert (got - want).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8)])
+def test_empty_batch(backend: str, shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape, requires_grad=True)
+    out = gaussian_blur(x, 5, backend=backend)
+    out.sum().backward()
+    assert out.shape == shape and x.grad is not None
+
+
+@native_only
+@pytest.mark.parametrize("kernel_size, sigma", [(5, 1.1), (31, 5.0)])
+def test_agrees_with_kornia(kernel_size: int, sigma: float) -> None:
+    filters = pytest.importorskip("kornia.filters")
+    x = torch.rand(1, 3, 96, 80)
+    pairs = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+    for ours, theirs in {**pairs, "constant": "constant"}.items():
+        want = filters.gaussian_blur2d(x, (kernel_size,) * 2, (sigma,) * 2, border_type=theirs)
+        assert (gaussian_blur(x, kernel_size, sigma, border=ours) - want).abs().max() <= 2e-6
+
+
+@native_only
+@pytest.mark.parametrize("kernel_size", [5, 31])
+def test_agrees_with_opencv(kernel_size: int) -> None:
+    cv2 = pytest.importorskip("cv2")
+    x = torch.rand(1, 3, 96, 80)
+    sigma = default_sigma(kernel_size, "opencv")
+    image = x[0].permute(1, 2, 0).contiguous().numpy()
+    borders = {"reflect": 4, "symmetric": 2, "replicate": 1, "constant": 0}
+    for ours, theirs in borders.items():
+        want = cv2.GaussianBlur(image, (kernel_size,) * 2, sigma, borderType=theirs)
+        got = gaussian_blur(x, kernel_size, sigma, border=ours)[0].permute(1, 2, 0)
+        assert (got - torch.from_numpy(want)).abs().max() <= 2e-6
+
+
+@native_only
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_registration(layout: str) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    x = x.transpose(2, 3) if layout == "transposed" else x
+    x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+    operation = torch.ops.msvq_fast.gaussian_blur_native.default
+    torch.library.opcheck(operation, (x, taps(3), taps(5), "reflect", False))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic: bool) -> None:
+    torch._dynamo.reset()
+
+    def coarsest(x: Tensor) -> Tensor:
+        return gaussian_pyramid(x, 2)[0].square().sum()
+
+    x = torch.randn(1, 3, 24, 20, requires_grad=True)
+    compiled = torch.compile(coarsest, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(x), x)
+    (want,) = torch.autograd.grad(coarsest(x), x)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"x": torch.zeros(3, 8, 8)}, "4 dimensions"),
+        ({"x": torch.zeros(1, 3, 0, 8)}, "at least 1"),
+        ({"x": torch.zeros(1, 3, 8, 8, dtype=torch.int32)}, "dtype torch.int32"),
+        ({"kernel_size": 4}, "kernel_size=4; expected an odd positive int"),
+        ({"kernel_size": (3, 5, 7)}, "kernel_size"),
+        ({"kernel_size": 3.0}, "kernel_size"),
+        ({"kernel_size": -1}, "kernel_size=-1"),
+        ({"sigma": 0.0}, "sigma=0.0; expected a positive finite"),
+        ({"sigma": math.nan}, "sigma=nan"),
+        ({"sigma": (1.0, math.inf)}, "sigma"),
+        ({"sigma": "auto"}, "sigma=auto"),
+        ({"border": "mirror"}, "border='mirror'; expected one of"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"backend": "triton"}, "cannot run gaussian_blur: .*triton"),
+    ],
+)
+def test_bad_input_says_what_is_expected(arguments: dict[str, object], message: str) -> None:
+    call = {"x": torch.zeros(1, 3, 8, 8), "kernel_size": 3} | arguments
+    with pytest.raises(InputError, match=message):
+        gaussian_blur(**call)
+
+
+def test_native_leaves_float64_to_the_reference() -> None:
+    x = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    assert gaussian_blur(x, 3).dtype == torch.float64
+    with pytest.raises(InputError, match=r"float64|not available"):
+        gaussian_blur(x, 3, backend="native")
+
+
+def test_rules_of_kernel_size_and_sigma() -> None:
+    sizes = {r: default_kernel_size(r) for r in (1, 64, 128, 256, 512, 1024, 2048)}
+    assert sizes == {1: 1, 64: 7, 128: 11, 256: 15, 512: 21, 1024: 31, 2048: 45}
+    assert default_sigma(31) == pytest.approx(5.4667, abs=1e-4)
+    assert default_sigma(31, "opencv") == pytest.approx(5.0)
+    with pytest.raises(InputError, match="sigma_rule"):
+        default_sigma(31, "torch")
+    with pytest.raises(InputError, match="num_scales"):
+        gaussian_pyramid(torch.zeros(1, 3, 8, 8), 0)
