@@ -45,17 +45,23 @@ def _seed() -> None:
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``measure(group, name, function, rounds=15, **extra)`` times calls of ``function``.
+    """``measure(group, name, function, rounds=15, warmup=3, **extra)`` times calls of ``function``.
 
-    Wall time of single calls after three that do not count; median and interquartile range.
+    Wall time of single calls after a few that do not count; median and interquartile range.
     """
 
     def run(
-        group: str, name: str, function: Callable[[], object], *, rounds: int = 15, **extra: Any
+        group: str,
+        name: str,
+        function: Callable[[], object],
+        *,
+        rounds: int = 15,
+        warmup: int = 3,
+        **extra: Any,
     ) -> None:
         benchmark.group = group
         benchmark.name = name
-        benchmark.pedantic(function, rounds=rounds, iterations=1, warmup_rounds=3)
+        benchmark.pedantic(function, rounds=rounds, iterations=1, warmup_rounds=warmup)
         if benchmark.disabled:
             return
         times = benchmark.stats.stats.sorted_data

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Measure = Callable[..., None]  # the fixture of benchmarks/conftest.py
-Blur = Callable[[], Tensor]
+Timed = Callable[[], Tensor]
 
 
-def torch_separable_blur(x: Tensor, size: int, sigma: float) -> Blur:
+def torch_separable_blur(x: Tensor, size: int, sigma: float) -> Timed:
     """Two depthwise convolutions over reflect padding: what kornia runs."""
     taps, channels = _taps(size, sigma), x.shape[1]
     rows = taps.view(1, 1, 1, size).expand(channels, 1, 1, size)
@@ -28,19 +28,19 @@ def torch_separable_blur(x: Tensor, size: int, sigma: float) -> Blur:
     return blur
 
 
-def torch_dense_blur(x: Tensor, size: int, sigma: float) -> Blur:
+def torch_dense_blur(x: Tensor, size: int, sigma: float) -> Timed:
     """One depthwise convolution with size² taps: what torchvision runs."""
     taps, channels = _taps(size, sigma), x.shape[1]
     kernel = torch.outer(taps, taps).expand(channels, 1, size, size)
     return lambda: F.conv2d(F.pad(x, [size // 2] * 4, mode="reflect"), kernel, groups=channels)
 
 
-def kornia_blur(x: Tensor, size: int, sigma: float) -> Blur:
+def kornia_blur(x: Tensor, size: int, sigma: float) -> Timed:
     filters = pytest.importorskip("kornia.filters")
     return lambda: filters.gaussian_blur2d(x, (size, size), (sigma, sigma), "reflect")
 
 
-def opencv_blur(x: Tensor, size: int, sigma: float) -> Blur:
+def opencv_blur(x: Tensor, size: int, sigma: float) -> Timed:
     """OpenCV on one float32 image of HWC layout, with as many threads as torch."""
     cv2 = pytest.importorskip("cv2")
     cv2.setNumThreads(torch.get_num_threads())
@@ -51,6 +51,45 @@ def opencv_blur(x: Tensor, size: int, sigma: float) -> Blur:
         return torch.from_numpy(out).permute(2, 0, 1)[None]  # a view: no copy is timed
 
     return blur
+
+
+def faiss_search(z: Tensor, codebook: Tensor) -> Timed:
+    """Exact float32 search of faiss with as many threads as torch."""
+    faiss = pytest.importorskip("faiss")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(codebook.shape[1])
+    index.add(codebook.numpy())
+    return lambda: torch.from_numpy(index.search(z.numpy(), 1)[1][:, 0])
+
+
+def cdist_search(z: Tensor, codebook: Tensor) -> Timed:
+    return lambda: torch.cdist(z, codebook).argmin(1)
+
+
+def addmm_search(z: Tensor, codebook: Tensor) -> Timed:
+    """``argmin(½|e|² - z·e)`` by one matrix product, in chunks that stay in the cache."""
+
+    def search() -> Tensor:
+        half = 0.5 * codebook.square().sum(1)
+        chunks = z.split(4096)
+        return torch.cat([torch.addmm(half, c, codebook.t(), alpha=-1).argmin(1) for c in chunks])
+
+    return search
+
+
+def vector_quantize_pytorch_step(z: Tensor, num_codes: int) -> Timed:
+    """Forward, backward and EMA update of lucidrains' VectorQuantize."""
+    module = pytest.importorskip("vector_quantize_pytorch").VectorQuantize(
+        dim=z.shape[1], codebook_size=num_codes, decay=0.99, commitment_weight=0.25
+    )
+    latents = z[None].clone().requires_grad_()
+
+    def step() -> Tensor:
+        z_q, _, loss = module(latents)
+        (z_q.sum() + loss.sum()).backward()
+        return z_q
+
+    return step
 
 
 def _taps(size: int, sigma: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Make README's tables from the presets and the result files; ``--check`` only compares.
 
-    python benchmarks/readme.py [--check]
+python benchmarks/readme.py [--check]
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _speed_table(record: dict[str, Any]) -> str:
         cells = [
             f"**native {_ms(ours)}**"
             if r["name"] == "native"
-            else f"{r['name']} {_ms(r['median_s'])} (×{r['median_s'] / ours:.2g})"
+            else f"{r['name']} {_ms(r['median_s'])} (x{r['median_s'] / ours:.2g})"
             for r in results
         ]
         lines.append(f"| {group} | {' · '.join(cells)} |")
