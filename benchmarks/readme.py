@@ -1,6 +1,6 @@
 """Make README's tables from the presets and the result files; ``--check`` only compares.
 
-    python benchmarks/readme.py [--check]
+python benchmarks/readme.py [--check]
 """
 
 from __future__ import annotations
