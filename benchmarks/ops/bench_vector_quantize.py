@@ -18,14 +18,23 @@ PEERS = {
 }
 
 
-def latents(count: int, num_codes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(count, 64), torch.randn(num_codes, 64)
+def latents(count: int, num_codes: int, data: str = "normal") -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and codes: all N(0, 1); codes as at the start; latents near the codes."""
+    z, codebook = torch.randn(count, 64), torch.randn(num_codes, 64)
+    if data == "start":
+        codebook = (torch.rand(num_codes, 64) * 2 - 1) / num_codes
+    elif data == "trained":
+        z = codebook[torch.randint(num_codes, (count,))] + 0.3 * z
+    return z, codebook
 
 
 @pytest.mark.parametrize("name", ["native", *PEERS])
-@pytest.mark.parametrize(("count", "num_codes"), SHAPES)
-def test_search(measure: peers.Measure, count: int, num_codes: int, name: str) -> None:
-    z, codebook = latents(count, num_codes)
+@pytest.mark.parametrize(
+    ("count", "num_codes", "data"),
+    [*((*shape, "normal") for shape in SHAPES), (65536, 512, "start"), (65536, 512, "trained")],
+)
+def test_search(measure: peers.Measure, count: int, num_codes: int, data: str, name: str) -> None:
+    z, codebook = latents(count, num_codes, data)
     if name == "native":
         function = lambda: nearest_code(z, codebook, backend="native")  # noqa: E731
     else:
@@ -35,10 +44,11 @@ def test_search(measure: peers.Measure, count: int, num_codes: int, name: str) -
     if name == "native":
         assert wrong == 0
     measure(
-        f"nearest code N={count} K={num_codes} D=64 float32",
+        f"nearest code N={count} K={num_codes} D=64 float32, {data} data",
         name,
         function,
-        rounds=9,
+        rounds=7,
+        warmup=1,
         wrong_of_2048=wrong,
     )
 

@@ -61,8 +61,10 @@ inline void keep_best(const float* score, const float* norms, const float* error
   for (int64_t r = 0; r < 32; ++r) {
     const float* s = score + (r / 16 * 512) + r % 16 * 16;
     const vfloat e = broadcast(error_norm[r]);
-    keep_best(load(s) + e * norm0, 2 * p, state + r);
-    keep_best(load(s + 256) + e * norm1, 2 * p + 1, state + r);
+    LaneBest row = state[r];
+    keep_best(load(s) + e * norm0, 2 * p, &row);
+    keep_best(load(s + 256) + e * norm1, 2 * p + 1, &row);
+    state[r] = row;
   }
 }
 

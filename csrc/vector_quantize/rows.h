@@ -14,7 +14,7 @@ namespace MSVQ_ISA {
 
 // A multiple of every tile's rows; the running best of so many rows stays in the first cache.
 #if defined(__AVX512F__)
-constexpr int64_t kBlockRows = 96;
+constexpr int64_t kBlockRows = 64;
 #else
 constexpr int64_t kBlockRows = 48;
 #endif
@@ -95,12 +95,18 @@ inline void gather_columns(const float* codebook, const int64_t* codes, int64_t 
   }
 }
 
+#if defined(__AVX512F__)
+inline float horizontal_sum(vfloat v) {
+  return _mm512_reduce_add_ps(reinterpret_cast<const __m512&>(v));
+}
+#else
 inline float horizontal_sum(vfloat v) {
   float lanes[kLanes], sum = 0;
   store(lanes, v);
   for (int i = 0; i < kLanes; ++i) sum += lanes[i];
   return sum;
 }
+#endif
 
 }  // namespace MSVQ_ISA
 }  // namespace msvq

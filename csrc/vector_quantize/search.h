@@ -13,9 +13,9 @@
 namespace msvq {
 namespace MSVQ_ISA {
 
-// Rows scored at once: the accumulators of 2 x kTileRows vectors fill the registers.
+// Rows scored at once, in 2 x kTileRows accumulators.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 12;
+constexpr int kTileRows = 8;
 #else
 constexpr int kTileRows = 6;
 #endif
