@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gaussian_blur/gaussian_blur.h"
+#include "local_attention/local_attention.h"
 #include "vector_quantize/vector_quantize.h"
 
 namespace py = pybind11;
@@ -106,6 +107,63 @@ void vector_quantize_backward_cpu(Pointer z, Pointer grad_z_q, Pointer grad_z, i
   msvq::vector_quantize_backward(isa_named(isa), params);
 }
 
+// (pointer, batch stride, head stride, token stride) of a TokenTensor.
+using Tokens = std::array<int64_t, 4>;
+
+// `queries` holds q and out, of the backward also grad_out and grad_q; `tokens` the keys and values
+// of every scale, then their gradients. Pointer 0 is no bias. `grids` is (h, w) of the queries,
+// then (h, w, kernel) of every scale.
+void local_attention_cpu(int type, std::array<int64_t, 4> size, const std::vector<int64_t>& grids,
+                         std::array<bool, 4> rules, double scale,
+                         const std::vector<Tokens>& queries, const std::vector<Tokens>& tokens,
+                         const std::vector<Pointer>& bias, const std::vector<Pointer>& grad_bias,
+                         Pointer lse, int threads, const std::string& isa) {
+  const auto described = [](const std::vector<Tokens>& list, size_t i) -> msvq::TokenTensor {
+    if (i >= list.size()) return {};
+    const Tokens& t = list[i];
+    return {reinterpret_cast<void*>(static_cast<Pointer>(t[0])), t[1], t[2], t[3]};
+  };
+  const size_t num_scales = bias.size();
+  std::vector<msvq::AttentionScale> scales(num_scales);
+  for (size_t n = 0; n < num_scales; ++n) {
+    scales[n] = {described(tokens, n),
+                 described(tokens, num_scales + n),
+                 described(tokens, 2 * num_scales + n),
+                 described(tokens, 3 * num_scales + n),
+                 reinterpret_cast<const void*>(bias[n]),
+                 reinterpret_cast<void*>(grad_bias[n]),
+                 grids[2 + 3 * n],
+                 grids[3 + 3 * n],
+                 grids[4 + 3 * n]};
+  }
+  msvq::LocalAttentionParams params{};
+  params.type = static_cast<msvq::FloatType>(type);
+  params.batch = size[0];
+  params.heads = size[1];
+  params.kv_heads = size[2];
+  params.channels = size[3];
+  params.height = grids[0];
+  params.width = grids[1];
+  params.q = described(queries, 0);
+  params.out = described(queries, 1);
+  params.grad_out = described(queries, 2);
+  params.grad_q = described(queries, 3);
+  params.lse = reinterpret_cast<void*>(lse);
+  params.scales = scales.data();
+  params.num_scales = static_cast<int64_t>(num_scales);
+  params.own = rules[0];
+  params.raster = rules[1];
+  params.include_self = rules[2];
+  params.shift = rules[3];
+  params.scale = scale;
+  params.threads = threads;
+  if (queries.size() == 2) {
+    msvq::local_attention(isa_named(isa), params);
+  } else {
+    msvq::local_attention_backward(isa_named(isa), params);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -123,4 +181,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grad_z_q"), py::arg("grad_z"), py::arg("type"), py::arg("size"),
         py::arg("strides"), py::arg("codebook"), py::arg("codes"), py::arg("scale"),
         py::arg("threads"), py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
+  m.def("local_attention_cpu", &local_attention_cpu, py::arg("type"), py::arg("size"),
+        py::arg("grids"), py::arg("rules"), py::arg("scale"), py::arg("queries"), py::arg("tokens"),
+        py::arg("bias"), py::arg("grad_bias"), py::arg("lse"), py::arg("threads"),
+        py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 }

@@ -1,0 +1,333 @@
+// Vectors whose lanes are neighbouring tokens of a row: transposed loads and stores, dot products
+// with register tiles, exp. Everything is local to the file that includes it.
+#pragma once
+#include <cstdlib>
+
+#include "elements.h"
+#include "simd.h"
+
+namespace msvq {
+namespace MSVQ_ISA {
+namespace {
+
+typedef double vdouble __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t vint __attribute__((vector_size(kLanes * sizeof(float))));
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef vfloat vec;
+  static constexpr int lanes = kLanes;
+  static constexpr int rows = kLanes == 16 ? 4 : 2;  // of a register tile: 4 x 6 need 32 registers
+};
+template <>
+struct Simd<double> {
+  typedef vdouble vec;
+  static constexpr int lanes = kLanes / 2;
+  static constexpr int rows = 1;
+};
+template <class T>
+using Vec = typename Simd<T>::vec;
+
+template <class T>
+inline Vec<T> load_vec(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store_vec(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Uninitialised memory, aligned to a cache line.
+template <class T>
+struct Buffer {
+  explicit Buffer(int64_t size)
+      : base(std::malloc(static_cast<size_t>(size) * sizeof(T) + 64)),
+        data(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(base) + 63) & ~uintptr_t{63})) {}
+  ~Buffer() { std::free(base); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T& operator[](int64_t i) const { return data[i]; }
+
+  void* base;
+  T* data;
+};
+
+inline void fill(float* p, int64_t n, float x) {
+  for (int64_t i = 0; i < n; ++i) p[i] = x;
+}
+inline void fill(double* p, int64_t n, double x) {
+  for (int64_t i = 0; i < n; ++i) p[i] = x;
+}
+
+constexpr float kNone = -__builtin_inff();  // the score of a pair outside the window
+
+// exp for x <= 0 or a little above, to 1 ulp; below -87 it is 0, NaN stays NaN.
+inline vfloat exponential(vfloat x) {
+  const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat shifted = x * 1.44269504f + magic;
+  const vfloat n = shifted - magic;
+  const vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vfloat y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  vint power;
+  std::memcpy(&power, &shifted, sizeof power);
+  power = (power + 127) << 23;
+  vfloat two_to_n;
+  std::memcpy(&two_to_n, &power, sizeof two_to_n);
+  return x < -87.0f ? vfloat{} : y * two_to_n;
+}
+inline vdouble exponential(vdouble x) {
+  for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+// The natural logarithm of normal x > 0 to 1 ulp; NaN stays NaN.
+inline vfloat logarithm(vfloat x) {
+  vint bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2))
+  const vint exponent = (bits - 0x3f3504f3) >> 23;
+  bits -= exponent << 23;
+  vfloat m, e;
+  std::memcpy(&m, &bits, sizeof m);
+  for (int i = 0; i < kLanes; ++i) e[i] = static_cast<float>(exponent[i]);
+  const vfloat z = m - 1.0f;
+  vfloat y = splat(7.0376836292e-2f);
+  y = y * z - 1.1514610310e-1f;
+  y = y * z + 1.1676998740e-1f;
+  y = y * z - 1.2420140846e-1f;
+  y = y * z + 1.4249322787e-1f;
+  y = y * z - 1.6668057665e-1f;
+  y = y * z + 2.0000714765e-1f;
+  y = y * z - 2.4999993993e-1f;
+  y = y * z + 3.3333331174e-1f;
+  y = y * z * z * z - e * 2.12194440e-4f - 0.5f * z * z;
+  const vfloat value = z + y + e * 0.693359375f;
+  return x == x ? value : x;
+}
+inline vdouble logarithm(vdouble x) {
+  for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
+template <class V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+// The lower and upper halves of two vectors, lane by lane in turn.
+#define MSVQ_PAIRS_2 0, 2
+#define MSVQ_PAIRS_4 0, 4, 1, 5
+#define MSVQ_PAIRS_8 0, 8, 1, 9, 2, 10, 3, 11
+#define MSVQ_PAIRS_16 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define MSVQ_UPPER_2 1, 3
+#define MSVQ_UPPER_4 2, 6, 3, 7
+#define MSVQ_UPPER_8 4, 12, 5, 13, 6, 14, 7, 15
+#define MSVQ_UPPER_16 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#ifdef __clang__
+#define MSVQ_SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MSVQ_SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
+#endif
+#define MSVQ_INTERLEAVE(V, Index, n)                                                   \
+  inline V lower_lanes(V a, V b) { return MSVQ_SHUFFLE(Index, a, b, MSVQ_PAIRS_##n); } \
+  inline V upper_lanes(V a, V b) { return MSVQ_SHUFFLE(Index, a, b, MSVQ_UPPER_##n); }
+typedef int64_t vlong __attribute__((vector_size(kLanes * sizeof(float))));
+#if defined(__AVX512F__)
+MSVQ_INTERLEAVE(vfloat, vint, 16)
+MSVQ_INTERLEAVE(vdouble, vlong, 8)
+#elif defined(__AVX2__)
+MSVQ_INTERLEAVE(vfloat, vint, 8)
+MSVQ_INTERLEAVE(vdouble, vlong, 4)
+#else
+MSVQ_INTERLEAVE(vfloat, vint, 4)
+MSVQ_INTERLEAVE(vdouble, vlong, 2)
+#endif
+
+// Transposes lanes x lanes values in registers: log2(lanes) perfect shuffles of the rows.
+template <class T>
+inline void transpose(Vec<T> (&v)[Simd<T>::lanes]) {
+  constexpr int n = Simd<T>::lanes;
+#pragma GCC unroll 4
+  for (int step = 1; step < n; step *= 2) {
+    Vec<T> w[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) {
+      w[2 * i] = lower_lanes(v[i], v[i + n / 2]);
+      w[2 * i + 1] = upper_lanes(v[i], v[i + n / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) v[i] = w[i];
+  }
+}
+
+// How an element type is computed with.
+template <class E>
+struct Compute {
+  typedef float type;
+};
+template <>
+struct Compute<double> {
+  typedef double type;
+};
+using MSVQ_ISA::narrow_row;
+using MSVQ_ISA::widen_row;
+inline void widen_row(const double* x, double* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i];
+}
+inline void narrow_row(const double* x, double* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i];
+}
+
+// The first vector of channels of a token, and the first `width` of them with zeros behind.
+inline vfloat load_channels(const float* p) { return load_vec(p); }
+inline vdouble load_channels(const double* p) { return load_vec(p); }
+template <class E>
+inline vfloat load_channels(const E* p) {
+  float wide[kLanes];
+  widen_row(p, wide, kLanes);
+  return load_vec(wide);
+}
+template <class T, class E>
+inline Vec<T> load_channels(const E* p, int64_t width) {
+  T wide[Simd<T>::lanes] = {};
+  widen_row(p, wide, width);
+  return load_vec(wide);
+}
+
+// Loads one token per lane (null reads zeros) with its channels along `out`:
+// out[c * stride + lane] = factor * token[lane][c].
+template <class E, class T = typename Compute<E>::type>
+__attribute__((noinline)) void load_tokens(const E* const* tokens, int64_t channels, T factor,
+                                           T* out, int64_t stride) {
+  constexpr int n = Simd<T>::lanes;
+  bool all = true;
+  for (int i = 0; i < n; ++i) all &= tokens[i] != nullptr;
+  int64_t c = 0;
+  for (; c + n <= channels; c += n) {
+    Vec<T> v[n];
+    if (all) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) v[i] = load_channels(tokens[i] + c);
+    } else {
+      for (int i = 0; i < n; ++i)
+        v[i] = tokens[i] == nullptr ? Vec<T>{} : load_channels(tokens[i] + c);
+    }
+    transpose<T>(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) store_vec(out + (c + i) * stride, v[i] * factor);
+  }
+  if (c == channels) return;
+  Vec<T> v[n];
+  for (int i = 0; i < n; ++i)
+    v[i] = tokens[i] == nullptr ? Vec<T>{} : load_channels<T>(tokens[i] + c, channels - c);
+  transpose<T>(v);
+  for (int i = 0; i < channels - c; ++i) store_vec(out + (c + i) * stride, v[i] * factor);
+}
+
+inline void store_channels(vfloat v, float* p) { store_vec(p, v); }
+inline void store_channels(vdouble v, double* p) { store_vec(p, v); }
+template <class E>
+inline void store_channels(vfloat v, E* p) {
+  float wide[kLanes];
+  store_vec(wide, v);
+  narrow_row(wide, p, kLanes);
+}
+template <class T, class E>
+inline void store_channels(Vec<T> v, E* p, int64_t width) {
+  T wide[Simd<T>::lanes];
+  store_vec(wide, v);
+  narrow_row(wide, p, width);
+}
+
+// The reverse: token[lane][c] = factor[lane] * in[c][lane]; null is not written.
+template <class E, class T = typename Compute<E>::type>
+__attribute__((noinline)) void store_tokens(const T* in, int64_t channels, Vec<T> factor,
+                                            E* const* tokens) {
+  constexpr int n = Simd<T>::lanes;
+  for (int64_t c = 0; c < channels; c += n) {
+    const int64_t width = least(n, channels - c);
+    Vec<T> v[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) v[i] = i < width ? load_vec(in + (c + i) * n) * factor : Vec<T>{};
+    transpose<T>(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (tokens[i] == nullptr) continue;
+      if (width == n) {
+        store_channels(v[i], tokens[i] + c);
+      } else {
+        store_channels<T>(v[i], tokens[i] + c, width);
+      }
+    }
+  }
+}
+
+// One row of moving tokens as the lanes of stationary tokens meet it: candidate j of the lanes
+// from x on has channel c at data[j * candidate + c * channel + x].
+template <class T>
+struct Moving {
+  T* data;
+  int64_t candidate, channel;
+};
+
+// sums[r][j] = sum over c of stationary row r (rows `row` apart, [c][lane]) times candidate j.
+template <class T, int kR, int kJ>
+inline void dots(const T* stationary, int64_t row, const T* moving, const Moving<T>& layout,
+                 int64_t channels, Vec<T> (&sums)[kR][kJ]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 6
+    for (int j = 0; j < kJ; ++j) sums[r][j] = Vec<T>{};
+  for (int64_t c = 0; c < channels; ++c) {
+    Vec<T> mine[kR];
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) mine[r] = load_vec(stationary + r * row + c * Simd<T>::lanes);
+#pragma GCC unroll 6
+    for (int j = 0; j < kJ; ++j) {
+      const Vec<T> other = load_vec(moving + j * layout.candidate + c * layout.channel);
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r) sums[r][j] += mine[r] * other;
+    }
+  }
+}
+
+// out row r += sum over j of weights[r][j] * candidate j.
+template <class T, int kR, int kJ>
+inline void accumulate(const Vec<T> (&weights)[kR][kJ], const T* moving, const Moving<T>& layout,
+                       int64_t channels, T* out, int64_t row) {
+  for (int64_t c = 0; c < channels; ++c) {
+    Vec<T> sum[kR];
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) sum[r] = load_vec(out + r * row + c * Simd<T>::lanes);
+#pragma GCC unroll 6
+    for (int j = 0; j < kJ; ++j) {
+      const Vec<T> other = load_vec(moving + j * layout.candidate + c * layout.channel);
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r) sum[r] += weights[r][j] * other;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) store_vec(out + r * row + c * Simd<T>::lanes, sum[r]);
+  }
+}
+
+}  // namespace
+}  // namespace MSVQ_ISA
+}  // namespace msvq

@@ -1,0 +1,204 @@
+"""The C++ local attention on CPU tensors (csrc/local_attention)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msvq_fast import _C
+from msvq_fast.ops.checks import accumulation_dtype
+from msvq_fast.ops.local_attention.windows import Windows
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def unsupported(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    windows: Windows,
+) -> str | None:
+    """Why this call cannot run here, or None."""
+    if q.device.type != "cpu":
+        return f"the C++ kernel runs on CPU tensors, q is on {q.device}"
+    return None
+
+
+def local_attention(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    windows: Windows,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output, strided like ``q``, and the log-sum-exp ``(B, heads, N_m)`` of its scores."""
+    sizes, rules = _flatten(windows)
+    out, lse = _local_attention(q, list(keys), list(values), list(bias), sizes, rules, scale)
+    return out, lse
+
+
+def local_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    windows: Windows,
+    scale: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
+    """The gradients of ``q``, ``keys``, ``values`` and ``bias``."""
+    sizes, rules = _flatten(windows)
+    grads = _local_attention_backward(
+        grad_out, q, list(keys), list(values), list(bias), out, lse, sizes, rules, scale
+    )
+    n = len(keys)
+    rest = iter(grads[1 + 2 * n :])
+    grad_bias = [None if b is None else next(rest) for b in bias]
+    return grads[0], grads[1 : 1 + n], grads[1 + n : 1 + 2 * n], grad_bias
+
+
+@torch.library.custom_op("msvq_fast::local_attention_native", mutates_args=(), device_types="cpu")
+def _local_attention(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    bias: list[Tensor | None],
+    sizes: list[int],
+    rules: list[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_tokens(q), _empty_lse(q)
+    _run(q, keys, values, bias, out, lse, sizes, rules, scale)
+    return out, lse
+
+
+@_local_attention.register_fake
+def _(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    bias: list[Tensor | None],
+    sizes: list[int],
+    rules: list[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _empty_tokens(q), _empty_lse(q)
+
+
+@torch.library.custom_op(
+    "msvq_fast::local_attention_backward_native", mutates_args=(), device_types="cpu"
+)
+def _local_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    bias: list[Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    sizes: list[int],
+    rules: list[bool],
+    scale: float,
+) -> list[Tensor]:
+    grads = _empty_grads(q, keys, values, bias)
+    _run(q, keys, values, bias, out, lse, sizes, rules, scale, grad_out, grads)
+    return grads
+
+
+@_local_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    bias: list[Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    sizes: list[int],
+    rules: list[bool],
+    scale: float,
+) -> list[Tensor]:
+    return _empty_grads(q, keys, values, bias)
+
+
+def _flatten(windows: Windows) -> tuple[list[int], list[bool]]:
+    """``windows`` as lists: (h, w) of the queries, then (h, w, kernel) of every scale."""
+    sizes = list(windows.query_grid)
+    for grid, kernel in zip(windows.grids, windows.kernels, strict=True):
+        sizes += [*grid, kernel]
+    return sizes, [windows.own, windows.raster, windows.include_self, windows.shift]
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return torch.empty(q.shape[:3], dtype=accumulation_dtype(q.dtype), device=q.device)
+
+
+def _empty_tokens(like: Tensor) -> Tensor:
+    """Room for ``(B, heads, N, d)``, heads or tokens first as in ``like``, d innermost."""
+    batch, heads, tokens, width = like.shape
+    if heads > 1 and like.stride(1) < like.stride(2):
+        return torch.empty(
+            (batch, tokens, heads, width), dtype=like.dtype, device=like.device
+        ).transpose(1, 2)
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _empty_grads(
+    q: Tensor, keys: list[Tensor], values: list[Tensor], bias: list[Tensor | None]
+) -> list[Tensor]:
+    tables = [torch.empty(b.shape, dtype=b.dtype, device=b.device) for b in bias if b is not None]
+    return [*map(_empty_tokens, [q, *keys, *values]), *tables]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``tensor`` with the channels of a token next to each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _tokens(*tensors: Tensor) -> list[tuple[int, int, int, int]]:
+    return [(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)) for t in tensors]
+
+
+def _run(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    bias: list[Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    sizes: list[int],
+    rules: list[bool],
+    scale: float,
+    grad_out: Tensor | None = None,
+    grads: list[Tensor] | None = None,
+) -> None:
+    """Hand the pointers to C++, which writes ``out`` and ``lse``, or ``grads`` where given."""
+    # Copies made here live until C++ is done.
+    q, out, keys, values = _rows(q), _rows(out), [*map(_rows, keys)], [*map(_rows, values)]
+    tables = [None if b is None else b.contiguous() for b in bias]
+    queries, tokens, grad_tables = [q, out], [*keys, *values], [0] * len(bias)
+    if grad_out is not None and grads is not None:
+        grad_out = _rows(grad_out)
+        queries += [grad_out, grads[0]]
+        tokens += grads[1 : 1 + 2 * len(keys)]
+        rest = iter(grads[1 + 2 * len(keys) :])
+        grad_tables = [0 if b is None else next(rest).data_ptr() for b in bias]
+    _C.local_attention_cpu(
+        _TYPES[q.dtype],
+        (q.shape[0], q.shape[1], keys[0].shape[1], q.shape[3]),
+        sizes,
+        rules,
+        scale,
+        _tokens(*queries),
+        _tokens(*tokens),
+        [0 if b is None else b.data_ptr() for b in tables],
+        grad_tables,
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
