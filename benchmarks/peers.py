@@ -12,6 +12,7 @@ from torch import Tensor
 
 Measure = Callable[..., None]  # the fixture of benchmarks/conftest.py
 Blur = Callable[[], Tensor]
+Search = Callable[[], Tensor]
 
 
 def torch_separable_blur(x: Tensor, size: int, sigma: float) -> Blur:
@@ -51,6 +52,47 @@ def opencv_blur(x: Tensor, size: int, sigma: float) -> Blur:
         return torch.from_numpy(out).permute(2, 0, 1)[None]  # a view: no copy is timed
 
     return blur
+
+
+def faiss_search(z: Tensor, codebook: Tensor) -> Search:
+    faiss = pytest.importorskip("faiss")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(codebook.shape[1])
+    index.add(codebook.numpy())
+    rows = z.numpy()
+    return lambda: torch.from_numpy(index.search(rows, 1)[1][:, 0])
+
+
+def cdist_search(z: Tensor, codebook: Tensor) -> Search:
+    return lambda: torch.cdist(z, codebook).argmin(1)
+
+
+def addmm_search(z: Tensor, codebook: Tensor) -> Search:
+    """One matrix product per 4096 latents, without the term of the latent alone."""
+
+    def search() -> Tensor:
+        half, columns = codebook.square().sum(1) / 2, codebook.t().contiguous()
+        scores = (torch.addmm(half, part, columns, alpha=-1) for part in z.split(4096))
+        return torch.cat([score.argmin(1) for score in scores])
+
+    return search
+
+
+def vector_quantize_pytorch_step(z: Tensor, codebook: Tensor) -> Callable[[], None]:
+    """Forward, backward and EMA update of ``z (N, D)``, which requires a gradient."""
+    package = pytest.importorskip("vector_quantize_pytorch")
+    size, width = codebook.shape
+    quantizer = package.VectorQuantize(
+        dim=width, codebook_size=size, decay=0.99, commitment_weight=0.25
+    )
+    upstream = torch.randn_like(z)
+
+    def step() -> None:
+        z.grad = None
+        z_q, _, loss = quantizer(z[None])
+        torch.autograd.backward([z_q[0], loss.sum()], [upstream, torch.ones(())])
+
+    return step
 
 
 def _taps(size: int, sigma: float) -> Tensor:
