@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Measure = Callable[..., None]  # the fixture of benchmarks/conftest.py
-Timed = Callable[[], Tensor]
+Blur = Callable[[], Tensor]
+Search = Callable[[], Tensor]
 
 
-def torch_separable_blur(x: Tensor, size: int, sigma: float) -> Timed:
+def torch_separable_blur(x: Tensor, size: int, sigma: float) -> Blur:
     """Two depthwise convolutions over reflect padding: what kornia runs."""
     taps, channels = _taps(size, sigma), x.shape[1]
     rows = taps.view(1, 1, 1, size).expand(channels, 1, 1, size)
@@ -28,19 +29,19 @@ def torch_separable_blur(x: Tensor, size: int, sigma: float) -> Timed:
     return blur
 
 
-def torch_dense_blur(x: Tensor, size: int, sigma: float) -> Timed:
+def torch_dense_blur(x: Tensor, size: int, sigma: float) -> Blur:
     """One depthwise convolution with size² taps: what torchvision runs."""
     taps, channels = _taps(size, sigma), x.shape[1]
     kernel = torch.outer(taps, taps).expand(channels, 1, size, size)
     return lambda: F.conv2d(F.pad(x, [size // 2] * 4, mode="reflect"), kernel, groups=channels)
 
 
-def kornia_blur(x: Tensor, size: int, sigma: float) -> Timed:
+def kornia_blur(x: Tensor, size: int, sigma: float) -> Blur:
     filters = pytest.importorskip("kornia.filters")
     return lambda: filters.gaussian_blur2d(x, (size, size), (sigma, sigma), "reflect")
 
 
-def opencv_blur(x: Tensor, size: int, sigma: float) -> Timed:
+def opencv_blur(x: Tensor, size: int, sigma: float) -> Blur:
     """OpenCV on one float32 image of HWC layout, with as many threads as torch."""
     cv2 = pytest.importorskip("cv2")
     cv2.setNumThreads(torch.get_num_threads())
@@ -53,41 +54,43 @@ def opencv_blur(x: Tensor, size: int, sigma: float) -> Timed:
     return blur
 
 
-def faiss_search(z: Tensor, codebook: Tensor) -> Timed:
-    """Exact float32 search of faiss with as many threads as torch."""
+def faiss_search(z: Tensor, codebook: Tensor) -> Search:
     faiss = pytest.importorskip("faiss")
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatL2(codebook.shape[1])
     index.add(codebook.numpy())
-    return lambda: torch.from_numpy(index.search(z.numpy(), 1)[1][:, 0])
+    rows = z.numpy()
+    return lambda: torch.from_numpy(index.search(rows, 1)[1][:, 0])
 
 
-def cdist_search(z: Tensor, codebook: Tensor) -> Timed:
+def cdist_search(z: Tensor, codebook: Tensor) -> Search:
     return lambda: torch.cdist(z, codebook).argmin(1)
 
 
-def addmm_search(z: Tensor, codebook: Tensor) -> Timed:
-    """``argmin(½|e|² - z·e)`` by one matrix product, in chunks that stay in the cache."""
+def addmm_search(z: Tensor, codebook: Tensor) -> Search:
+    """One matrix product per 4096 latents, without the term of the latent alone."""
 
     def search() -> Tensor:
-        half = 0.5 * codebook.square().sum(1)
-        chunks = z.split(4096)
-        return torch.cat([torch.addmm(half, c, codebook.t(), alpha=-1).argmin(1) for c in chunks])
+        half, columns = codebook.square().sum(1) / 2, codebook.t().contiguous()
+        scores = (torch.addmm(half, part, columns, alpha=-1) for part in z.split(4096))
+        return torch.cat([score.argmin(1) for score in scores])
 
     return search
 
 
-def vector_quantize_pytorch_step(z: Tensor, num_codes: int) -> Timed:
-    """Forward, backward and EMA update of lucidrains' VectorQuantize."""
-    module = pytest.importorskip("vector_quantize_pytorch").VectorQuantize(
-        dim=z.shape[1], codebook_size=num_codes, decay=0.99, commitment_weight=0.25
+def vector_quantize_pytorch_step(z: Tensor, codebook: Tensor) -> Callable[[], None]:
+    """Forward, backward and EMA update of ``z (N, D)``, which requires a gradient."""
+    package = pytest.importorskip("vector_quantize_pytorch")
+    size, width = codebook.shape
+    quantizer = package.VectorQuantize(
+        dim=width, codebook_size=size, decay=0.99, commitment_weight=0.25
     )
-    latents = z[None].clone().requires_grad_()
+    upstream = torch.randn_like(z)
 
-    def step() -> Tensor:
-        z_q, _, loss = module(latents)
-        (z_q.sum() + loss.sum()).backward()
-        return z_q
+    def step() -> None:
+        z.grad = None
+        z_q, _, loss = quantizer(z[None])
+        torch.autograd.backward([z_q[0], loss.sum()], [upstream, torch.ones(())])
 
     return step
 
