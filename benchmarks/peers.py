@@ -95,6 +95,57 @@ def vector_quantize_pytorch_step(z: Tensor, codebook: Tensor) -> Callable[[], No
     return step
 
 
+def sdpa_masked_attention(
+    q: Tensor, keys: list[Tensor], values: list[Tensor], grids: list[tuple[int, int]], kernels: list
+) -> Timed:
+    """Dense attention of torch over all scales under a boolean mask, which is not timed."""
+    masks = []
+    for n in range(len(grids)):
+        index, inside = _window_index(grids, kernels, n)
+        mask = torch.zeros(q.shape[2], keys[n].shape[2], dtype=torch.bool)
+        rows = torch.arange(q.shape[2])[:, None].expand_as(index)
+        mask[rows[inside], index[inside]] = True
+        masks.append(mask)
+    mask = torch.cat(masks, dim=1)
+
+    def attend() -> Tensor:
+        key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        return F.scaled_dot_product_attention(q, key, value, attn_mask=mask)
+
+    return attend
+
+
+def gathered_attention(
+    q: Tensor, keys: list[Tensor], values: list[Tensor], grids: list[tuple[int, int]], kernels: list
+) -> Timed:
+    """The windows gathered by an index into ``(N, k²)`` copies of keys and values (unfold)."""
+    windows = [_window_index(grids, kernels, n) for n in range(len(grids))]
+    inside = torch.cat([w for _, w in windows], dim=1)
+
+    def attend() -> Tensor:
+        near = torch.cat([k[:, :, i] for k, (i, _) in zip(keys, windows, strict=True)], dim=3)
+        scores = (near @ q[..., None])[..., 0] * q.shape[-1] ** -0.5  # (B, heads, N, pairs)
+        weights = scores.masked_fill(~inside, -torch.inf).softmax(-1)
+        near = torch.cat([v[:, :, i] for v, (i, _) in zip(values, windows, strict=True)], dim=3)
+        return (weights[..., None, :] @ near)[..., 0, :]
+
+    return attend
+
+
+def _window_index(grids: list[tuple[int, int]], kernels: list, n: int) -> tuple[Tensor, Tensor]:
+    """Keys ``(N, k²)`` of every query on scale n and whether each exists; the own is left out."""
+    (height, width), (h, w), kernel = grids[-1], grids[n], kernels[n]
+    offset = torch.arange(kernel) - kernel // 2
+    rows = (torch.arange(height) * h // height)[:, None] + offset  # integer ratios
+    columns = (torch.arange(width) * w // width)[:, None] + offset
+    y, x = rows[:, None, :, None], columns[None, :, None, :]
+    inside = ((y >= 0) & (y < h) & (x >= 0) & (x < w)).reshape(height * width, -1)
+    index = (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).reshape(height * width, -1)
+    if n == len(grids) - 1:
+        inside = inside & (index != torch.arange(height * width)[:, None])
+    return index, inside
+
+
 def _taps(size: int, sigma: float) -> Tensor:
     j = torch.arange(size, dtype=torch.float64) - size // 2
     taps = torch.exp(-0.5 * (j / sigma) ** 2)

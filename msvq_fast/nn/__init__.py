@@ -1,7 +1,15 @@
 """Modules that hold parameters and buffers and call the ops."""
 
+from msvq_fast.nn.attention import LocalAttention
 from msvq_fast.nn.blocks import Encoder, Residual
 from msvq_fast.nn.losses import GaussianPyramid, MultiScaleLoss
 from msvq_fast.nn.quantizer import VectorQuantizer
 
-__all__ = ["Encoder", "GaussianPyramid", "MultiScaleLoss", "Residual", "VectorQuantizer"]
+__all__ = [
+    "Encoder",
+    "GaussianPyramid",
+    "LocalAttention",
+    "MultiScaleLoss",
+    "Residual",
+    "VectorQuantizer",
+]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from index_lists import index_list_attention, make_inputs, pairs
+from parity import assert_close
 
 from msvq_fast.ops import InputError, local_attention
 from msvq_fast.ops.local_attention import op
 from msvq_fast.ops.local_attention.reference import window_mask
-from tests.ops.attention_cases import index_list_attention, make_inputs, pairs
-from tests.parity import assert_close
 
 
 def why_not(backend):
@@ -24,6 +24,16 @@ BACKENDS = [
     ),
 ]
 NATIVE = BACKENDS[1:]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The oracle is thousands of tiny ops: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 # grids, kernels, options: every border, order, ratio and kernel kind at awkward sizes
 CASES = [

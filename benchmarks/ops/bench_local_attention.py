@@ -1,0 +1,110 @@
+"""Local attention, own grid and a coarser one, beside dense attention and gathered windows."""
+
+from __future__ import annotations
+
+import resource
+
+import peers
+import pytest
+import torch
+from parity import assert_close
+
+from msvq_fast.ops import local_attention
+
+# own grid, its kernel, coarse grid, its kernel, head width, dtype; 8 heads, batch 1
+MAIN = (64, 5, 32, 3, 32, torch.float32)
+SHAPES = [
+    MAIN,
+    (64, 9, 32, 3, 32, torch.float32),
+    (64, 5, 32, 3, 64, torch.float32),
+    (64, 5, 32, 3, 32, torch.bfloat16),
+    (8, 5, 4, 3, 32, torch.float32),
+]
+GROWTH = [(side, 5, side // 2, 3, 32, torch.float32) for side in (32, 64, 128, 256)]
+PEERS = {
+    "SDPA with mask": peers.sdpa_masked_attention,
+    "gathered windows": peers.gathered_attention,
+}
+
+
+class Case:
+    def __init__(self, shape, heads: int = 8) -> None:
+        own, own_kernel, coarse, coarse_kernel, width, dtype = shape
+        self.grids = [(coarse, coarse), (own, own)]
+        self.kernels = [coarse_kernel, own_kernel]
+        sizes = [h * w for h, w in self.grids]
+        self.q, *rest = (
+            torch.randn(1, heads, n, width).to(dtype).requires_grad_()
+            for n in (sizes[-1], *sizes, *sizes)
+        )
+        self.keys, self.values = rest[:2], rest[2:]
+        self.leaves = [self.q, *rest]
+        self.upstream = torch.randn_like(self.q)
+        label = str(dtype).removeprefix("torch.")
+        self.name = f"{own}² k{own_kernel} + {coarse}² k{coarse_kernel}, d {width}, {label}"
+
+    def ours(self) -> torch.Tensor:
+        return local_attention(
+            self.q, self.keys, self.values, grids=self.grids, kernels=self.kernels
+        )
+
+    def attend(self, name: str) -> peers.Timed:
+        if name == "native":
+            return self.ours
+        return PEERS[name](self.q, self.keys, self.values, self.grids, self.kernels)
+
+    def with_gradients(self, function: peers.Timed) -> list[torch.Tensor]:
+        out = function()
+        return [out, *torch.autograd.grad(out, self.leaves, self.upstream)]
+
+
+def assert_same(case: Case, function: peers.Timed) -> None:
+    names = ["value", "grad_q", "grad_k0", "grad_k1", "grad_v0", "grad_v1"]
+    want = case.with_gradients(case.ours)
+    got = case.with_gradients(function)
+    for name, mine, other in zip(names, got, want, strict=True):
+        # The dense sums have thousands of terms; bfloat16 peers round between their steps.
+        assert_close(name, mine, other, ulps=64 if mine.dtype == torch.float32 else 16)
+
+
+@pytest.mark.parametrize("name", ["native", *PEERS])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(measure: peers.Measure, shape, name: str) -> None:
+    case = Case(shape)
+    function = case.attend(name)
+    assert_same(case, function)
+    with torch.no_grad():
+        measure(f"forward {case.name}", name, function, rounds=9, warmup=2)
+
+
+@pytest.mark.parametrize("name", ["native", *PEERS])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_backward(measure: peers.Measure, shape, name: str) -> None:
+    case = Case(shape)
+    function = case.attend(name)
+    assert_same(case, function)
+    measure(
+        f"forward + backward {case.name}",
+        name,
+        lambda: case.with_gradients(function),
+        rounds=7,
+        warmup=1,
+    )
+
+
+@pytest.mark.parametrize("shape", GROWTH, ids=str)
+def test_growth(measure: peers.Measure, shape) -> None:
+    """Time and memory from 32² to 256² tokens: both linear in the tokens."""
+    case = Case(shape)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    case.with_gradients(case.ours)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    tokens = sum(t.numel() * t.element_size() for t in case.leaves)
+    measure(
+        "growth, forward + backward",
+        f"native {case.name}",
+        lambda: case.with_gradients(case.ours),
+        rounds=7,
+        input_bytes=tokens,
+        added_peak_bytes=peak * 1024,
+    )

@@ -1,0 +1,156 @@
+"""Cross-scale local attention with its projections and positions (§3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from msvq_fast.ops import InputError, local_attention
+
+ROTARY_BASE = 100.0
+
+
+class LocalAttention(nn.Module):
+    """Multi-head attention of a grid of tokens to windows of itself and of coarser grids.
+
+    One query, key, value and output projection serve all scales, so that a model has as many
+    parameters as with full attention.
+
+    Args:
+        width: Channels of the tokens; a multiple of ``heads``.
+        heads: Query heads.
+        kernels: Per scale, coarse to fine, an odd window size, 0 (unused) or ``"full"``; the last
+            is the own grid's.
+        kv_heads: Key and value heads, a divisor of ``heads``; None takes ``heads``.
+        order: ``"bidirectional"`` or ``"raster"``, of the own scale.
+        include_self: Whether a token attends to itself.
+        border: ``"clip"`` or ``"shift"``, as in `msvq_fast.ops.local_attention`.
+        relative_bias: Whether each head learns a bias per window offset (zero at first; ``"full"``
+            scales have none).
+        rotary: Whether queries and keys are rotated by their 2-D position: half of a head's
+            channels by the row, half by the column. A coarse cell sits at its centre in fine cells,
+            so scales share one geometry. Needs a head width that is a multiple of 4.
+        bias: Whether the projections have a bias.
+        backend: As in `msvq_fast.ops.local_attention`.
+
+    Raises:
+        InputError: For widths or heads that do not divide.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kernels: Sequence[int | str],
+        *,
+        kv_heads: int | None = None,
+        order: str = "bidirectional",
+        include_self: bool = False,
+        border: str = "clip",
+        relative_bias: bool = False,
+        rotary: bool = False,
+        bias: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or width % heads != 0:
+            raise InputError(f"width={width} with heads={heads}; expected a multiple of heads")
+        if kv_heads < 1 or heads % kv_heads != 0:
+            raise InputError(f"kv_heads={kv_heads}; expected a divisor of heads={heads}")
+        head_width = width // heads
+        if rotary and head_width % 4 != 0:
+            raise InputError(f"rotary with heads of width {head_width}; expected a multiple of 4")
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.kernels = tuple(kernels)
+        self.order = order
+        self.include_self = include_self
+        self.border = border
+        self.rotary = rotary
+        self.backend = backend
+        self.to_query = nn.Linear(width, width, bias=bias)
+        self.to_key_value = nn.Linear(width, 2 * kv_heads * head_width, bias=bias)
+        self.to_out = nn.Linear(width, width, bias=bias)
+        self.relative_bias: nn.ParameterList | None = None
+        if relative_bias:
+            self.relative_bias = nn.ParameterList()
+            for kernel in self.kernels:
+                k = kernel if isinstance(kernel, int) else 0
+                size = 2 * k - 1 if border == "shift" and k > 0 else k
+                self.relative_bias.append(nn.Parameter(torch.zeros(heads, size, size)))
+
+    def forward(self, tokens: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Attend from the last of ``tokens`` to all of them.
+
+        Args:
+            tokens: One ``(B, h * w, width)`` per scale, coarse to fine.
+            grids: ``(h, w)`` of each.
+
+        Returns:
+            ``(B, h_m * w_m, width)`` for the last scale.
+        """
+        if len(tokens) != len(self.kernels) or len(grids) != len(self.kernels):
+            raise InputError(
+                f"tokens has {len(tokens)} and grids {len(grids)} entries; expected "
+                f"{len(self.kernels)}, one per kernel"
+            )
+        query = self._split(self.to_query(tokens[-1]), self.heads)
+        keys, values = [], []
+        for x, grid in zip(tokens, grids, strict=True):
+            key, value = self.to_key_value(x).chunk(2, dim=-1)
+            key = self._split(key, self.kv_heads)
+            keys.append(rotate(key, grid, grids[-1]) if self.rotary else key)
+            values.append(self._split(value, self.kv_heads))
+        if self.rotary:
+            query = rotate(query, grids[-1], grids[-1])
+        out = local_attention(
+            query,
+            keys,
+            values,
+            grids=grids,
+            kernels=self.kernels,
+            order=self.order,
+            include_self=self.include_self,
+            border=self.border,
+            bias=self._bias(query.dtype),
+            backend=self.backend,
+        )
+        result: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
+        return result
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        """``(B, N, heads * d)`` as ``(B, heads, N, d)``, a view."""
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def _bias(self, dtype: torch.dtype) -> list[Tensor | None] | None:
+        if self.relative_bias is None:
+            return None
+        return [table.to(dtype) if table.numel() > 0 else None for table in self.relative_bias]
+
+
+def rotate(x: Tensor, grid: tuple[int, int], fine: tuple[int, int]) -> Tensor:
+    """Rotate channel pairs of ``x (B, heads, h * w, d)`` by angles that grow with the position.
+
+    The cell ``(y, x)`` of ``grid`` sits at ``(y + ½) h_fine / h - ½`` and likewise in x, so the dot
+    product of two rotated vectors depends only on their distance in cells of ``fine``. The first
+    half of the channels turns with the row, the second with the column; the angle of pair i is
+    ``position / 100^(i / pairs)``. Computed in float32, returned in the dtype of ``x``.
+    """
+    pairs = x.shape[-1] // 4
+    steps = torch.arange(pairs, dtype=torch.float32, device=x.device) / pairs
+    frequency = ROTARY_BASE**-steps
+    angles = []
+    for axis in (0, 1):
+        cells = torch.arange(grid[axis], dtype=torch.float32, device=x.device)
+        position = (cells + 0.5) * (fine[axis] / grid[axis]) - 0.5
+        angles.append(position[:, None] * frequency)  # (h or w, pairs)
+    rows = angles[0][:, None].expand(grid[0], grid[1], pairs)
+    columns = angles[1][None].expand(grid[0], grid[1], pairs)
+    angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (h * w, d / 2)
+    cos, sin = angle.cos(), angle.sin()
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)

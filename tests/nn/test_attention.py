@@ -1,0 +1,97 @@
+"""The attention module against the op, its positions, and training under autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from msvq_fast.nn import LocalAttention
+from msvq_fast.nn.attention import rotate
+from msvq_fast.ops import InputError, local_attention
+
+GRIDS = [(2, 3), (4, 6)]
+
+
+def tokens(batch=2, width=32):
+    return [torch.randn(batch, h * w, width) for h, w in GRIDS]
+
+
+def test_is_the_op_between_projections():
+    module = LocalAttention(32, 4, [3, 5], kv_heads=2)
+    x = tokens()
+    query = module.to_query(x[1]).view(2, 24, 4, 8).transpose(1, 2)
+    pairs = [module.to_key_value(t).view(2, -1, 2, 2, 8).permute(2, 0, 3, 1, 4) for t in x]
+    attended = local_attention(
+        query, [p[0] for p in pairs], [p[1] for p in pairs], grids=GRIDS, kernels=[3, 5]
+    )
+    want = module.to_out(attended.transpose(1, 2).reshape(2, 24, 32))
+    torch.testing.assert_close(module(x, GRIDS), want)
+
+
+@pytest.mark.parametrize("border", ["clip", "shift"])
+def test_relative_bias_learns(border):
+    module = LocalAttention(16, 2, ["full", 3], border=border, relative_bias=True)
+    plain = LocalAttention(16, 2, ["full", 3], border=border)
+    plain.load_state_dict(module.state_dict(), strict=False)
+    x = tokens(width=16)
+    torch.testing.assert_close(module(x, GRIDS), plain(x, GRIDS))
+    module(x, GRIDS).square().sum().backward()
+    coarse, own = module.relative_bias
+    assert coarse.numel() == 0
+    assert own.shape == ((2, 5, 5) if border == "shift" else (2, 3, 3))
+    assert own.grad.abs().sum() > 0
+    with torch.no_grad():
+        own.add_(torch.randn_like(own))
+    assert not torch.allclose(module(x, GRIDS), plain(x, GRIDS))
+
+
+def test_rotation_sees_only_distances():
+    """Moving both tokens by one cell of any scale leaves the dot product alone."""
+    q, k = torch.randn(2, 8)
+    fine, coarse = (6, 8), (3, 4)
+    queries = rotate(q.expand(1, 1, 48, 8), fine, fine)[0, 0].view(6, 8, 8)
+    keys = rotate(k.expand(1, 1, 48, 8), fine, fine)[0, 0].view(6, 8, 8)
+    cells = rotate(k.expand(1, 1, 12, 8), coarse, fine)[0, 0].view(3, 4, 8)
+    torch.testing.assert_close(queries[1, 2] @ keys[3, 1], queries[2, 5] @ keys[4, 4])
+    torch.testing.assert_close(queries[0, 1] @ cells[1, 1], queries[2, 5] @ cells[2, 3])
+    assert not torch.isclose(queries[1, 2] @ keys[3, 1], queries[1, 2] @ keys[3, 2])
+    # A cell of 2 x 2 sits between its four fine tokens.
+    torch.testing.assert_close(queries[0, 0] @ cells[0, 0], queries[2, 2] @ cells[1, 1])
+    torch.testing.assert_close(cells.norm(dim=-1), k.norm().expand(3, 4))
+
+
+def test_raster_order_is_causal():
+    module = LocalAttention(16, 2, [3, 5], order="raster", rotary=True)
+    x = tokens(width=16)
+    x[1].requires_grad_()
+    out = module(x, GRIDS)
+    grad = torch.autograd.grad(out[:, 9].sum(), x[1])[0]
+    assert (grad[:, 10:] == 0).all() and (grad[:, 9] != 0).any()
+
+
+def test_autocast_trains():
+    module = LocalAttention(16, 2, [3, 5], rotary=True, relative_bias=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(tokens(width=16), GRIDS)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LocalAttention(30, 4, [3]), "width=30 with heads=4;"),
+        (lambda: LocalAttention(32, 4, [3], kv_heads=3), "kv_heads=3; expected a divisor"),
+        (lambda: LocalAttention(8, 4, [3], rotary=True), "rotary with heads of width 2;"),
+        (
+            lambda: LocalAttention(32, 4, [3])(tokens(), GRIDS),
+            "tokens has 2 and grids 2 entries; expected 1, one per kernel",
+        ),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(InputError) as error:
+        make()
+    assert message in str(error.value) and "\n" not in str(error.value)
