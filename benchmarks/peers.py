@@ -97,7 +97,7 @@ def vector_quantize_pytorch_step(z: Tensor, codebook: Tensor) -> Callable[[], No
 
 def sdpa_masked_attention(
     q: Tensor, keys: list[Tensor], values: list[Tensor], grids: list[tuple[int, int]], kernels: list
-) -> Timed:
+) -> Callable[[], Tensor]:
     """Dense attention of torch over all scales under a boolean mask, which is not timed."""
     masks = []
     for n in range(len(grids)):
@@ -117,7 +117,7 @@ def sdpa_masked_attention(
 
 def gathered_attention(
     q: Tensor, keys: list[Tensor], values: list[Tensor], grids: list[tuple[int, int]], kernels: list
-) -> Timed:
+) -> Callable[[], Tensor]:
     """The windows gathered by an index into ``(N, k²)`` copies of keys and values (unfold)."""
     windows = [_window_index(grids, kernels, n) for n in range(len(grids))]
     inside = torch.cat([w for _, w in windows], dim=1)
