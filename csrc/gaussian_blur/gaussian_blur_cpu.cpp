@@ -7,6 +7,7 @@
 #include <cstdlib>
 
 #include "elements.h"
+#include "gaussian_blur/correlate.h"
 #include "gaussian_blur/gaussian_blur.h"
 #include "parallel.h"
 #include "simd.h"
@@ -15,8 +16,6 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int kRows = 4;                        // output rows of one vertical register tile
-constexpr int kVectors = kLanes == 16 ? 4 : 2;  // its vectors; 4 x 4 tiles need 32 registers
 constexpr int64_t kStrip = 512;    // elements of a strip: the ring of k = 31 takes 68 KiB
 constexpr int64_t kChannels = 64;  // channels of a strip of a channels_last tensor
 constexpr int64_t kGrain = 1 << 20;
@@ -41,11 +40,6 @@ int64_t border_source(Border border, int64_t i, int64_t n) {
   return j;
 }
 
-template <int kValue>
-struct Count {
-  static constexpr int value = kValue;
-};
-
 // Zeroed memory, aligned to a cache line.
 template <class T>
 struct Array {
@@ -60,124 +54,6 @@ struct Array {
   void* base;
   T* data;
 };
-
-// Correlates `size` taps with kT consecutive lines for kU vectors: output t sums
-// taps[j] * source(t + j, u) in the order of j. Every vector read is used for kT outputs.
-template <int kT, int kU, class Source, class Sink>
-inline void correlate(const float* taps, int64_t size, const Source& source, const Sink& sink) {
-  vfloat sum[kT][kU] = {};
-  if (size < kT) {
-    for (int t = 0; t < kT; ++t)
-      for (int64_t j = 0; j < size; ++j)
-        for (int u = 0; u < kU; ++u) sum[t][u] += broadcast(taps[j]) * source(t + j, u);
-  } else {
-    const auto add = [&](int64_t line, int first, int last) __attribute__((always_inline)) {
-      vfloat value[kU];
-#pragma GCC unroll 8
-      for (int u = 0; u < kU; ++u) value[u] = source(line, u);
-#pragma GCC unroll 8
-      for (int t = first; t <= last; ++t) {
-        const vfloat tap = broadcast(taps[line - t]);
-#pragma GCC unroll 8
-        for (int u = 0; u < kU; ++u) sum[t][u] += tap * value[u];
-      }
-    };
-#pragma GCC unroll 8
-    for (int line = 0; line < kT - 1; ++line) add(line, 0, line);
-    for (int64_t line = kT - 1; line < size; ++line) add(line, 0, kT - 1);
-#pragma GCC unroll 8
-    for (int over = 0; over < kT - 1; ++over) add(size + over, over + 1, kT - 1);
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < kT; ++t)
-#pragma GCC unroll 8
-    for (int u = 0; u < kU; ++u) sink(t, u, sum[t][u]);
-}
-
-#if defined(__AVX512F__)
-// The vector that starts kShift elements into low | high.
-template <int kShift>
-inline vfloat shifted(vfloat low, vfloat high) {
-  if constexpr (kShift == 0) return low;
-  return (vfloat)_mm512_alignr_epi32((__m512i)high, (__m512i)low, kShift);
-}
-
-// Adds taps kShift .. 15 of a block of 16, of which `size` exist. A load that straddles two cache
-// lines takes a load port twice, a shift in registers takes one of the two FMA ports: two loads to
-// one shift keep both kinds of port busy.
-template <int kShift, int kU>
-__attribute__((always_inline)) inline void add_shifted(const float* taps, int64_t size,
-                                                       const float* line, const vfloat* value,
-                                                       vfloat* sum) {
-  if constexpr (kShift < kLanes) {
-    if (kShift >= size) return;
-    const vfloat tap = broadcast(taps[kShift]);
-#pragma GCC unroll 8
-    for (int u = 0; u < kU; ++u)
-      sum[u] +=
-          tap * (kShift == 0 || (kShift + u) % 3 == 0 ? shifted<kShift>(value[u], value[u + 1])
-                                                      : load(line + kShift + u * kLanes));
-    add_shifted<kShift + 1, kU>(taps, size, line, value, sum);
-  }
-}
-
-// The sums of blur_line for lines of single-channel pixels; `line` is aligned.
-template <int kU>
-inline void blur_aligned(const float* taps, int64_t size, const float* line, float* out) {
-  vfloat sum[kU] = {};
-  for (int64_t first = 0; first < size; first += kLanes) {
-    vfloat value[kU + 1];
-#pragma GCC unroll 9
-    for (int u = 0; u <= kU; ++u) value[u] = load(line + first + u * kLanes);
-    add_shifted<0, kU>(taps + first, size - first, line + first, value, sum);
-  }
-#pragma GCC unroll 8
-  for (int u = 0; u < kU; ++u) store(out + u * kLanes, sum[u]);
-}
-#endif
-
-// Blurs along a line: out[e] = sum_j taps[j] * line[e + j * step], for `vectors` vectors.
-inline void blur_line(const float* taps, int64_t size, const float* line, int64_t step,
-                      int64_t vectors, float* out) {
-  int64_t v = 0;
-  const auto run = [&](auto count) __attribute__((always_inline)) {
-    constexpr int kU = decltype(count)::value;
-    for (; v + kU <= vectors; v += kU) {
-      const float* from = line + v * kLanes;
-      float* to = out + v * kLanes;
-#if defined(__AVX512F__)
-      if (step == 1) {
-        blur_aligned<kU>(taps, size, from, to);
-        continue;
-      }
-#endif
-      correlate<1, kU>(
-          taps, size, [=](int64_t j, int u) { return load(from + j * step + u * kLanes); },
-          [=](int, int u, vfloat sum) { store(to + u * kLanes, sum); });
-    }
-  };
-  run(Count<8>());
-  run(Count<4>());
-  run(Count<1>());
-}
-
-// Blurs across lines: row t of the result is sum_j taps[j] * lines[t + j], for `vectors` vectors.
-template <int kT>
-inline void blur_across(const float* taps, int64_t size, const float* const* lines, int64_t vectors,
-                        float* const* out) {
-  int64_t v = 0;
-  const auto run = [&](auto count) __attribute__((always_inline)) {
-    constexpr int kU = decltype(count)::value;
-    for (; v + kU <= vectors; v += kU) {
-      const int64_t at = v * kLanes;
-      correlate<kT, kU>(
-          taps, size, [=](int64_t j, int u) { return load(lines[j] + at + u * kLanes); },
-          [=](int t, int u, vfloat sum) { store(out[t] + at + u * kLanes, sum); });
-    }
-  };
-  run(Count<kVectors>());
-  run(Count<1>());
-}
 
 // The taps of one axis. The adjoint of the replicate border is the constant border, but its first
 // and last output also collect what falls outside: `first` and `last` are the taps of those two.
@@ -217,12 +93,16 @@ struct StripBlur {
         padded(s.pixels + 2 * x.radius),
         vectors(ceil_div(s.pixels * s.channels, kLanes)),
         ring_rows(2 * y.radius + kRows),
-        line_size(ceil_div(padded * s.channels, kLanes) * kLanes + 2 * kLanes),
+        folds(kFolds && pays_to_fold(x.size, vectors, 2 * x.radius * s.channels)),
+        columns(ceil_div(vectors + 2 * x.radius * s.channels, kLanes) * kLanes),
+        line_size((vectors * (kLanes - 1) + columns) + kLanes),
         source(padded),
         line(kRows * line_size),
+        folded(folds ? kRows * columns * kLanes : 0),
         ring(ring_rows * vectors * kLanes),
         zeros(vectors * kLanes),
-        staged(kRows * vectors * kLanes),
+        staged((kRows * vectors + kLanes) * kLanes),
+        unfolded(vectors * kLanes),
         lines(ring_rows) {
     for (int64_t i = 0; i < padded; ++i)
       source[i] = border_source(border, s.pixel - x.radius + i, p.width);
@@ -240,6 +120,12 @@ struct StripBlur {
     }
   }
 
+  // In units of a vector's instructions: a shift less per tap, against a transpose of the line with
+  // its borders and another of the result.
+  static bool pays_to_fold(int64_t size, int64_t vectors, int64_t borders) {
+    return size > 3 + 3 * (vectors + borders) / vectors;
+  }
+
   int64_t wrap(int64_t i) const { return i >= ring_rows ? i - ring_rows : i; }
   float* slot(int64_t i) const { return ring.data + wrap(i) * vectors * kLanes; }
   bool is_inside(int64_t row) const { return row >= 0 && row < p.height; }
@@ -248,13 +134,32 @@ struct StripBlur {
   // Blurs `count` rows horizontally. All are read before the first is blurred: a load that spans
   // two stores still on their way to the cache would wait for both.
   void fill_ring(int64_t row, int64_t at, int64_t count) {
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t from = ring_source(row + t);
+    float* out[kRows];
+    for (int64_t t = 0; t < kRows; ++t) {
+      const int64_t from = t < count ? ring_source(row + t) : -1;
       if (from >= 0) read_line(from, line.data + t * line_size);
+      out[t] = from >= 0 ? slot(at + t) : nullptr;
     }
-    for (int64_t t = 0; t < count; ++t)
-      if (ring_source(row + t) >= 0) blur_row(line.data + t * line_size, slot(at + t));
+    if (folds) {
+      float* target[kRows];
+      for (int64_t t = 0; t < kRows; ++t) {
+        if (out[t]) fold(line.data + t * line_size, vectors, columns, folded_line(t));
+        target[t] = out[t] ? out[t] : staged.data;
+      }
+      blur_folded(x.taps, x.size, folded.data, columns * kLanes, s.channels, vectors, target);
+    }
+    for (int64_t t = 0; t < kRows; ++t) {
+      if (!out[t]) continue;
+      const float* from = line.data + t * line_size;
+      if (!folds) blur_line(x.taps, x.size, from, s.channels, vectors, out[t]);
+      if (!collected) continue;
+      if (s.pixel == 0) collect(x.first.data, from, 0, out[t]);
+      const int64_t last = p.width - 1 - s.pixel;
+      if (last < s.pixels) collect(x.last.data, from, last, out[t]);
+    }
   }
+
+  float* folded_line(int64_t t) const { return folded.data + t * columns * kLanes; }
 
   // The image row whose blur the ring holds at position `row`, or -1: outside the image only the
   // circular border needs one of its own, the other borders' sources are in the ring already.
@@ -312,20 +217,12 @@ struct StripBlur {
 
   bool is_edge_row(int64_t row) const { return p.height > 1 && (row == 0 || row == p.height - 1); }
 
-  void blur_row(const float* line, float* out) {
-    blur_line(x.taps, x.size, line, s.channels, vectors, out);
-    if (!collected) return;
-    if (s.pixel == 0) collect(x.first.data, line, 0, out);
-    const int64_t last = p.width - 1 - s.pixel;
-    if (last < s.pixels) collect(x.last.data, line, last, out);
-  }
-
   void collect(const float* taps, const float* line, int64_t pixel, float* out) {
     for (int64_t k = 0; k < s.channels; ++k) {
       const int64_t at = pixel * s.channels + k;
       float sum = 0;
       for (int64_t j = 0; j < x.size; ++j) sum += taps[j] * line[at + j * s.channels];
-      out[at] = sum;
+      out[folds ? at % vectors * kLanes + at / vectors : at] = sum;
     }
   }
 
@@ -339,7 +236,7 @@ struct StripBlur {
     for (int t = 0; t < kRows; ++t) {
       out[t] = staged.data + t * vectors * kLanes;
       if constexpr (sizeof(T) == sizeof(float))
-        if (direct && t < count) out[t] = output(row + t);
+        if (direct && !folds && t < count) out[t] = output(row + t);
     }
     blur_across<kRows>(y.taps, y.size, lines.data, vectors, out);
     if (collected) {
@@ -347,8 +244,17 @@ struct StripBlur {
       if (row == 0) blur_across<1>(y.first.data, y.size, lines.data, vectors, out);
       if (last < count) blur_across<1>(y.last.data, y.size, lines.data + last, vectors, out + last);
     }
-    if (direct) return;
-    for (int t = 0; t < count; ++t) write_row(row + t, out[t]);
+    if (direct && !folds) return;
+    for (int t = 0; t < count; ++t) {
+      float* sums = out[t];
+      if (folds) {
+        sums = unfolded.data;
+        if constexpr (sizeof(T) == sizeof(float))
+          if (direct) sums = output(row + t);
+        unfold(out[t], vectors, sums);
+      }
+      if (!direct) write_row(row + t, sums);
+    }
   }
 
   void write_row(int64_t row, float* sums) {
@@ -374,12 +280,16 @@ struct StripBlur {
   const bool scaled;     // reflect: G^T = D G D^-1 with 1/2 at both ends of D's diagonal
   const bool collected;  // replicate: the edges collect what falls outside
   const int64_t padded, vectors, ring_rows;
+  const bool folds;         // whether the horizontal blur runs on folded lines
+  const int64_t columns;    // vectors of a folded line with its borders
   const int64_t line_size;  // with room to load whole vectors past the end
   Array<int64_t> source;    // the pixel that every position of `line` reads
   Array<float> line;        // kRows rows of the strip with their borders
-  Array<float> ring;        // horizontally blurred rows
+  Array<float> folded;      // the same, folded
+  Array<float> ring;        // horizontally blurred rows, folded or not
   Array<float> zeros;
-  Array<float> staged;        // kRows rows of results
+  Array<float> staged;        // kRows rows of results, folded like the ring
+  Array<float> unfolded;      // one of them unfolded
   Array<const float*> lines;  // the rows that the vertical pass reads
 };
 
