@@ -238,11 +238,17 @@ struct StripBlur {
       if constexpr (sizeof(T) == sizeof(float))
         if (direct && !folds && t < count) out[t] = output(row + t);
     }
-    blur_across<kRows>(y.taps, y.size, lines.data, vectors, out);
+    const char* ahead[kRows];
+    for (int t = 0; t < kRows; ++t)
+      ahead[t] = reinterpret_cast<const char*>(
+          input(min(row + y.radius + kRows + t, p.height - 1)) + s.pixel * p.inner);
+    blur_across<kRows>(y.taps, y.size, lines.data, vectors, out,
+                       s.channels == p.inner ? ahead : nullptr, sizeof(T));
     if (collected) {
       const int64_t last = p.height - 1 - row;
-      if (row == 0) blur_across<1>(y.first.data, y.size, lines.data, vectors, out);
-      if (last < count) blur_across<1>(y.last.data, y.size, lines.data + last, vectors, out + last);
+      if (row == 0) blur_across<1>(y.first.data, y.size, lines.data, vectors, out, nullptr, 0);
+      if (last < count)
+        blur_across<1>(y.last.data, y.size, lines.data + last, vectors, out + last, nullptr, 0);
     }
     if (direct && !folds) return;
     for (int t = 0; t < count; ++t) {
