@@ -16,9 +16,9 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int64_t kStrip = 512;    // elements of a strip: the ring of k = 31 takes 68 KiB
-constexpr int64_t kChannels = 64;  // channels of a strip of a channels_last tensor
-constexpr int64_t kGrain = 1 << 20;
+constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 138 KiB
+constexpr int64_t kChannels = 64;    // channels of a strip of a channels_last tensor
+constexpr int64_t kGrain = 1 << 20;  // multiply-adds worth a thread
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -93,16 +93,13 @@ struct StripBlur {
         padded(s.pixels + 2 * x.radius),
         vectors(ceil_div(s.pixels * s.channels, kLanes)),
         ring_rows(2 * y.radius + kRows),
-        folds(kFolds && pays_to_fold(x.size, vectors, 2 * x.radius * s.channels)),
-        columns(ceil_div(vectors + 2 * x.radius * s.channels, kLanes) * kLanes),
-        line_size((vectors * (kLanes - 1) + columns) + kLanes),
+        ring_stride((vectors | 1) * kLanes),
+        line_size(ceil_div(padded * s.channels, kLanes) * kLanes + kLanes),
         source(padded),
         line(kRows * line_size),
-        folded(folds ? kRows * columns * kLanes : 0),
-        ring(ring_rows * vectors * kLanes),
+        ring(ring_rows * ring_stride),
         zeros(vectors * kLanes),
-        staged((kRows * vectors + kLanes) * kLanes),
-        unfolded(vectors * kLanes),
+        staged(kRows * vectors * kLanes),
         lines(ring_rows) {
     for (int64_t i = 0; i < padded; ++i)
       source[i] = border_source(border, s.pixel - x.radius + i, p.width);
@@ -120,14 +117,8 @@ struct StripBlur {
     }
   }
 
-  // In units of a vector's instructions: a shift less per tap, against a transpose of the line with
-  // its borders and another of the result.
-  static bool pays_to_fold(int64_t size, int64_t vectors, int64_t borders) {
-    return size > 3 + 3 * (vectors + borders) / vectors;
-  }
-
   int64_t wrap(int64_t i) const { return i >= ring_rows ? i - ring_rows : i; }
-  float* slot(int64_t i) const { return ring.data + wrap(i) * vectors * kLanes; }
+  float* slot(int64_t i) const { return ring.data + wrap(i) * ring_stride; }
   bool is_inside(int64_t row) const { return row >= 0 && row < p.height; }
   bool is_needed(int64_t row) const { return row < p.height + y.radius; }
 
@@ -140,26 +131,16 @@ struct StripBlur {
       if (from >= 0) read_line(from, line.data + t * line_size);
       out[t] = from >= 0 ? slot(at + t) : nullptr;
     }
-    if (folds) {
-      float* target[kRows];
-      for (int64_t t = 0; t < kRows; ++t) {
-        if (out[t]) fold(line.data + t * line_size, vectors, columns, folded_line(t));
-        target[t] = out[t] ? out[t] : staged.data;
-      }
-      blur_folded(x.taps, x.size, folded.data, columns * kLanes, s.channels, vectors, target);
-    }
     for (int64_t t = 0; t < kRows; ++t) {
       if (!out[t]) continue;
       const float* from = line.data + t * line_size;
-      if (!folds) blur_line(x.taps, x.size, from, s.channels, vectors, out[t]);
+      blur_line(x.taps, x.size, from, s.channels, vectors, out[t]);
       if (!collected) continue;
       if (s.pixel == 0) collect(x.first.data, from, 0, out[t]);
       const int64_t last = p.width - 1 - s.pixel;
       if (last < s.pixels) collect(x.last.data, from, last, out[t]);
     }
   }
-
-  float* folded_line(int64_t t) const { return folded.data + t * columns * kLanes; }
 
   // The image row whose blur the ring holds at position `row`, or -1: outside the image only the
   // circular border needs one of its own, the other borders' sources are in the ring already.
@@ -222,7 +203,7 @@ struct StripBlur {
       const int64_t at = pixel * s.channels + k;
       float sum = 0;
       for (int64_t j = 0; j < x.size; ++j) sum += taps[j] * line[at + j * s.channels];
-      out[folds ? at % vectors * kLanes + at / vectors : at] = sum;
+      out[at] = sum;
     }
   }
 
@@ -236,7 +217,7 @@ struct StripBlur {
     for (int t = 0; t < kRows; ++t) {
       out[t] = staged.data + t * vectors * kLanes;
       if constexpr (sizeof(T) == sizeof(float))
-        if (direct && !folds && t < count) out[t] = output(row + t);
+        if (direct && t < count) out[t] = output(row + t);
     }
     const char* ahead[kRows];
     for (int t = 0; t < kRows; ++t)
@@ -250,17 +231,8 @@ struct StripBlur {
       if (last < count)
         blur_across<1>(y.last.data, y.size, lines.data + last, vectors, out + last, nullptr, 0);
     }
-    if (direct && !folds) return;
-    for (int t = 0; t < count; ++t) {
-      float* sums = out[t];
-      if (folds) {
-        sums = unfolded.data;
-        if constexpr (sizeof(T) == sizeof(float))
-          if (direct) sums = output(row + t);
-        unfold(out[t], vectors, sums);
-      }
-      if (!direct) write_row(row + t, sums);
-    }
+    if (direct) return;
+    for (int t = 0; t < count; ++t) write_row(row + t, out[t]);
   }
 
   void write_row(int64_t row, float* sums) {
@@ -286,16 +258,14 @@ struct StripBlur {
   const bool scaled;     // reflect: G^T = D G D^-1 with 1/2 at both ends of D's diagonal
   const bool collected;  // replicate: the edges collect what falls outside
   const int64_t padded, vectors, ring_rows;
-  const bool folds;         // whether the horizontal blur runs on folded lines
-  const int64_t columns;    // vectors of a folded line with its borders
+  const int64_t
+      ring_stride;  // an odd number of vectors: rows do not compete for the same lines of cache
   const int64_t line_size;  // with room to load whole vectors past the end
   Array<int64_t> source;    // the pixel that every position of `line` reads
   Array<float> line;        // kRows rows of the strip with their borders
-  Array<float> folded;      // the same, folded
-  Array<float> ring;        // horizontally blurred rows, folded or not
+  Array<float> ring;        // horizontally blurred rows
   Array<float> zeros;
-  Array<float> staged;        // kRows rows of results, folded like the ring
-  Array<float> unfolded;      // one of them unfolded
+  Array<float> staged;        // kRows rows of results
   Array<const float*> lines;  // the rows that the vertical pass reads
 };
 
@@ -304,7 +274,6 @@ void blur(const GaussianBlurParams& p) {
   const AxisTaps y(p.taps_y, p.radius_y, p.height), x(p.taps_x, p.radius_x, p.width);
   const int64_t channels = min(p.inner, kChannels);
   const int64_t chunks = ceil_div(p.inner, channels);
-  // A thread for every kGrain multiply-adds at most: starting one costs as much as a small image.
   const int64_t work = p.planes * p.height * p.width * p.inner * (y.size + x.size);
   const int threads = static_cast<int>(max(min(p.threads, work / kGrain), 1));
   // Enough tasks for every thread: narrower strips cost little, shorter ones blur rows twice.
