@@ -38,15 +38,19 @@ class CMakeBuild(build_ext):
                 f"-DMSVQ_OUTPUT_NAME={target.name}",
             ]  # fmt: skip
             jobs = str(self.parallel or os.cpu_count() or 1)
+            target.unlink(missing_ok=True)  # a failed build must not ship the one before
+            compiler = os.environ.get("CXX", "c++")
+            step = f"missing: a working C++17 compiler ({compiler})"
             try:
                 subprocess.run(configure, check=True)
+                step = "compilation failed"
                 subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
-            except (subprocess.CalledProcessError, FileNotFoundError) as error:
-                missing = [t for t in ("cmake", "ninja", "c++") if shutil.which(t) is None]
-                reason = f"missing: {', '.join(missing)}" if missing else str(error)
+            except (subprocess.CalledProcessError, FileNotFoundError):
+                missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+                reason = f"missing: {', '.join(missing)}" if missing else f"{step}, see above"
                 self.warn(
-                    f"msvq_fast._C was not built ({reason}); the package works without it, with "
-                    "the slower reference backend on CPU. Install a C++17 compiler and reinstall."
+                    f"msvq_fast._C was not built, {reason}; the package works without it, with "
+                    "the slower reference backend on CPU. Install what is missing and reinstall."
                 )
 
 

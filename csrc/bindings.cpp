@@ -9,6 +9,7 @@
 
 #include "gaussian_blur/gaussian_blur.h"
 #include "local_attention/local_attention.h"
+#include "memory.h"
 #include "vector_quantize/vector_quantize.h"
 
 namespace py = pybind11;
@@ -52,6 +53,10 @@ void gaussian_blur_cpu(Pointer x, Pointer out, int type, std::array<int64_t, 4> 
   params.border = static_cast<msvq::Border>(border);
   params.adjoint = adjoint;
   params.threads = threads;
+  const int64_t element = params.type == msvq::ImageType::float32 ? 4
+                          : params.type == msvq::ImageType::uint8 ? 1
+                                                                  : 2;
+  msvq::prefer_huge_pages(params.out, size[0] * size[1] * size[2] * size[3] * element);
   msvq::gaussian_blur(isa_named(isa), params);
 }
 

@@ -1,12 +1,14 @@
 // The Gaussian blur on the CPU.
 //
 // A task is one plane's strip of columns. Its rows stream through a ring of 2 * radius_y + kRows
-// horizontally blurred rows that stays in the first-level cache; every kRows new rows let the
+// horizontally blurred rows that stays in the second-level cache; every kRows new rows let the
 // vertical pass finish kRows rows of output. Each output is one sum in the fixed order of the taps,
 // so neither the split into tasks nor the register tile it falls in changes a bit of it.
+#include <cstdlib>
+
 #include "elements.h"
+#include "gaussian_blur/correlate.h"
 #include "gaussian_blur/gaussian_blur.h"
-#include "gaussian_blur/lines.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -14,9 +16,9 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int64_t kStrip = 256;    // elements of a strip: the ring of k = 31 takes 34 KiB
-constexpr int64_t kChannels = 64;  // channels of a strip of a channels_last tensor
-constexpr int64_t kGrain = 1 << 20;
+constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 138 KiB
+constexpr int64_t kChannels = 64;    // channels of a strip of a channels_last tensor
+constexpr int64_t kGrain = 1 << 20;  // multiply-adds worth a thread
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -37,6 +39,21 @@ int64_t border_source(Border border, int64_t i, int64_t n) {
   if (border == Border::reflect) return min(j, period - j);
   return j;
 }
+
+// Zeroed memory, aligned to a cache line.
+template <class T>
+struct Array {
+  explicit Array(int64_t size)
+      : base(std::calloc(1, static_cast<size_t>(size) * sizeof(T) + 64)),
+        data(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(base) + 63) & ~uintptr_t{63})) {}
+  ~Array() { std::free(base); }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  T& operator[](int64_t i) const { return data[i]; }
+
+  void* base;
+  T* data;
+};
 
 // The taps of one axis. The adjoint of the replicate border is the constant border, but its first
 // and last output also collect what falls outside: `first` and `last` are the taps of those two.
@@ -76,10 +93,11 @@ struct StripBlur {
         padded(s.pixels + 2 * x.radius),
         vectors(ceil_div(s.pixels * s.channels, kLanes)),
         ring_rows(2 * y.radius + kRows),
-        line_size(ceil_div(padded * s.channels, kLanes) * kLanes + 2 * kLanes),
+        ring_stride((vectors | 1) * kLanes),
+        line_size(ceil_div(padded * s.channels, kLanes) * kLanes + kLanes),
         source(padded),
         line(kRows * line_size),
-        ring(ring_rows * vectors * kLanes),
+        ring(ring_rows * ring_stride),
         zeros(vectors * kLanes),
         staged(kRows * vectors * kLanes),
         lines(ring_rows) {
@@ -100,19 +118,28 @@ struct StripBlur {
   }
 
   int64_t wrap(int64_t i) const { return i >= ring_rows ? i - ring_rows : i; }
-  float* slot(int64_t i) const { return ring.data + wrap(i) * vectors * kLanes; }
+  float* slot(int64_t i) const { return ring.data + wrap(i) * ring_stride; }
   bool is_inside(int64_t row) const { return row >= 0 && row < p.height; }
   bool is_needed(int64_t row) const { return row < p.height + y.radius; }
 
   // Blurs `count` rows horizontally. All are read before the first is blurred: a load that spans
   // two stores still on their way to the cache would wait for both.
   void fill_ring(int64_t row, int64_t at, int64_t count) {
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t from = ring_source(row + t);
+    float* out[kRows];
+    for (int64_t t = 0; t < kRows; ++t) {
+      const int64_t from = t < count ? ring_source(row + t) : -1;
       if (from >= 0) read_line(from, line.data + t * line_size);
+      out[t] = from >= 0 ? slot(at + t) : nullptr;
     }
-    for (int64_t t = 0; t < count; ++t)
-      if (ring_source(row + t) >= 0) blur_row(line.data + t * line_size, slot(at + t));
+    for (int64_t t = 0; t < kRows; ++t) {
+      if (!out[t]) continue;
+      const float* from = line.data + t * line_size;
+      blur_line(x.taps, x.size, from, s.channels, vectors, out[t]);
+      if (!collected) continue;
+      if (s.pixel == 0) collect(x.first.data, from, 0, out[t]);
+      const int64_t last = p.width - 1 - s.pixel;
+      if (last < s.pixels) collect(x.last.data, from, last, out[t]);
+    }
   }
 
   // The image row whose blur the ring holds at position `row`, or -1: outside the image only the
@@ -171,14 +198,6 @@ struct StripBlur {
 
   bool is_edge_row(int64_t row) const { return p.height > 1 && (row == 0 || row == p.height - 1); }
 
-  void blur_row(const float* line, float* out) {
-    blur_line(x.taps, x.size, line, s.channels, vectors, out);
-    if (!collected) return;
-    if (s.pixel == 0) collect(x.first.data, line, 0, out);
-    const int64_t last = p.width - 1 - s.pixel;
-    if (last < s.pixels) collect(x.last.data, line, last, out);
-  }
-
   void collect(const float* taps, const float* line, int64_t pixel, float* out) {
     for (int64_t k = 0; k < s.channels; ++k) {
       const int64_t at = pixel * s.channels + k;
@@ -200,11 +219,17 @@ struct StripBlur {
       if constexpr (sizeof(T) == sizeof(float))
         if (direct && t < count) out[t] = output(row + t);
     }
-    blur_across<kRows>(y.taps, y.size, lines.data, vectors, out);
+    const char* ahead[kRows];
+    for (int t = 0; t < kRows; ++t)
+      ahead[t] = reinterpret_cast<const char*>(
+          input(min(row + y.radius + kRows + t, p.height - 1)) + s.pixel * p.inner);
+    blur_across<kRows>(y.taps, y.size, lines.data, vectors, out,
+                       s.channels == p.inner ? ahead : nullptr, sizeof(T));
     if (collected) {
       const int64_t last = p.height - 1 - row;
-      if (row == 0) blur_across<1>(y.first.data, y.size, lines.data, vectors, out);
-      if (last < count) blur_across<1>(y.last.data, y.size, lines.data + last, vectors, out + last);
+      if (row == 0) blur_across<1>(y.first.data, y.size, lines.data, vectors, out, nullptr, 0);
+      if (last < count)
+        blur_across<1>(y.last.data, y.size, lines.data + last, vectors, out + last, nullptr, 0);
     }
     if (direct) return;
     for (int t = 0; t < count; ++t) write_row(row + t, out[t]);
@@ -233,6 +258,8 @@ struct StripBlur {
   const bool scaled;     // reflect: G^T = D G D^-1 with 1/2 at both ends of D's diagonal
   const bool collected;  // replicate: the edges collect what falls outside
   const int64_t padded, vectors, ring_rows;
+  const int64_t
+      ring_stride;  // an odd number of vectors: rows do not compete for the same lines of cache
   const int64_t line_size;  // with room to load whole vectors past the end
   Array<int64_t> source;    // the pixel that every position of `line` reads
   Array<float> line;        // kRows rows of the strip with their borders
@@ -247,11 +274,10 @@ void blur(const GaussianBlurParams& p) {
   const AxisTaps y(p.taps_y, p.radius_y, p.height), x(p.taps_x, p.radius_x, p.width);
   const int64_t channels = min(p.inner, kChannels);
   const int64_t chunks = ceil_div(p.inner, channels);
-  // A thread for every kGrain multiply-adds at most: starting one costs as much as a small image.
   const int64_t work = p.planes * p.height * p.width * p.inner * (y.size + x.size);
   const int threads = static_cast<int>(max(min(p.threads, work / kGrain), 1));
   // Enough tasks for every thread: narrower strips cost little, shorter ones blur rows twice.
-  const int64_t wanted = threads > 1 ? 4 * threads : 1;
+  const int64_t wanted = threads > 1 ? 2 * threads : 1;
   int64_t pixels = max(kStrip / channels / 16 * 16, channels == 1 ? 16 : 32);
   while (pixels > 64 && p.planes * chunks * ceil_div(p.width, pixels) < wanted) pixels /= 2;
   const int64_t strips = ceil_div(p.width, pixels);

@@ -1,7 +1,6 @@
-// Correlations of taps with lines of pixels: the arithmetic of the blur, in register tiles.
+// Sums of taps times lines in register tiles, for the Gaussian blur on the CPU.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 
 #include "simd.h"
 
@@ -9,27 +8,12 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int kRows = 4;                        // output rows of one vertical register tile
+constexpr int kRows = 4;                        // lines of one register tile
 constexpr int kVectors = kLanes == 16 ? 4 : 2;  // its vectors; 4 x 4 tiles need 32 registers
 
 template <int kValue>
 struct Count {
   static constexpr int value = kValue;
-};
-
-// Zeroed memory, aligned to a cache line.
-template <class T>
-struct Array {
-  explicit Array(int64_t size)
-      : base(std::calloc(1, static_cast<size_t>(size) * sizeof(T) + 64)),
-        data(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(base) + 63) & ~uintptr_t{63})) {}
-  ~Array() { std::free(base); }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  T& operator[](int64_t i) const { return data[i]; }
-
-  void* base;
-  T* data;
 };
 
 // Correlates `size` taps with kT consecutive lines for kU vectors: output t sums
@@ -65,48 +49,6 @@ inline void correlate(const float* taps, int64_t size, const Source& source, con
     for (int u = 0; u < kU; ++u) sink(t, u, sum[t][u]);
 }
 
-#if defined(__AVX512F__)
-// The vector that starts kShift elements into low | high.
-template <int kShift>
-inline vfloat shifted(vfloat low, vfloat high) {
-  if constexpr (kShift == 0) return low;
-  return (vfloat)_mm512_alignr_epi32((__m512i)high, (__m512i)low, kShift);
-}
-
-// Adds taps kShift .. 15 of a block of 16, of which `size` exist. A load that straddles two cache
-// lines takes a load port twice, a shift in registers takes one of the two FMA ports: two loads to
-// one shift keep both kinds of port busy.
-template <int kShift, int kU>
-__attribute__((always_inline)) inline void add_shifted(const float* taps, int64_t size,
-                                                       const float* line, const vfloat* value,
-                                                       vfloat* sum) {
-  if constexpr (kShift < kLanes) {
-    if (kShift >= size) return;
-    const vfloat tap = broadcast(taps[kShift]);
-#pragma GCC unroll 8
-    for (int u = 0; u < kU; ++u)
-      sum[u] +=
-          tap * (kShift == 0 || (kShift + u) % 3 == 0 ? shifted<kShift>(value[u], value[u + 1])
-                                                      : load(line + kShift + u * kLanes));
-    add_shifted<kShift + 1, kU>(taps, size, line, value, sum);
-  }
-}
-
-// The sums of blur_line for lines of single-channel pixels; `line` is aligned.
-template <int kU>
-inline void blur_aligned(const float* taps, int64_t size, const float* line, float* out) {
-  vfloat sum[kU] = {};
-  for (int64_t first = 0; first < size; first += kLanes) {
-    vfloat value[kU + 1];
-#pragma GCC unroll 9
-    for (int u = 0; u <= kU; ++u) value[u] = load(line + first + u * kLanes);
-    add_shifted<0, kU>(taps + first, size - first, line + first, value, sum);
-  }
-#pragma GCC unroll 8
-  for (int u = 0; u < kU; ++u) store(out + u * kLanes, sum[u]);
-}
-#endif
-
 // Blurs along a line: out[e] = sum_j taps[j] * line[e + j * step], for `vectors` vectors.
 inline void blur_line(const float* taps, int64_t size, const float* line, int64_t step,
                       int64_t vectors, float* out) {
@@ -116,12 +58,6 @@ inline void blur_line(const float* taps, int64_t size, const float* line, int64_
     for (; v + kU <= vectors; v += kU) {
       const float* from = line + v * kLanes;
       float* to = out + v * kLanes;
-#if defined(__AVX512F__)
-      if (step == 1) {
-        blur_aligned<kU>(taps, size, from, to);
-        continue;
-      }
-#endif
       correlate<1, kU>(
           taps, size, [=](int64_t j, int u) { return load(from + j * step + u * kLanes); },
           [=](int, int u, vfloat sum) { store(to + u * kLanes, sum); });
@@ -133,14 +69,19 @@ inline void blur_line(const float* taps, int64_t size, const float* line, int64_
 }
 
 // Blurs across lines: row t of the result is sum_j taps[j] * lines[t + j], for `vectors` vectors.
+// Reads kT rows from `ahead`, kLanes elements of `bytes` for every vector, into the cache
+// meanwhile: a burst of reads as long as a strip's row would wait for memory instead of computing.
 template <int kT>
 inline void blur_across(const float* taps, int64_t size, const float* const* lines, int64_t vectors,
-                        float* const* out) {
+                        float* const* out, const char* const* ahead, int64_t bytes) {
   int64_t v = 0;
   const auto run = [&](auto count) __attribute__((always_inline)) {
     constexpr int kU = decltype(count)::value;
     for (; v + kU <= vectors; v += kU) {
       const int64_t at = v * kLanes;
+      if (ahead)
+        for (int t = 0; t < kT; ++t)
+          for (int u = 0; u < kU; ++u) __builtin_prefetch(ahead[t] + (at + u * kLanes) * bytes);
       correlate<kT, kU>(
           taps, size, [=](int64_t j, int u) { return load(lines[j] + at + u * kLanes); },
           [=](int t, int u, vfloat sum) { store(out[t] + at + u * kLanes, sum); });
