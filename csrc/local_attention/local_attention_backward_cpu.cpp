@@ -30,21 +30,22 @@ struct GradTile {
   void operator()(R, J, int64_t r0, int64_t v, int64_t j0) const {
     constexpr int lanes = Simd<T>::lanes, kR = R::value, kJ = J::value;
     const int64_t row = vectors * channels * lanes, at = (r0 * vectors + v) * channels * lanes;
-    const T* a_data = a.data + j0 * a.candidate + v * lanes;
-    const T* b_data = b.data + j0 * b.candidate + v * lanes;
+    const T* a_data = a.at(j0) + v * lanes;
+    const T* b_data = b.at(j0) + v * lanes;
     Vec<T> weight[kR][kJ], grad[kR][kJ];
     dots<T, kR, kJ>(first + at, row, a_data, a, channels, weight);
     dots<T, kR, kJ>(second + at, row, b_data, b, channels, grad);
+    const T* lse_data = (kByKey ? the_lse.at(j0) : the_lse.data) + v * lanes;
+    const T* delta_data = (kByKey ? the_delta.at(j0) : the_delta.data) + v * lanes;
     for (int r = 0; r < kR; ++r) {
       const int64_t offset = slots[r0 + r] * stride + j0 * kTileColumns + v * lanes;
 #pragma GCC unroll 6
       for (int j = 0; j < kJ; ++j) {
-        const int64_t from =
-            (kByKey ? (j0 + j) * the_lse.candidate : (r0 + r) * kTileColumns) + v * lanes;
+        const int64_t from = kByKey ? j * the_lse.candidate : (r0 + r) * kTileColumns;
         const Vec<T> add = load_vec(addends + offset + j * kTileColumns);
-        const Vec<T> power = exponential(weight[r][j] + add - load_vec(the_lse.data + from));
+        const Vec<T> power = exponential(weight[r][j] + add - load_vec(lse_data + from));
         weight[r][j] = where_seen(add, power, Vec<T>{});
-        grad[r][j] = weight[r][j] * (grad[r][j] - load_vec(the_delta.data + from));
+        grad[r][j] = weight[r][j] * (grad[r][j] - load_vec(delta_data + from));
         if constexpr (!kByKey) {
           if (offsets == nullptr) continue;
           T* sum = offsets + offset + j * kTileColumns;
@@ -72,9 +73,9 @@ struct Backward {
         first(tile.rows * row_size),
         second(tile.rows * row_size),
         grad_first(tile.rows * row_size),
-        grad_second(tile.rows * row_size) {
+        grad_second(kByKey ? tile.rows * row_size : 0) {
     fill(grad_first.data, tile.rows * row_size, 0);
-    fill(grad_second.data, tile.rows * row_size, 0);
+    if (kByKey) fill(grad_second.data, tile.rows * row_size, 0);
   }
 
   // Adds what the moving rows of scale n under query head `head` send to the tile. `lse` and
@@ -84,17 +85,17 @@ struct Backward {
     const AttentionScale& s = p.scales[n];
     const int64_t kv_head = head * p.kv_heads / p.heads;
     const Pairing pairing = pairing_of(p, n, kByKey);
-    const Candidates candidates(pairing, tile);
+    const Candidates<T> candidates(pairing, tile);
     const Addends<E> addends(p, n, head, pairing, tile, candidates);
-    const int64_t size = candidates.size<T>(tile, p.channels);
-    const int64_t scalars = kByKey ? candidates.size<T>(tile, 1) : 0;
+    const int64_t size = candidates.size(p.channels);
+    const int64_t scalars = kByKey ? candidates.size(1) : 0;
     Buffer<T> theirs(2 * size), numbers(2 * scalars);
     Buffer<T> offsets(grad_bias == nullptr ? 0 : addends.size * addends.stride);
     if (grad_bias != nullptr) fill(offsets.data, addends.size * addends.stride, 0);
     T* const offsets_or_null = grad_bias == nullptr ? nullptr : offsets.data;
     const TokenTensor& one = kByKey ? p.q : s.key;
     const TokenTensor& two = kByKey ? p.grad_out : s.value;
-    const int64_t moving_head = kByKey ? head : kv_head, width = candidates.width;
+    const int64_t moving_head = kByKey ? head : kv_head, width = pairing.moving_width();
     const int64_t begin = pairing.moving_rows(tile.y).first;
     const int64_t end = pairing.moving_rows(tile.y + tile.rows - 1).last;
     for (int64_t y = begin; y <= end; ++y) {
@@ -102,14 +103,15 @@ struct Backward {
       if (rows.size() == 0) continue;
       rows = {rows.first - tile.y, rows.last - tile.y};
       const Moving<T> a =
-          candidates.load(tile, token_row<E>(one, batch, moving_head, y * width), one.token,
-                          p.channels, kByKey ? static_cast<T>(p.scale) : T(1), theirs.data);
-      const Moving<T> b = candidates.load(tile, token_row<E>(two, batch, moving_head, y * width),
+          candidates.load(token_row<E>(one, batch, moving_head, y * width), one.token, p.channels,
+                          kByKey ? static_cast<T>(p.scale) : T(1), theirs.data);
+      const Moving<T> b = candidates.load(token_row<E>(two, batch, moving_head, y * width),
                                           two.token, p.channels, T(1), theirs.data + size);
-      Moving<T> the_lse{const_cast<T*>(lse), 0, 0}, the_delta{const_cast<T*>(delta), 0, 0};
+      Moving<T> the_lse{const_cast<T*>(lse), 0, 0, 1, 0};
+      Moving<T> the_delta{const_cast<T*>(delta), 0, 0, 1, 0};
       if (kByKey) {
-        the_lse = candidates.load_scalars(tile, lse + y * width, numbers.data);
-        the_delta = candidates.load_scalars(tile, delta + y * width, numbers.data + scalars);
+        the_lse = candidates.load_scalars(lse + y * width, numbers.data);
+        the_delta = candidates.load_scalars(delta + y * width, numbers.data + scalars);
       }
       int64_t slots[kTileRows];
       for (int64_t r = rows.first; r <= rows.last; ++r) slots[r] = addends.slot(tile.y + r, y);
@@ -117,7 +119,7 @@ struct Backward {
           first.data,         second.data, a,       b,         grad_first.data, grad_second.data,
           addends.table.data, slots,       the_lse, the_delta, offsets_or_null, addends.stride,
           tile.vectors,       p.channels};
-      for_register_tiles<T>(rows, tile.vectors, candidates.count, grad_tile);
+      for_register_tiles<T>(rows, candidates, grad_tile);
     }
     if (grad_bias == nullptr) return;
     fill(grad_bias, addends.size * addends.size, 0);
@@ -201,7 +203,8 @@ void key_tile(const LocalAttentionParams& p, int64_t n, int64_t batch, int64_t k
 template <class E>
 void backward(const LocalAttentionParams& p) {
   typedef typename Compute<E>::type T;
-  const int64_t tiles = tile_count(p.height, p.width);
+  const Tiling tiling(p.height, p.width, p.channels);
+  const int64_t tiles = tiling.count();
   int64_t bias_total = 0;
   for (int64_t n = 0; n < p.num_scales; ++n) {
     const int64_t b = bias_size(p, p.scales[n]);
@@ -210,8 +213,7 @@ void backward(const LocalAttentionParams& p) {
   Buffer<T> delta(p.batch * p.heads * p.height * p.width);
   Buffer<T> parts(p.batch * p.heads * tiles * bias_total);  // of the bias gradients, by tile
   parallel_for(p.batch * p.heads * tiles, threads_of(p), [&](int64_t i) {
-    query_tile<E>(p, i / tiles / p.heads, i / tiles % p.heads,
-                  tile_at<T>(i % tiles, p.height, p.width), delta.data,
+    query_tile<E>(p, i / tiles / p.heads, i / tiles % p.heads, tiling.at<T>(i % tiles), delta.data,
                   parts.data + i * bias_total);
   });
   int64_t offset = 0, key_tasks = 0;
@@ -227,15 +229,16 @@ void backward(const LocalAttentionParams& p) {
       narrow_row(&rounded, static_cast<E*>(s.grad_bias) + i, 1);
     }
     offset += size;
-    key_tasks += p.batch * p.kv_heads * tile_count(s.height, s.width);
+    key_tasks += p.batch * p.kv_heads * Tiling(s.height, s.width, p.channels).count();
   }
   parallel_for(key_tasks, threads_of(p), [&](int64_t i) {
     for (int64_t n = 0; n < p.num_scales; ++n) {
       const AttentionScale& s = p.scales[n];
-      const int64_t planes = p.batch * p.kv_heads, key_tiles = tile_count(s.height, s.width);
+      const Tiling key_tiling(s.height, s.width, p.channels);
+      const int64_t planes = p.batch * p.kv_heads, key_tiles = key_tiling.count();
       if (i < planes * key_tiles) {
         return key_tile<E>(p, n, i / key_tiles / p.kv_heads, i / key_tiles % p.kv_heads,
-                           tile_at<T>(i % key_tiles, s.height, s.width), delta.data);
+                           key_tiling.at<T>(i % key_tiles), delta.data);
       }
       i -= planes * key_tiles;
     }

@@ -34,7 +34,7 @@ struct ScoreTile {
     constexpr int lanes = Simd<T>::lanes, kR = R::value, kJ = J::value;
     Vec<T> sums[kR][kJ];
     dots<T, kR, kJ>(still + (r0 * vectors + v) * channels * lanes, vectors * channels * lanes,
-                    keys.data + j0 * keys.candidate + v * lanes, keys, channels, sums);
+                    keys.at(j0) + v * lanes, keys, channels, sums);
     for (int r = 0; r < kR; ++r) {
       const T* addend = addends + slots[r0 + r] * stride + j0 * kTileColumns + v * lanes;
       T* to = scores + (((r0 + r) * vectors + v) * capacity + filled[r0 + r] + j0) * lanes;
@@ -65,7 +65,7 @@ struct ValueTile {
 #pragma GCC unroll 6
       for (int j = 0; j < kJ; ++j) weight[r][j] = load_vec(from + j * lanes);
     }
-    accumulate<T, kR, kJ>(weight, values.data + j0 * values.candidate + v * lanes, values, channels,
+    accumulate<T, kR, kJ>(weight, values.at(j0) + v * lanes, values, channels,
                           out + (r0 * vectors + v) * channels * lanes, vectors * channels * lanes);
   }
 };
@@ -101,9 +101,9 @@ struct Forward {
   void run() {
     int64_t loaded = 0;
     for (int64_t n = 0; n < p.num_scales; ++n) {
-      const Candidates candidates(pairing_of(p, n, false), tile);
+      const RowLayout<T> candidates(pairing_of(p, n, false), tile);
       capacity = most(capacity, candidates.count);
-      loaded = most(loaded, candidates.size<T>(tile, p.channels));
+      loaded = most(loaded, candidates.size(p.channels));
     }
     Buffer<T> moving_buffer(loaded), score_buffer(tile.rows * tile.vectors * capacity * lanes);
     moving = moving_buffer.data;
@@ -125,7 +125,7 @@ struct Forward {
   void score_scale(int64_t n) {
     const AttentionScale& s = p.scales[n];
     const Pairing pairing = pairing_of(p, n, false);
-    const Candidates candidates(pairing, tile);
+    const Candidates<T> candidates(pairing, tile);
     const Addends<E> addends(p, n, head, pairing, tile, candidates);
     const int64_t begin = pairing.moving_rows(tile.y).first;
     const int64_t end = pairing.moving_rows(tile.y + tile.rows - 1).last;
@@ -137,14 +137,14 @@ struct Forward {
         full |= filled[r] + candidates.count > capacity;
       if (full) merge();
       kept[kept_rows++] = {n, y};
-      const Moving<T> keys = candidates.load(tile, token_row<E>(s.key, batch, kv_head, y * s.width),
+      const Moving<T> keys = candidates.load(token_row<E>(s.key, batch, kv_head, y * s.width),
                                              s.key.token, p.channels, T(1), moving);
       int64_t slots[kTileRows];
       for (int64_t r = rows.first; r <= rows.last; ++r) slots[r] = addends.slot(tile.y + r, y);
       const ScoreTile<T> score_tile = {queries.data, keys,      addends.table.data, slots,
                                        scores,       filled,    addends.stride,     tile.vectors,
                                        capacity,     p.channels};
-      for_register_tiles<T>(rows, tile.vectors, candidates.count, score_tile);
+      for_register_tiles<T>(rows, candidates, score_tile);
       for (int64_t r = rows.first; r <= rows.last; ++r) filled[r] += candidates.count;
     }
   }
@@ -159,15 +159,15 @@ struct Forward {
       scale = kept[i].scale;
       const AttentionScale& s = p.scales[scale];
       const Pairing pairing = pairing_of(p, scale, false);
-      const Candidates candidates(pairing, tile);
+      const Candidates<T> candidates(pairing, tile);
       for (; i < kept_rows && kept[i].scale == scale; ++i) {
         const Interval rows = rows_of(pairing, kept[i].row);
         const Moving<T> values =
-            candidates.load(tile, token_row<E>(s.value, batch, kv_head, kept[i].row * s.width),
+            candidates.load(token_row<E>(s.value, batch, kv_head, kept[i].row * s.width),
                             s.value.token, p.channels, T(1), moving);
         const ValueTile<T> value_tile = {values,       scores,   filled,    out.data,
                                          tile.vectors, capacity, p.channels};
-        for_register_tiles<T>(rows, tile.vectors, candidates.count, value_tile);
+        for_register_tiles<T>(rows, candidates, value_tile);
         for (int64_t r = rows.first; r <= rows.last; ++r) filled[r] += candidates.count;
       }
     }
@@ -234,9 +234,10 @@ struct Forward {
 
 template <class E>
 void forward(const LocalAttentionParams& p) {
-  const int64_t tiles = tile_count(p.height, p.width);
+  const Tiling tiling(p.height, p.width, p.channels);
+  const int64_t tiles = tiling.count();
   parallel_for(p.batch * p.heads * tiles, threads_of(p), [&](int64_t i) {
-    const Tile tile = tile_at<typename Compute<E>::type>(i % tiles, p.height, p.width);
+    const Tile tile = tiling.at<typename Compute<E>::type>(i % tiles);
     Forward<E>(p, i / tiles / p.heads, i / tiles % p.heads, tile).run();
   });
 }

@@ -49,18 +49,44 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Uninitialised memory, aligned to a cache line.
+// Memory that a thread keeps from one task to the next: the system would take large blocks back
+// each time and hand out zeroed pages anew. Blocks are given back in the reverse order of taking.
+struct Arena {
+  ~Arena() { std::free(base); }
+  char* take(size_t bytes) {
+    used += bytes;
+    if (used > wanted) wanted = used;
+    return used <= size ? base + used - bytes : static_cast<char*>(std::malloc(bytes));
+  }
+  void give_back(char* block, size_t bytes) {
+    if (used > size) std::free(block);
+    used -= bytes;
+    if (used > 0 || wanted <= size || wanted > kMost) return;
+    std::free(base);
+    base = static_cast<char*>(std::malloc(wanted));
+    size = base == nullptr ? 0 : wanted;
+  }
+
+  static constexpr size_t kMost = size_t{16} << 20;
+  char* base = nullptr;
+  size_t size = 0, used = 0, wanted = 0;
+};
+thread_local Arena arena;
+
+// Uninitialised memory of the thread's arena, aligned to a cache line.
 template <class T>
 struct Buffer {
-  explicit Buffer(int64_t size)
-      : base(std::malloc(static_cast<size_t>(size) * sizeof(T) + 64)),
-        data(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(base) + 63) & ~uintptr_t{63})) {}
-  ~Buffer() { std::free(base); }
+  explicit Buffer(int64_t count)
+      : bytes(static_cast<size_t>(count) * sizeof(T) / 64 * 64 + 128),
+        block(arena.take(bytes)),
+        data(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(block) + 63) & ~uintptr_t{63})) {}
+  ~Buffer() { arena.give_back(block, bytes); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T& operator[](int64_t i) const { return data[i]; }
 
-  void* base;
+  size_t bytes;
+  char* block;
   T* data;
 };
 
@@ -280,12 +306,15 @@ __attribute__((noinline)) void store_tokens(const T* in, int64_t channels, Vec<T
   }
 }
 
-// One row of moving tokens as the lanes of stationary tokens meet it: candidate j of the lanes
-// from x on has channel c at data[j * candidate + c * channel + x].
+// One row of moving tokens as the lanes of stationary tokens meet it: channel c of candidate j of
+// the lanes from x on is at `at(j)[c * channel + x]`. Within a plane, candidates are `candidate`
+// apart.
 template <class T>
 struct Moving {
   T* data;
-  int64_t candidate, channel;
+  int64_t candidate, channel, per_plane, plane;
+
+  T* at(int64_t j) const { return data + j / per_plane * plane + j % per_plane * candidate; }
 };
 
 // sums[r][j] = sum over c of stationary row r (rows `row` apart, [c][lane]) times candidate j.

@@ -10,7 +10,7 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int64_t kTileRows = 8;      // stationary rows of a tile
+constexpr int64_t kTileRows = 16;     // most stationary rows of a tile
 constexpr int64_t kTileColumns = 64;  // its columns; a multiple of the lanes of every vector
 constexpr int kChunk = 6;             // candidates of one register tile
 
@@ -70,8 +70,8 @@ struct Pairing {
   Interval columns(int64_t column) const { return by_key ? x.queries(column) : x.keys(column); }
   int64_t stationary_width() const { return by_key ? x.cells : x.size; }
   int64_t moving_width() const { return by_key ? x.size : x.cells; }
-  // Whether candidate j of column x is column x - radius + j: then a row serves all j at once.
-  bool contiguous() const { return own && !x.shift && x.kernel <= x.cells; }
+  // Whether the windows of neighbouring columns are one pattern, moved: then lanes share loads.
+  bool regular() const { return !x.shift && x.size % x.cells == 0 && x.kernel <= x.cells; }
 };
 
 inline Pairing pairing_of(const LocalAttentionParams& p, int64_t n, bool by_key) {
@@ -88,93 +88,121 @@ inline Pairing pairing_of(const LocalAttentionParams& p, int64_t n, bool by_key)
 struct Tile {
   int64_t y, rows, x, columns, vectors;
 };
-template <class T>
-inline Tile tile_at(int64_t index, int64_t height, int64_t width) {
-  const int64_t across = ceil_div(width, kTileColumns);
-  const int64_t y = index / across * kTileRows, x = index % across * kTileColumns;
-  const int64_t columns = least(kTileColumns, width - x);
-  return {y, least(kTileRows, height - y), x, columns, ceil_div(columns, Simd<T>::lanes)};
-}
-inline int64_t tile_count(int64_t height, int64_t width) {
-  return ceil_div(height, kTileRows) * ceil_div(width, kTileColumns);
-}
+// The tiles of a plane. Tall ones load fewer moving rows twice; wide tokens must fit the cache.
+struct Tiling {
+  Tiling(int64_t height_, int64_t width_, int64_t channels)
+      : height(height_),
+        width(width_),
+        rows(most(4, least(kTileRows, 512 / channels))),
+        across(ceil_div(width_, kTileColumns)) {}
+  int64_t count() const { return ceil_div(height, rows) * across; }
+  template <class T>
+  Tile at(int64_t index) const {
+    const int64_t y = index / across * rows, x = index % across * kTileColumns;
+    const int64_t columns = least(kTileColumns, width - x);
+    return {y, least(rows, height - y), x, columns, ceil_div(columns, Simd<T>::lanes)};
+  }
 
-// Which moving columns the lanes of a tile meet, and the loading of a moving row in that form.
-struct Candidates {
-  Candidates(const Pairing& pairing, const Tile& tile)
-      : contiguous(pairing.contiguous()), count(0) {
-    width = pairing.moving_width();
-    for (int64_t i = 0; i < kTileColumns; ++i) {
-      first[i] = length[i] = 0;
-      if (i >= tile.columns) continue;
-      const Interval columns = pairing.columns(tile.x + i);
-      first[i] = columns.first;
-      length[i] = columns.size();
-      count = most(count, length[i]);
+  int64_t height, width, rows, across;
+};
+
+// Which moving columns the lanes of a tile meet, and how a moving row is loaded for them.
+//
+// A loaded row is planes of `per_plane` candidates, in which candidate j of lane i lies at place
+// i + j * step. Where the windows are regular with ratio R of the grids, lanes share what is
+// loaded: keys past queries are one plane with step R (each key R times), queries past keys are R
+// planes with step 1 (one per place in a cell). Elsewhere every candidate is loaded for every lane.
+template <class T>
+struct RowLayout {
+  static constexpr int64_t lanes = Simd<T>::lanes;
+
+  RowLayout(const Pairing& pairing_, const Tile& tile_)
+      : pairing(pairing_), tile(tile_), regular(pairing_.regular()), across(tile.vectors * lanes) {
+    if (regular) {
+      ratio = pairing.x.size / pairing.x.cells;
+      planes = pairing.by_key ? ratio : 1;
+      per_plane = pairing.x.kernel;
+      step = pairing.by_key ? 1 : ratio;
+      across = ceil_div(across + (per_plane - 1) * step, lanes) * lanes;
+    } else {
+      for (int64_t i = 0; i < tile.columns; ++i)
+        per_plane = most(per_plane, pairing.columns(tile.x + i).size());
     }
-    if (contiguous) count = pairing.x.kernel;
-    origin = tile.x - count / 2;  // of a contiguous row
+    count = planes * per_plane;
+    blocks = regular ? planes : count;
   }
   // The moving column of candidate j of lane i, or -1.
   int64_t column(int64_t i, int64_t j) const {
-    if (!contiguous) return j < length[i] ? first[i] + j : -1;
-    const int64_t c = origin + i + j;
-    return length[i] > 0 && c >= 0 && c < width ? c : -1;
+    if (i >= tile.columns) return -1;
+    return regular ? source(i + j % per_plane * step, j / per_plane) : source(i, j);
   }
-  int64_t last_column(const Tile& tile) const {
-    return first[tile.columns - 1] + length[tile.columns - 1] - 1;
+  // The moving column at place i of block b of a loaded row, or -1.
+  int64_t source(int64_t i, int64_t b) const {
+    const int64_t x = tile.x + i;
+    if (!regular) {
+      if (i >= tile.columns) return -1;
+      const Interval seen = pairing.columns(x);
+      return b < seen.size() ? seen.first + b : -1;
+    }
+    const int64_t radius = per_plane / 2;
+    const int64_t c = pairing.by_key ? (x - radius) * ratio + b : x / ratio - radius;
+    return c >= 0 && c < pairing.moving_width() ? c : -1;
   }
-  template <class T>
-  int64_t span(const Tile& tile) const {  // of one channel of a loaded row
-    const int64_t lanes = Simd<T>::lanes, own = tile.vectors * lanes;
-    return contiguous ? ceil_div(own + count - 1, lanes) * lanes : own;
+  int64_t size(int64_t channels) const { return blocks * across * channels; }
+  Moving<T> moving(T* data, int64_t channels) const {
+    return {data, regular ? step : channels * across, across, per_plane, channels * across};
   }
-  template <class T>
-  int64_t size(const Tile& tile, int64_t channels) const {
-    return span<T>(tile) * channels * (contiguous ? 1 : count);
+
+  Pairing pairing;
+  Tile tile;
+  bool regular;
+  int64_t across;  // places of a block of a loaded row
+  int64_t ratio = 1, planes = 1, per_plane = 0, step = 0, count, blocks;
+};
+
+// A layout with the moving column of each place looked up once.
+template <class T>
+struct Candidates : RowLayout<T> {
+  using RowLayout<T>::across;
+  using RowLayout<T>::blocks;
+  using RowLayout<T>::lanes;
+  using RowLayout<T>::pairing;
+  using RowLayout<T>::tile;
+
+  Candidates(const Pairing& pairing_, const Tile& tile_)
+      : RowLayout<T>(pairing_, tile_), sources(this->size(1)) {
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t i = 0; i < across; ++i)
+        sources[b * across + i] = static_cast<int32_t>(this->source(i, b));
   }
 
   // Loads the tokens of one moving row, `stride` elements apart; outside the grid are zeros.
-  template <class E, class T>
-  Moving<T> load(const Tile& tile, const E* row, int64_t stride, int64_t channels, T factor,
-                 T* out) const {
-    constexpr int lanes = Simd<T>::lanes;
-    const int64_t across = span<T>(tile);
-    const E* tokens[lanes];
+  template <class E>
+  Moving<T> load(const E* row, int64_t stride, int64_t channels, T factor, T* out) const {
     // The next row is wanted next, and the caches' own prefetch does not look past a row.
-    const int64_t begin = most(0, contiguous ? origin : first[0]);
-    const int64_t end = least(width, contiguous ? origin + across : last_column(tile) + 1);
-    const E* next = row + width * stride;
-    for (int64_t c = begin; c < end; ++c)
+    const E* next = row + pairing.moving_width() * stride;
+    const int64_t end = pairing.columns(tile.x + tile.columns - 1).last;
+    for (int64_t c = pairing.columns(tile.x).first; c <= end; ++c)
       for (int64_t b = 0; b < channels; b += 64 / static_cast<int64_t>(sizeof(E)))
         __builtin_prefetch(next + c * stride + b);
-    for (int64_t j = 0; j < (contiguous ? 1 : count); ++j) {
+    const E* tokens[lanes];
+    for (int64_t b = 0; b < blocks; ++b) {
       for (int64_t i = 0; i < across; i += lanes) {
-        for (int lane = 0; lane < lanes; ++lane) {
-          const int64_t c = contiguous ? origin + i + lane : column(i + lane, j);
-          tokens[lane] = c >= 0 && c < width ? row + c * stride : nullptr;
-        }
-        load_tokens<E>(tokens, channels, factor, out + j * channels * across + i, across);
+        const int32_t* from = sources.data + b * across + i;
+        for (int lane = 0; lane < lanes; ++lane)
+          tokens[lane] = from[lane] >= 0 ? row + from[lane] * stride : nullptr;
+        load_tokens<E>(tokens, channels, factor, out + b * channels * across + i, across);
       }
     }
-    return {out, contiguous ? 1 : channels * across, across};
+    return this->moving(out, channels);
   }
   // The same for one number per token.
-  template <class T>
-  Moving<T> load_scalars(const Tile& tile, const T* row, T* out) const {
-    const int64_t across = span<T>(tile);
-    for (int64_t j = 0; j < (contiguous ? 1 : count); ++j) {
-      for (int64_t i = 0; i < across; ++i) {
-        const int64_t c = contiguous ? origin + i : column(i, j);
-        out[j * across + i] = c >= 0 && c < width ? row[c] : T(0);
-      }
-    }
-    return {out, contiguous ? 1 : across, across};
+  Moving<T> load_scalars(const T* row, T* out) const {
+    for (int64_t i = 0; i < blocks * across; ++i) out[i] = sources[i] >= 0 ? row[sources[i]] : T(0);
+    return this->moving(out, 1);
   }
 
-  bool contiguous;
-  int64_t count, width, origin;
-  int64_t first[kTileColumns], length[kTileColumns];
+  Buffer<int32_t> sources;
 };
 
 // One thread where waking the others would take longer than the work.
@@ -200,7 +228,7 @@ struct Addends {
   typedef typename Compute<E>::type T;
 
   Addends(const LocalAttentionParams& p, int64_t n, int64_t head, const Pairing& pairing_,
-          const Tile& tile, const Candidates& candidates)
+          const Tile& tile, const RowLayout<typename Compute<E>::type>& candidates)
       : pairing(pairing_),
         size(bias_size(p, p.scales[n])),
         stride(candidates.count * kTileColumns),
@@ -262,19 +290,22 @@ inline void with_count(int64_t n, const F& f) {
   f(Count<kMost>{});
 }
 
-// Covers rows x vectors x candidates with register tiles:
+// Covers rows x vectors x candidates with register tiles, none across two planes:
 // f(Count<rows>, Count<candidates>, row, vector, candidate).
 template <class T, class F>
-inline void for_register_tiles(Interval rows, int64_t vectors, int64_t count, const F& f) {
+inline void for_register_tiles(Interval rows, const RowLayout<T>& candidates, const F& f) {
+  const int64_t vectors = candidates.tile.vectors, count = candidates.per_plane;
   const int64_t blocks = ceil_div(rows.size(), Simd<T>::rows), chunks = ceil_div(count, kChunk);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t r0 = rows.first + rows.size() * b / blocks;
     const int64_t r1 = rows.first + rows.size() * (b + 1) / blocks;
     with_count<Simd<T>::rows>(r1 - r0, [&](auto block) {
       for (int64_t v = 0; v < vectors; ++v)
-        for (int64_t c = 0; c < chunks; ++c) {
+        for (int64_t i = 0; i < candidates.planes * chunks; ++i) {
+          const int64_t plane = i / chunks, c = i % chunks;
           const int64_t j0 = count * c / chunks, j1 = count * (c + 1) / chunks;
-          with_count<kChunk>(j1 - j0, [&](auto chunk) { f(block, chunk, r0, v, j0); });
+          with_count<kChunk>(j1 - j0,
+                             [&](auto chunk) { f(block, chunk, r0, v, plane * count + j0); });
         }
     });
   }
