@@ -13,6 +13,7 @@ import platform
 import re
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -43,11 +44,23 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def multiply_adds_per_second() -> float:
+    """The most that a float32 matrix product reaches here: the floor of compute-bound ops."""
+    a, times = torch.randn(1024, 1024), []
+    for _ in range(20):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 1024**3 / min(times)
+
+
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """``measure(group, name, function, rounds=15, warmup=3, **extra)`` times calls of ``function``.
 
-    Wall time of single calls after a few that do not count; median and interquartile range.
+    Wall time of single calls after a few that do not count; median and interquartile range. With
+    ``floor_s``, the time that the machine's limit allows, the result also has ``percent_of_floor``.
     """
 
     def run(
@@ -66,6 +79,8 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             return
         times = benchmark.stats.stats.sorted_data
         quartiles = statistics.quantiles(times, n=4)
+        if "floor_s" in extra:
+            extra["percent_of_floor"] = 100 * extra["floor_s"] / statistics.median(times)
         suite = request.path.stem.removeprefix("bench_")
         _results.setdefault(suite, []).append(
             {

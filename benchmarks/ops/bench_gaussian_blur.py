@@ -26,7 +26,13 @@ def image(resolution: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", [*OURS, "copy", *PEERS])
 @pytest.mark.parametrize(("resolution", "size"), SHAPES)
-def test_blur(measure: peers.Measure, resolution: int, size: int, name: str) -> None:
+def test_blur(
+    measure: peers.Measure,
+    multiply_adds_per_second: float,
+    resolution: int,
+    size: int,
+    name: str,
+) -> None:
     x, sigma = image(resolution), default_sigma(size)
     if name in OURS:
         function = lambda: gaussian_blur(x, size, sigma, backend=name)  # noqa: E731
@@ -38,11 +44,13 @@ def test_blur(measure: peers.Measure, resolution: int, size: int, name: str) -> 
         want = gaussian_blur(x.double(), size, sigma, backend="reference")
         # OpenCV and the convolutions sum in float32 in other orders
         assert_close(name, function(), want, ulps=64)
-    measure(f"blur 3x{resolution}x{resolution} k{size} float32", name, function)
+    floor = 3 * resolution**2 * 2 * size / multiply_adds_per_second  # two separable passes
+    extra = {} if name == "copy" else {"floor_s": floor}
+    measure(f"blur 3x{resolution}x{resolution} k{size} float32", name, function, **extra)
 
 
 @pytest.mark.parametrize("name", [*OURS, *PEERS])
-def test_pyramid(measure: peers.Measure, name: str) -> None:
+def test_pyramid(measure: peers.Measure, multiply_adds_per_second: float, name: str) -> None:
     x, size = image(1024), 31
     sigma = default_sigma(size)
     first = PEERS[name](x, size, sigma) if name in PEERS else None
@@ -54,7 +62,9 @@ def test_pyramid(measure: peers.Measure, name: str) -> None:
 
     want = gaussian_pyramid(x.double(), 3, backend="reference")[0]
     assert_close(name, two_levels(), want, ulps=128)
-    measure("pyramid 3x1024x1024 k31, two levels, float32", name, two_levels, rounds=9)
+    floor = 3 * 1024**2 * 4 * size / multiply_adds_per_second
+    group = "pyramid 3x1024x1024 k31, two levels, float32"
+    measure(group, name, two_levels, rounds=9, floor_s=floor)
 
 
 @pytest.mark.parametrize("name", OURS)
