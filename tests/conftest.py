@@ -1,11 +1,15 @@
-"""Seeds, and NaN in every torch.empty so that an unwritten output fails."""
+"""Seeds, Triton's interpreter, and NaN in every torch.empty so that an unwritten output fails."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import warnings
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,22 @@ ORDER: dict[str, tuple[Backend, ...]] = {
     "cpu": ("native", "reference"),
 }
 _MODULES = {"native": "native", "triton": "triton_kernels"}
+
+
+class KernelVariant(NamedTuple):
+    """One configuration of a Triton kernel, compiled ahead of time by ``make kernels-check``.
+
+    ``triton_kernels.variants()`` of an op lists them all: ``signature`` gives the type of every
+    argument in order (``"*fp32"``, ``"i32"``, ``"constexpr"``), ``constants`` the constexprs.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    tensor_cores: bool = False  # its SASS must hold tensor-core instructions
 
 
 class Op:
