@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/demo
 
-.PHONY: build demo test check bench format clean
+.PHONY: build demo test check kernels-check bench format clean
 
 build: $(VENV)/.built
 
@@ -41,6 +41,10 @@ check: $(VENV)/.tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+# Every GPU kernel compiled ahead of time, no GPU needed; writes benchmarks/KERNELS.md.
+kernels-check: $(VENV)/.built
+	PYTHONPATH=. $(BIN)/python benchmarks/kernels.py
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
