@@ -1,7 +1,7 @@
 """A thin shim: setuptools asks, CMake and ninja build msvq_fast._C (see CMakeLists.txt).
 
-The build never fails the install: without a working C++ compiler the package is pure Python and
-says what is missing.
+The build never fails the install: where the CUDA kernels do not compile the C++ ones are built
+alone, and without a working C++ compiler the package is pure Python; both say what is missing.
 """
 
 from __future__ import annotations
@@ -37,21 +37,41 @@ class CMakeBuild(build_ext):
                 f"-DMSVQ_OUTPUT_DIR={target.parent}",
                 f"-DMSVQ_OUTPUT_NAME={target.name}",
             ]  # fmt: skip
-            jobs = str(self.parallel or os.cpu_count() or 1)
+            compile_ = ["cmake", "--build", build, "--parallel"]
+            compile_.append(str(self.parallel or os.cpu_count() or 1))
             target.unlink(missing_ok=True)  # a failed build must not ship the one before
             compiler = os.environ.get("CXX", "c++")
-            step = f"missing: a working C++17 compiler ({compiler})"
-            try:
-                subprocess.run(configure, check=True)
-                step = "compilation failed"
-                subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
-            except (subprocess.CalledProcessError, FileNotFoundError):
-                missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
-                reason = f"missing: {', '.join(missing)}" if missing else f"{step}, see above"
-                self.warn(
-                    f"msvq_fast._C was not built, {reason}; the package works without it, with "
-                    "the slower reference backend on CPU. Install what is missing and reinstall."
-                )
+            reason = f"missing: a working C++17 compiler ({compiler}), see above"
+            for cuda in (True, False):
+                try:
+                    # CUDA off starts afresh: the failed try's cache names its CUDA compiler
+                    options = [] if cuda else ["-DMSVQ_CUDA=OFF", "--fresh"]
+                    subprocess.run([*configure, *options], check=True)
+                    reason = "compilation failed, see above"
+                    subprocess.run(compile_, check=True)
+                    return
+                except (subprocess.CalledProcessError, FileNotFoundError):
+                    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+                    if missing:
+                        reason = f"missing: {', '.join(missing)}"
+                        break
+                    if not cuda or not self._finds_nvcc():
+                        break
+                    self.warn(
+                        "the build with CUDA failed, see above; trying again for the CPU only: "
+                        "CUDA tensors will not have the C++ kernels"
+                    )
+            self.warn(
+                f"msvq_fast._C was not built, {reason}; the package works without it, with "
+                "the slower reference backend on CPU. Install what is missing and reinstall."
+            )
+
+    def _finds_nvcc(self) -> bool:
+        """Whether CMake may have found a CUDA compiler, the only part that can be left out."""
+        return (
+            bool(shutil.which(os.environ.get("CUDACXX", "nvcc")))
+            or Path("/usr/local/cuda/bin/nvcc").exists()
+        )
 
 
 setup(
