@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/demo
 
-.PHONY: build demo test check kernels-check bench format clean
+.PHONY: build demo test check test-gpu kernels-check bench format clean
 
 build: $(VENV)/.built
 
@@ -41,6 +41,11 @@ check: $(VENV)/.tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+# On a machine with a GPU, with the Python at hand: no network, no environment, no installation.
+test-gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -m gpu -W default::DeprecationWarning
 
 # Every GPU kernel compiled ahead of time, no GPU needed; writes benchmarks/KERNELS.md.
 kernels-check: $(VENV)/.built

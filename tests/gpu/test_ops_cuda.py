@@ -1,0 +1,135 @@
+"""Every op on CUDA tensors against its reference in float64, and what only a GPU shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from parity import assert_close
+from torch import Tensor
+
+from msvq_fast.ops import (
+    InputError,
+    gaussian_blur,
+    nearest_code,
+    vector_quantize,
+)
+from msvq_fast.ops.gaussian_blur.op import OP as BLUR
+from msvq_fast.ops.vector_quantize.op import OP as QUANTIZE
+
+BACKENDS = ["reference", "native", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def need(op, backend: str, *tensors: object) -> None:  # type: ignore[no-untyped-def]
+    if op.missing.get(backend):
+        pytest.skip(op.missing[backend])
+    if op.why_not(backend, *tensors):
+        pytest.skip(op.why_not(backend, *tensors))
+
+
+@pytest.fixture
+def no_synchronisation(device: str) -> Iterator[None]:
+    """Any wait of the host for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def latents(device: str, k: int = 257, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    codebook = torch.randn(k, 64)
+    z = codebook[torch.randint(k, (2, 33, 31))] + 0.7 * torch.randn(2, 33, 31, 64)
+    return z.movedim(-1, 1).contiguous().to(device, dtype), codebook.to(device)
+
+
+def brute_force(z: Tensor, codebook: Tensor) -> Tensor:
+    rows = z.movedim(1, -1).double().cpu()
+    return torch.cdist(rows.flatten(0, -2), codebook.double().cpu()).argmin(1).view(rows.shape[:-1])
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last", "strided"])
+@pytest.mark.parametrize("k", [1, 257, 1024])
+def test_codes_are_exact(device: str, backend: str, dtype: torch.dtype, layout: str, k) -> None:
+    z, codebook = latents(device, k, dtype)
+    if layout == "channels_last":
+        z = z.to(memory_format=torch.channels_last)
+    elif layout == "strided":
+        z = z[..., ::2]
+    need(QUANTIZE, backend, z, codebook)
+    got = nearest_code(z, codebook, dim=1, backend=backend)
+    assert torch.equal(got.cpu(), brute_force(z, codebook))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantizer_values_and_gradients(device: str, backend: str, dtype: torch.dtype) -> None:
+    z, codebook = latents(device, dtype=dtype)
+    need(QUANTIZE, backend, z, codebook)
+    z.requires_grad_()
+    out = vector_quantize(z, codebook, dim=1, backend=backend)
+    truth = z.detach().cpu().double().requires_grad_()
+    want = vector_quantize(truth, codebook.cpu().double(), dim=1, backend="reference")
+    upstream = torch.randn(z.shape).to(dtype)
+    (out.z_q * upstream.to(device)).float().sum().add(out.commitment_loss * 5).backward()
+    (want.z_q * upstream.double()).sum().add(want.commitment_loss * 5).backward()
+    assert torch.equal(out.codes.cpu(), want.codes)
+    assert torch.equal(out.code_counts.cpu(), want.code_counts)
+    assert_close("z_q", out.z_q.detach().cpu(), want.z_q.detach())
+    assert_close("loss", out.commitment_loss.detach().cpu(), want.commitment_loss.detach(), ulps=64)
+    assert_close("sums", out.code_sums.cpu(), want.code_sums, ulps=64)
+    assert z.grad is not None and truth.grad is not None
+    assert_close("grad", z.grad.cpu(), truth.grad)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_quantizer_repeats_bit_for_bit(device: str, backend: str) -> None:
+    z, codebook = latents(device)
+    need(QUANTIZE, backend, z, codebook)
+    first, *others = (vector_quantize(z, codebook, dim=1, backend=backend) for _ in range(5))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_quantizer_waits_for_nothing_and_is_captured(
+    device: str, request: pytest.FixtureRequest
+) -> None:
+    z, codebook = latents(device)
+    need(QUANTIZE, "triton", z, codebook)
+    want = vector_quantize(z, codebook, dim=1, backend="triton")  # compiles
+    request.getfixturevalue("no_synchronisation")
+    vector_quantize(z, codebook, dim=1, backend="triton")
+    torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = vector_quantize(z, codebook, dim=1, backend="triton")
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("border", ["reflect", "circular", "constant"])
+def test_blur(device: str, backend: str, dtype: torch.dtype, layout, border: str) -> None:
+    x = torch.randn(2, 3, 70, 45).to(device, dtype).to(memory_format=layout)
+    if BLUR.missing.get(backend):
+        pytest.skip(BLUR.missing[backend])
+    x.requires_grad_()
+    try:
+        out = gaussian_blur(x, 31, border=border, backend=backend)
+    except InputError as error:
+        if "cannot run" not in str(error):
+            raise
+        pytest.skip(str(error))
+    truth = x.detach().cpu().double().requires_grad_()
+    want = gaussian_blur(truth, 31, border=border, backend="reference")
+    upstream = torch.randn(x.shape).to(dtype)
+    out.backward(upstream.to(device))
+    want.backward(upstream.double())
+    assert x.grad is not None and truth.grad is not None
+    assert_close("value", out.detach().cpu(), want.detach(), ulps=16)
+    assert_close("grad", x.grad.cpu(), truth.grad, ulps=16)
