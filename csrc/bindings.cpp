@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gaussian_blur/gaussian_blur.h"
+#include "gaussian_blur/gaussian_blur_cuda.h"
 #include "local_attention/local_attention.h"
 #include "memory.h"
 #include "vector_quantize/vector_quantize.h"
@@ -35,9 +36,11 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
-void gaussian_blur_cpu(Pointer x, Pointer out, int type, std::array<int64_t, 4> size,
-                       const std::vector<float>& taps_y, const std::vector<float>& taps_x,
-                       int border, bool adjoint, int threads, const std::string& isa) {
+msvq::GaussianBlurParams gaussian_blur_params(Pointer x, Pointer out, int type,
+                                              std::array<int64_t, 4> size,
+                                              const std::vector<float>& taps_y,
+                                              const std::vector<float>& taps_x, int border,
+                                              bool adjoint) {
   msvq::GaussianBlurParams params{};
   params.x = reinterpret_cast<const void*>(x);
   params.out = reinterpret_cast<void*>(out);
@@ -52,6 +55,14 @@ void gaussian_blur_cpu(Pointer x, Pointer out, int type, std::array<int64_t, 4> 
   params.radius_x = static_cast<int64_t>(taps_x.size() / 2);
   params.border = static_cast<msvq::Border>(border);
   params.adjoint = adjoint;
+  return params;
+}
+
+void gaussian_blur_cpu(Pointer x, Pointer out, int type, std::array<int64_t, 4> size,
+                       const std::vector<float>& taps_y, const std::vector<float>& taps_x,
+                       int border, bool adjoint, int threads, const std::string& isa) {
+  msvq::GaussianBlurParams params =
+      gaussian_blur_params(x, out, type, size, taps_y, taps_x, border, adjoint);
   params.threads = threads;
   const int64_t element = params.type == msvq::ImageType::float32 ? 4
                           : params.type == msvq::ImageType::uint8 ? 1
@@ -59,6 +70,26 @@ void gaussian_blur_cpu(Pointer x, Pointer out, int type, std::array<int64_t, 4> 
   msvq::prefer_huge_pages(params.out, size[0] * size[1] * size[2] * size[3] * element);
   msvq::gaussian_blur(isa_named(isa), params);
 }
+
+void gaussian_blur_cuda_on_host(Pointer x, Pointer out, int type, std::array<int64_t, 4> size,
+                                const std::vector<float>& taps_y, const std::vector<float>& taps_x,
+                                int border, bool adjoint, int64_t blocks, bool reversed) {
+  msvq::gaussian_blur_cuda_on_host(
+      gaussian_blur_params(x, out, type, size, taps_y, taps_x, border, adjoint), blocks, reversed);
+}
+
+#ifdef MSVQ_CUDA
+void gaussian_blur_cuda(Pointer x, Pointer out, int type, std::array<int64_t, 4> size,
+                        const std::vector<float>& taps_y, const std::vector<float>& taps_x,
+                        int border, bool adjoint, int device, Pointer stream) {
+  const int error = msvq::gaussian_blur_cuda(
+      gaussian_blur_params(x, out, type, size, taps_y, taps_x, border, adjoint), device,
+      reinterpret_cast<void*>(stream));
+  if (error)
+    throw std::runtime_error("gaussian_blur did not start on the GPU: " +
+                             std::string(msvq::cuda_error_text(error)));
+}
+#endif
 
 msvq::RowStrides row_strides(std::array<int64_t, 3> strides) {
   return {strides[0], strides[1], strides[2]};
@@ -177,6 +208,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("size"), py::arg("taps_y"), py::arg("taps_x"), py::arg("border"),
         py::arg("adjoint"), py::arg("threads"), py::arg("isa") = "",
         py::call_guard<py::gil_scoped_release>());
+  m.def("gaussian_blur_cuda_on_host", &gaussian_blur_cuda_on_host, py::arg("x"), py::arg("out"),
+        py::arg("type"), py::arg("size"), py::arg("taps_y"), py::arg("taps_x"), py::arg("border"),
+        py::arg("adjoint"), py::arg("blocks"), py::arg("reversed"));
+#ifdef MSVQ_CUDA
+  m.def("gaussian_blur_cuda", &gaussian_blur_cuda, py::arg("x"), py::arg("out"), py::arg("type"),
+        py::arg("size"), py::arg("taps_y"), py::arg("taps_x"), py::arg("border"),
+        py::arg("adjoint"), py::arg("device"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
+#endif
   m.def("vector_quantize_cpu", &vector_quantize_cpu, py::arg("z"), py::arg("type"), py::arg("size"),
         py::arg("z_strides"), py::arg("codebook"), py::arg("num_codes"), py::arg("codes"),
         py::arg("z_q"), py::arg("z_q_strides"), py::arg("counts"), py::arg("sums"),

@@ -1,4 +1,4 @@
-"""The C++ Gaussian blur on CPU tensors (csrc/gaussian_blur)."""
+"""The Gaussian blur of csrc/gaussian_blur: C++ on CPU tensors, CUDA C++ on CUDA tensors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ from msvq_fast import _C
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
+_CUDA_MAX_TAPS = 129
 
 
 def unsupported(
     x: Tensor, taps_y: Sequence[float], taps_x: Sequence[float], border: str
 ) -> str | None:
     """Why this call cannot run here, or None."""
-    if x.device.type != "cpu":
-        return f"the C++ kernel runs on CPU tensors, x is on {x.device}"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"the kernels run on CPU and CUDA tensors, x is on {x.device}"
     if x.dtype not in _TYPES:
-        return f"the C++ kernel takes float32, float16, bfloat16 or uint8, x is {x.dtype}"
+        return f"the kernels take float32, float16, bfloat16 or uint8, x is {x.dtype}"
+    if x.device.type == "cpu":
+        return None
+    if not hasattr(_C, "gaussian_blur_cuda"):
+        return "msvq_fast._C was built without CUDA (no nvcc was found)"
+    if max(len(taps_y), len(taps_x)) > _CUDA_MAX_TAPS:
+        return f"the CUDA kernel takes up to {_CUDA_MAX_TAPS} taps"
+    if x.shape[1] * x.shape[3] >= 2**31:
+        return "the CUDA kernel takes rows of fewer than 2**31 values"
     return None
 
 
@@ -32,7 +41,9 @@ def gaussian_blur(
     return out
 
 
-@torch.library.custom_op("msvq_fast::gaussian_blur_native", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "msvq_fast::gaussian_blur_native", mutates_args=(), device_types=("cpu", "cuda")
+)
 def _gaussian_blur(
     x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool
 ) -> Tensor:
@@ -40,7 +51,7 @@ def _gaussian_blur(
     out = torch.empty_like(x)
     batch, channels, height, width = x.shape
     planes, inner = (batch * channels, 1) if x.is_contiguous() else (batch, channels)
-    _C.gaussian_blur_cpu(
+    arguments = (
         x.data_ptr(),
         out.data_ptr(),
         _TYPES[x.dtype],
@@ -49,8 +60,13 @@ def _gaussian_blur(
         taps_x,
         _BORDERS[border],
         adjoint,
-        torch.get_num_threads(),
     )
+    if x.device.type == "cpu":
+        _C.gaussian_blur_cpu(*arguments, torch.get_num_threads())
+    else:
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _C.gaussian_blur_cuda(*arguments, x.device.index, stream)
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ OP = Op(__package__)
 
 def gaussian_blur(
     x: Tensor,
-    kernel_size: int | tuple[int, int],
-    sigma: float | tuple[float, float] | None = None,
+    kernel_size: int | Sequence[int],
+    sigma: float | Sequence[float] | None = None,
     *,
     border: str = "reflect",
     backend: str | None = None,
@@ -30,7 +31,7 @@ def gaussian_blur(
     Args:
         x: ``(B, C, H, W)`` images, float32, float64, bfloat16, float16 or uint8, any H, W >= 1,
             also smaller than the kernel; contiguous or channels_last.
-        kernel_size: Odd number of taps in pixels, or ``(vertical, horizontal)``.
+        kernel_size: Odd number of taps in pixels, or a tuple or list ``(vertical, horizontal)``.
         sigma: Standard deviation in pixels, > 0, or ``(vertical, horizontal)``; None takes Eq. 8,
             ``σ = ((κ - 1)/2 - 1)/3 + 4/5``.
         border: How pixels outside are read: ``reflect`` (edge not repeated), ``symmetric`` (edge
@@ -39,6 +40,12 @@ def gaussian_blur(
 
     Returns:
         ``(B, C, H, W)``, the dtype and memory format of ``x``.
+
+    Drop-in:
+        ``gaussian_blur2d(x, (ky, kx), (sy, sx), border_type)`` of kornia: pairs in the same order,
+        borders of the same names. torchvision's ``gaussian_blur(x, [kx, ky], [sx, sy])``: its pairs
+        are reversed, its border is ``reflect``, its default sigma
+        ``default_sigma(kernel_size, "opencv")``; lists of one number mean what they mean there.
 
     Gradient:
         To ``x``, twice differentiable, by a gather with no atomics: the adjoint of the reflect
@@ -120,20 +127,22 @@ def default_sigma(kernel_size: int, rule: str = "paper") -> float:
     return steps * (1 / 3) + 4 / 5 if rule == "paper" else 0.3 * steps + 0.8
 
 
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    pair = pair * 2 if len(pair) == 1 else pair
     if len(pair) != 2 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in pair):
         raise InputError(f"{name}={value}; expected an odd positive int or a pair of them (y, x)")
-    return pair
+    return pair[0], pair[1]
 
 
 def _sigma_pair(
-    kernel_size: int | tuple[int, int], sigma: float | tuple[float, float] | None
+    kernel_size: int | Sequence[int], sigma: float | Sequence[float] | None
 ) -> tuple[float, float]:
     if sigma is None:
         size_y, size_x = _pair("kernel_size", kernel_size)
         return default_sigma(size_y), default_sigma(size_x)
-    pair = tuple(sigma) if isinstance(sigma, (tuple, list)) else (sigma, sigma)
+    pair = tuple(sigma) if isinstance(sigma, (tuple, list)) else (sigma,)
+    pair = pair * 2 if len(pair) == 1 else pair
     if len(pair) != 2 or any(
         not isinstance(s, (int, float)) or not (s > 0 and math.isfinite(s)) for s in pair
     ):
