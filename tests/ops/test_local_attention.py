@@ -110,7 +110,7 @@ def counts(grids, kernels, **options):
     """Keys per query and scale, as ``local_attention`` builds them."""
     q, keys, values, _ = make_inputs(grids, heads=1, width=1)
     settings = {"order": "bidirectional", "include_self": False, "border": "clip"} | options
-    windows = op._check(q, keys, values, grids, kernels, *settings.values())
+    windows = op.check_windows(q, keys, values, grids, kernels, *settings.values())
     return [mask.sum(1) for mask in window_mask(windows)]
 
 
