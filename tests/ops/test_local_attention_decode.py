@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import CASES, bias_sizes
 from index_lists import make_inputs
 from parity import assert_close
-from test_local_attention import CASES, bias_sizes
 
 from msvq_fast.ops import InputError, local_attention, local_attention_at
 
