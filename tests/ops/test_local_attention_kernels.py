@@ -106,7 +106,7 @@ def call():
     grids, kernels = [(2, 3), (4, 6)], [3, 3]
     q, keys, values, bias = make_inputs(grids, width=4, dtype=torch.float32, bias_sizes=[3, None])
     windows = op.check_windows(q, keys, values, grids, kernels, "raster", False, "clip")
-    sizes, rules = native._flatten(windows)
+    sizes, rules = native.flatten(windows)
     tensors = [t.detach() for t in (q, *keys, *values)]
     bias = [bias[0].detach(), None]
     return tensors[0], tensors[1:3], tensors[3:5], bias, sizes, rules, 0.5
