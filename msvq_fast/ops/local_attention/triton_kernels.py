@@ -204,7 +204,7 @@ def _local_attention_backward(
             *inputs, *numbers, *_tokens(grads[1 + n]), *_tokens(grads[2 + last + n]),
             *sides, key_across, key_tiles, scale,
             KERNEL=kernel, BIAS=table is not None, **rules_n,
-            **_shape(width, tile, block), num_warps=2 * warps, num_stages=1,
+            **_shape(width, tile, block), num_warps=_key_warps(warps), num_stages=1,
         )  # fmt: skip
         if table is not None:
             grad_table = next(tables_of_grads)
@@ -243,7 +243,7 @@ def variants() -> list[KernelVariant]:
         for width in (16, 32, 64, 128):
             for kernel in (3, 5, 7, 9):
                 result += _variants(dtype, width, kernel, (64, 64))
-        for width in (20, 32):
+        for width in (20, 32, 64):
             result += _variants(dtype, width, 5, (8, 8))
         result += _variants(dtype, 32, 5, (64, 64), raster=True)
         result += _variants(dtype, 32, 5, (64, 64), shift=True)
@@ -272,7 +272,7 @@ def _variants(
     kernels: list[tuple[Any, dict[str, Any], int, bool]] = [
         (forward_kernel, {**windows, "B3": bias, "FIRST": True, **rules, **shape}, warps, True),
         (query_kernel, {**one, "FIRST": False, "LAST": True}, warps, True),
-        (key_kernel, one, 2 * warps, True),
+        (key_kernel, one, _key_warps(warps), True),
         (delta_kernel, plain, 4, False),
     ]
     if bias:
@@ -320,12 +320,16 @@ def _scales(
 
 def _tile(dtype: torch.dtype, width: int, grid: tuple[int, int]) -> tuple[int, int, int]:
     """Side of a tile, keys of a step and warps: the most that fits the registers."""
-    half = dtype != torch.float32
-    if grid[0] * grid[1] <= _SMALL:
-        return 8, 32, 4 if half else 8
-    if half:
-        return 4, 32, 1 if width <= 64 else 2
-    return 4, 32, 2 if width <= 32 else 4 if width <= 64 else 8
+    if dtype == torch.float32:
+        return 4, 16, 4 if width <= 32 else 8
+    if grid[0] * grid[1] <= _SMALL and width <= 64:
+        return 8, 32, 4
+    return 4, 32, 1 if width <= 64 else 2
+
+
+def _key_warps(warps: int) -> int:
+    """Warps of the key gradients, which keep two sums in place of one."""
+    return min(4 * warps, 8)
 
 
 def _tiles(grid: tuple[int, int], tile: int) -> tuple[int, int]:
