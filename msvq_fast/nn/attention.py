@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from msvq_fast.ops import InputError, local_attention
+from msvq_fast.nn.attention_cache import AttentionCache, ring_rows, write_ring
+from msvq_fast.ops import InputError, local_attention, local_attention_at
 
 ROTARY_BASE = 100.0
 
@@ -100,10 +101,9 @@ class LocalAttention(nn.Module):
         query = self._split(self.to_query(tokens[-1]), self.heads)
         keys, values = [], []
         for x, grid in zip(tokens, grids, strict=True):
-            key, value = self.to_key_value(x).chunk(2, dim=-1)
-            key = self._split(key, self.kv_heads)
-            keys.append(rotate(key, grid, grids[-1]) if self.rotary else key)
-            values.append(self._split(value, self.kv_heads))
+            key, value = self._key_value(x, grid, grids[-1])
+            keys.append(key)
+            values.append(value)
         if self.rotary:
             query = rotate(query, grids[-1], grids[-1])
         out = local_attention(
@@ -120,6 +120,103 @@ class LocalAttention(nn.Module):
         )
         result: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
         return result
+
+    @torch.no_grad()
+    def start(
+        self,
+        batch: int,
+        grids: Sequence[tuple[int, int]],
+        *,
+        coarse: Sequence[Tensor] = (),
+        skew: int | None = None,
+    ) -> AttentionCache:
+        """Begin to sample an image token by token: an empty cache, coarse scales projected once.
+
+        Args:
+            batch: Images.
+            grids: ``(h, w)`` of every scale, the one to be sampled last.
+            coarse: ``(B, h * w, width)`` of every scale but the last.
+            skew: None if `step` is given the positions one after the other; else that of
+                `msvq_fast.nn.fronts`, more than the radius of the own window, which keeps more
+                rows.
+
+        Raises:
+            InputError: If the order is not raster, or the numbers of scales do not fit.
+        """
+        if self.order != "raster":
+            raise InputError(f"start with order={self.order!r}; expected an attention in 'raster'")
+        if len(grids) != len(self.kernels) or len(coarse) != len(self.kernels) - 1:
+            raise InputError(
+                f"coarse has {len(coarse)} and grids {len(grids)} entries; expected "
+                f"{len(self.kernels) - 1} and {len(self.kernels)}"
+            )
+        own = self.kernels[-1]
+        radius = own // 2 if isinstance(own, int) else grids[-1][0]
+        if skew is not None and skew <= radius:
+            raise InputError(f"skew={skew}; expected more than the radius {radius}")
+        pairs = [
+            self._key_value(x, grid, grids[-1]) for x, grid in zip(coarse, grids[:-1], strict=True)
+        ]
+        weight = self.to_key_value.weight
+        # The projection of nothing has the dtype that autocast gives to keys.
+        like = self.to_key_value(weight.new_empty(0, weight.shape[1]))
+        shape = (
+            batch,
+            self.kv_heads,
+            ring_rows(grids[-1], radius, skew) * grids[-1][1],
+            weight.shape[0] // (2 * self.kv_heads),
+        )
+        pairs.append((like.new_zeros(shape), like.new_zeros(shape)))
+        angles = None
+        if self.rotary:
+            angles = rotary_angles(grids[-1], grids[-1], shape[-1] // 4, weight.device)
+        return AttentionCache(
+            grids=tuple((h, w) for h, w in grids),
+            keys=tuple(key for key, _ in pairs),
+            values=tuple(value for _, value in pairs),
+            angles=angles,
+        )
+
+    @torch.no_grad()
+    def step(self, x: Tensor, positions: Tensor, cache: AttentionCache) -> Tensor:
+        """`forward` for the tokens at ``positions`` alone, from and into ``cache``.
+
+        Every earlier token that they see must have had its step. Shapes depend on F alone and
+        nothing waits for the device.
+
+        Args:
+            x: ``(B, F, width)`` tokens of the last scale.
+            positions: ``(F,)`` int64, their raster positions, the same for the whole batch.
+            cache: From `start`; written in place.
+
+        Returns:
+            ``(B, F, width)``.
+        """
+        query = self._split(self.to_query(x), self.heads)
+        key, value = (self._split(t, self.kv_heads) for t in self.to_key_value(x).chunk(2, dim=-1))
+        if cache.angles is not None:
+            angles = cache.angles[positions]
+            query, key = turn(query, angles), turn(key, angles)
+        ring = (cache.keys[-1], cache.values[-1])
+        write_ring(ring, (key, value), positions % ring[0].shape[2])
+        out = local_attention_at(
+            query,
+            cache.keys,
+            cache.values,
+            positions,
+            grids=cache.grids,
+            kernels=self.kernels,
+            include_self=self.include_self,
+            bias=self._bias(query.dtype),
+        )
+        result: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
+        return result
+
+    def _key_value(
+        self, x: Tensor, grid: tuple[int, int], fine: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        key, value = (self._split(t, self.kv_heads) for t in self.to_key_value(x).chunk(2, dim=-1))
+        return rotate(key, grid, fine) if self.rotary else key, value
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         """``(B, N, heads * d)`` as ``(B, heads, N, d)``, a view."""
@@ -139,18 +236,28 @@ def rotate(x: Tensor, grid: tuple[int, int], fine: tuple[int, int]) -> Tensor:
     half of the channels turns with the row, the second with the column; the angle of pair i is
     ``position / 100^(i / pairs)``. Computed in float32, returned in the dtype of ``x``.
     """
-    pairs = x.shape[-1] // 4
-    steps = torch.arange(pairs, dtype=torch.float32, device=x.device) / pairs
+    return turn(x, rotary_angles(grid, fine, x.shape[-1] // 4, x.device))
+
+
+def rotary_angles(
+    grid: tuple[int, int], fine: tuple[int, int], pairs: int, device: torch.device
+) -> Tensor:
+    """The angles ``(h * w, 2 * pairs)`` of `rotate`: rows first, then columns."""
+    steps = torch.arange(pairs, dtype=torch.float32, device=device) / pairs
     frequency = ROTARY_BASE**-steps
     angles = []
     for axis in (0, 1):
-        cells = torch.arange(grid[axis], dtype=torch.float32, device=x.device)
+        cells = torch.arange(grid[axis], dtype=torch.float32, device=device)
         position = (cells + 0.5) * (fine[axis] / grid[axis]) - 0.5
         angles.append(position[:, None] * frequency)  # (h or w, pairs)
     rows = angles[0][:, None].expand(grid[0], grid[1], pairs)
     columns = angles[1][None].expand(grid[0], grid[1], pairs)
-    angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (h * w, d / 2)
-    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+def turn(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate channel pairs of ``x (B, heads, N, d)`` by ``angles (N, d / 2)``, in float32."""
+    cos, sin = angles.cos(), angles.sin()
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-2).to(x.dtype)

@@ -7,7 +7,7 @@ from msvq_fast.ops.gaussian_blur import (
     gaussian_blur,
     gaussian_pyramid,
 )
-from msvq_fast.ops.local_attention import local_attention
+from msvq_fast.ops.local_attention import local_attention, local_attention_at
 from msvq_fast.ops.multiscale_loss import multiscale_loss
 from msvq_fast.ops.vector_quantize import (
     VectorQuantizeOutput,
@@ -25,6 +25,7 @@ __all__ = [
     "gaussian_blur",
     "gaussian_pyramid",
     "local_attention",
+    "local_attention_at",
     "multiscale_loss",
     "nearest_code",
     "vector_quantize",

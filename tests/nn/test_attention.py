@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msvq_fast.nn import LocalAttention
+from msvq_fast.nn import LocalAttention, fronts
 from msvq_fast.nn.attention import rotate
 from msvq_fast.ops import InputError, local_attention
 
@@ -79,6 +79,41 @@ def test_autocast_trains():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+SETTINGS = [
+    ({}, [3, 5]),
+    ({"include_self": True, "rotary": True, "kv_heads": 2}, ["full", 3]),
+    ({"relative_bias": True}, [3, 3]),
+    ({"rotary": True}, [0, "full"]),
+]
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(("settings", "kernels"), SETTINGS)
+def test_steps_with_a_cache_are_the_forward(settings, kernels, together):
+    """Token by token through a ring of rows, or front by front."""
+    grids = [(2, 3), (7, 6)]
+    module = LocalAttention(32, 4, kernels, order="raster", **settings)
+    for parameter in module.relative_bias or ():
+        torch.nn.init.normal_(parameter)
+    x = [torch.randn(2, h * w, 32) for h, w in grids]
+    radius = kernels[-1] // 2 if isinstance(kernels[-1], int) else 7
+    skew = radius + 1 if together else None
+    order = fronts(grids[-1], skew) if together else torch.arange(42)[:, None].unbind(0)
+    assert torch.cat(list(order)).sort().values.equal(torch.arange(42))
+    cache = module.start(2, grids, coarse=x[:1], skew=skew)
+    if not together and isinstance(kernels[-1], int):
+        assert cache.keys[-1].shape[2] == (radius + 1) * 6
+    got = torch.full_like(x[1], torch.nan)
+    for positions in order:
+        got[:, positions] = module.step(x[1][:, positions], positions, cache)
+    torch.testing.assert_close(got, module(x, grids))
+
+
+def test_fronts_are_few():
+    assert len(fronts((8, 8), 3)) == 29
+    assert max(front.numel() for front in fronts((128, 128), 4)) == 32
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -88,6 +123,15 @@ def test_autocast_trains():
         (
             lambda: LocalAttention(32, 4, [3])(tokens(), GRIDS),
             "tokens has 2 and grids 2 entries; expected 1, one per kernel",
+        ),
+        (lambda: LocalAttention(32, 4, [3]).start(1, [(4, 4)]), "start with order='bidirect"),
+        (
+            lambda: LocalAttention(32, 4, [3], order="raster").start(1, GRIDS),
+            "coarse has 0 and grids 2 entries; expected 0 and 1",
+        ),
+        (
+            lambda: LocalAttention(32, 4, [5], order="raster").start(1, [(4, 4)], skew=2),
+            "skew=2; expected more than the radius 2",
         ),
     ],
 )

@@ -105,8 +105,8 @@ def test_memory_is_linear_in_the_tokens():
 def call():
     grids, kernels = [(2, 3), (4, 6)], [3, 3]
     q, keys, values, bias = make_inputs(grids, width=4, dtype=torch.float32, bias_sizes=[3, None])
-    windows = op._check(q, keys, values, grids, kernels, "raster", False, "clip")
-    sizes, rules = native._flatten(windows)
+    windows = op.check_windows(q, keys, values, grids, kernels, "raster", False, "clip")
+    sizes, rules = native.flatten(windows)
     tensors = [t.detach() for t in (q, *keys, *values)]
     bias = [bias[0].detach(), None]
     return tensors[0], tensors[1:3], tensors[3:5], bias, sizes, rules, 0.5
@@ -239,7 +239,7 @@ def test_sdpa_bfloat16_is_no_more_exact():
     exact = [[t.double() for t in group] for group in ([q], keys, values)]
     options = {"grids": grids, "kernels": kernels}
     truth = local_attention(exact[0][0], *exact[1:], **options, backend="reference")
-    windows = op._check(q, keys, values, grids, kernels, "bidirectional", False, "clip")
+    windows = op.check_windows(q, keys, values, grids, kernels, "bidirectional", False, "clip")
     mask = torch.cat(reference.window_mask(windows), dim=1)
     sdpa = F.scaled_dot_product_attention(
         q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
-from msvq_fast.ops.checks import accumulation_dtype
+from msvq_fast.ops.local_attention.layout import (
+    empty_grads,
+    empty_lse,
+    empty_tokens,
+    flatten,
+    rows,
+)
 from msvq_fast.ops.local_attention.windows import Windows
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -36,7 +42,7 @@ def local_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, strided like ``q``, and the log-sum-exp ``(B, heads, N_m)`` of its scores."""
-    sizes, rules = _flatten(windows)
+    sizes, rules = flatten(windows)
     out, lse = _local_attention(q, list(keys), list(values), list(bias), sizes, rules, scale)
     return out, lse
 
@@ -53,7 +59,7 @@ def local_attention_backward(
     scale: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
     """The gradients of ``q``, ``keys``, ``values`` and ``bias``."""
-    sizes, rules = _flatten(windows)
+    sizes, rules = flatten(windows)
     grads = _local_attention_backward(
         grad_out, q, list(keys), list(values), list(bias), out, lse, sizes, rules, scale
     )
@@ -73,7 +79,7 @@ def _local_attention(
     rules: list[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_tokens(q), _empty_lse(q)
+    out, lse = empty_tokens(q), empty_lse(q)
     _run(q, keys, values, bias, out, lse, sizes, rules, scale)
     return out, lse
 
@@ -88,7 +94,7 @@ def _(
     rules: list[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_tokens(q), _empty_lse(q)
+    return empty_tokens(q), empty_lse(q)
 
 
 @torch.library.custom_op(
@@ -106,7 +112,7 @@ def _local_attention_backward(
     rules: list[bool],
     scale: float,
 ) -> list[Tensor]:
-    grads = _empty_grads(q, keys, values, bias)
+    grads = empty_grads(q, keys, values, bias)
     _run(q, keys, values, bias, out, lse, sizes, rules, scale, grad_out, grads)
     return grads
 
@@ -124,41 +130,7 @@ def _(
     rules: list[bool],
     scale: float,
 ) -> list[Tensor]:
-    return _empty_grads(q, keys, values, bias)
-
-
-def _flatten(windows: Windows) -> tuple[list[int], list[bool]]:
-    """``windows`` as lists: (h, w) of the queries, then (h, w, kernel) of every scale."""
-    sizes = list(windows.query_grid)
-    for grid, kernel in zip(windows.grids, windows.kernels, strict=True):
-        sizes += [*grid, kernel]
-    return sizes, [windows.own, windows.raster, windows.include_self, windows.shift]
-
-
-def _empty_lse(q: Tensor) -> Tensor:
-    return torch.empty(q.shape[:3], dtype=accumulation_dtype(q.dtype), device=q.device)
-
-
-def _empty_tokens(like: Tensor) -> Tensor:
-    """Room for ``(B, heads, N, d)``, heads or tokens first as in ``like``, d innermost."""
-    batch, heads, tokens, width = like.shape
-    if heads > 1 and like.stride(1) < like.stride(2):
-        return torch.empty(
-            (batch, tokens, heads, width), dtype=like.dtype, device=like.device
-        ).transpose(1, 2)
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
-def _empty_grads(
-    q: Tensor, keys: list[Tensor], values: list[Tensor], bias: list[Tensor | None]
-) -> list[Tensor]:
-    tables = [torch.empty(b.shape, dtype=b.dtype, device=b.device) for b in bias if b is not None]
-    return [*map(_empty_tokens, [q, *keys, *values]), *tables]
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """``tensor`` with the channels of a token next to each other."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return empty_grads(q, keys, values, bias)
 
 
 def _tokens(*tensors: Tensor) -> list[tuple[int, int, int, int]]:
@@ -180,11 +152,11 @@ def _run(
 ) -> None:
     """Hand the pointers to C++, which writes ``out`` and ``lse``, or ``grads`` where given."""
     # Copies made here live until C++ is done.
-    q, out, keys, values = _rows(q), _rows(out), [*map(_rows, keys)], [*map(_rows, values)]
+    q, out, keys, values = rows(q), rows(out), [*map(rows, keys)], [*map(rows, values)]
     tables = [None if b is None else b.contiguous() for b in bias]
     queries, tokens, grad_tables = [q, out], [*keys, *values], [0] * len(bias)
     if grad_out is not None and grads is not None:
-        grad_out = _rows(grad_out)
+        grad_out = rows(grad_out)
         queries += [grad_out, grads[0]]
         tokens += grads[1 : 1 + 2 * len(keys)]
         rest = iter(grads[1 + 2 * len(keys) :])

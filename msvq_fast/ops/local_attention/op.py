@@ -77,8 +77,8 @@ def local_attention(
         kernels multiply a weight of exactly zero with values inside the halo of a tile, so a NaN
         among the values may reach queries nearby that do not see it.
     """
-    windows = _check(q, keys, values, grids, kernels, order, include_self, border)
-    relative = _check_bias(bias, q, kernels, windows.shift)
+    windows = check_windows(q, keys, values, grids, kernels, order, include_self, border)
+    relative = check_bias(bias, q, kernels, windows.shift)
     used = [n for n, kernel in enumerate(kernels) if kernel != 0]
     keys, values = [keys[n] for n in used], [values[n] for n in used]
     relative = [relative[n] for n in used]
@@ -91,7 +91,7 @@ def local_attention(
     return out
 
 
-def _check(
+def check_windows(
     q: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -100,8 +100,13 @@ def _check(
     order: str,
     include_self: bool,
     border: str,
+    *,
+    positions: Tensor | None = None,
 ) -> Windows:
-    """Check everything but the bias and return the windows of the scales in use."""
+    """Check everything but the bias and return the windows of the scales in use.
+
+    With ``positions``, q holds the queries there alone, and the last keys may be a ring of rows.
+    """
     scales = len(grids)
     if scales == 0:
         raise InputError("grids is empty; expected one (h, w) per scale, coarse to fine")
@@ -129,7 +134,13 @@ def _check(
     if heads < 1 or width < 1:
         raise InputError(f"q has shape {tuple(q.shape)}; expected at least one head and d >= 1")
     height_m, width_m = grids[-1]
-    if tokens != height_m * width_m:
+    if positions is not None:
+        if positions.dtype != torch.int64 or positions.shape != (tokens,):
+            raise InputError(
+                f"positions has dtype {positions.dtype} and shape {tuple(positions.shape)}; "
+                f"expected int64 and {(tokens,)} for q's {tokens} queries"
+            )
+    elif tokens != height_m * width_m:
         raise InputError(
             f"q has {tokens} tokens; expected {height_m * width_m} for grids[-1]={grids[-1]}"
         )
@@ -137,6 +148,8 @@ def _check(
     for name, items in (("keys", keys), ("values", values)):
         for n, item in enumerate(items):
             h, w = grids[n]
+            if positions is not None and order == "raster" and n == scales - 1 and item.dim() == 4:
+                h = _ring_rows(f"{name}[{n}]", item, grids[n], kernels[n])
             if item.dim() != 4 or item.shape[2] != h * w:
                 raise InputError(
                     f"{name}[{n}] has shape {tuple(item.shape)}; expected (B, kv_heads, "
@@ -162,14 +175,24 @@ def _check(
     )
 
 
+def _ring_rows(name: str, item: Tensor, grid: tuple[int, int], kernel: Kernel) -> int:
+    """The rows of a ring of keys or values: all that a query reads, at most the grid's."""
+    rows = item.shape[2] // grid[1]
+    least = min(grid[0], _kernel_size(kernel, grid) // 2 + 1)
+    if not least <= rows <= grid[0]:
+        raise InputError(f"{name} holds {rows} rows; expected {least} to {grid[0]} of {grid[1]}")
+    return rows
+
+
 def _kernel_size(kernel: Kernel, grid: tuple[int, int]) -> int:
     """``"full"`` as a window that covers the grid from any cell."""
     return kernel if isinstance(kernel, int) else 2 * (grid[0] + grid[1]) + 1
 
 
-def _check_bias(
+def check_bias(
     bias: Sequence[Tensor | None] | None, q: Tensor, kernels: Sequence[Kernel], shift: bool
 ) -> list[Tensor | None]:
+    """Check the biases and return one entry per scale."""
     if bias is None:
         return [None] * len(kernels)
     if len(bias) != len(kernels):
