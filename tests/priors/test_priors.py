@@ -59,6 +59,17 @@ def test_local_mask_of_figure_3_by_gradient() -> None:
     assert torch.equal(coarse, (y // 2 * 2 + x // 2)[:, None] == torch.arange(4))
 
 
+def test_a_masked_token_leaves_itself_out_as_in_figure_3() -> None:
+    scale = prior(MaskGITPrior, ((2, 2), (4, 4)), (1, 3)).scale_model(1)
+    query, key = torch.randn(1, 2, 16, 8), [torch.randn(1, 2, n, 8) for n in (4, 16)]
+    value = [torch.randn(1, 2, n, 8, requires_grad=True) for n in (4, 16)]
+    out = scale._attend(query, key, value, 1)
+    for token, count in ((1, 5), (10, 8)):
+        grads = torch.autograd.grad(out[:, :, token].sum(), value, retain_graph=True)
+        coarse, own = (grad.abs().sum((0, 1, 3)) > 0 for grad in grads)
+        assert coarse.sum() == 1 and own.sum() == count and not own[token]
+
+
 @pytest.mark.parametrize("kernels", [None, (1, 3), (3, 5)])
 def test_no_logit_depends_on_its_own_code_or_a_later_one(kernels) -> None:
     grids = ((2, 3), (4, 6))
