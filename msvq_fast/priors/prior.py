@@ -1,0 +1,127 @@
+"""What both priors share: one transformer per scale, checks, saving and loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from msvq_fast.ops import InputError
+from msvq_fast.priors.transformer import PriorConfig, ScaleTransformer
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+@dataclass
+class PriorOutput:
+    """What a training forward returns.
+
+    Attributes:
+        loss: ``()``, the sum over the scales of the mean cross-entropy per counted code.
+        nll: ``(M,)`` float32, mean cross-entropy per counted code in nats, no gradient.
+    """
+
+    loss: Tensor
+    nll: Tensor
+
+
+class Prior(nn.Module, ABC):
+    """A distribution over code grids, coarse to fine: ``p(s_0) p(s_1 | s_0) ...``.
+
+    Args:
+        config: Sizes.
+        backend: As in `msvq_fast.ops.local_attention`. Not saved.
+    """
+
+    order: ClassVar[str]
+
+    def __init__(self, config: PriorConfig, *, backend: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.scales = nn.ModuleList(
+            ScaleTransformer(config, m, order=self.order, backend=backend)
+            for m in range(config.num_scales)
+        )
+
+    @abstractmethod
+    def draw_scale(
+        self,
+        scale: int,
+        coarser: Sequence[Tensor],
+        *,
+        batch: int,
+        seed: int,
+        first: int,
+        labels: Tensor | None,
+        fixed: Tensor | None,
+    ) -> Tensor:
+        """Codes ``(B, h, w)`` of one scale; settings are the subclass's."""
+
+    def scale_model(self, scale: int) -> ScaleTransformer:
+        """The transformer of a scale."""
+        model = self.scales[scale]
+        assert isinstance(model, ScaleTransformer)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps({"model": type(self).__name__, **dataclasses.asdict(self.config)})
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, backend: str | None = None) -> Self:
+        """Load from a folder that `save_pretrained` wrote.
+
+        Raises:
+            InputError: If a file is missing or corrupt, or holds another model.
+        """
+        path = Path(folder) / CONFIG_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            name = values.pop("model")
+            config = PriorConfig(**values)
+        except FileNotFoundError:
+            raise InputError(f"{path} does not exist; expected a folder of a prior") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not the configuration of a prior: {error}") from None
+        if name != cls.__name__:
+            raise InputError(f"{path} holds a {name}; expected a {cls.__name__}")
+        model = cls(config, backend=backend)
+        path = Path(folder) / WEIGHTS_FILE
+        try:
+            model.load_state_dict(load_file(path))
+        except Exception as error:  # safetensors and torch raise their own types
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} cannot be loaded: {reason}") from None
+        return model
+
+    def check_codes(self, codes: Sequence[Tensor], labels: Tensor | None) -> None:
+        """Raise one clear line for codes or labels that do not fit."""
+        grids = self.config.grids
+        if not 1 <= len(codes) <= len(grids):
+            raise InputError(f"codes has {len(codes)} grids; expected 1 to {len(grids)}")
+        for m, grid in enumerate(codes):
+            shape = (codes[0].shape[0], *grids[m])
+            if grid.shape != shape or grid.dtype != torch.int64:
+                raise InputError(
+                    f"codes[{m}] is {grid.dtype} {tuple(grid.shape)}; expected int64 {shape}"
+                )
+        if labels is not None and self.config.num_classes == 0:
+            raise InputError("labels given; this prior has num_classes=0")
+        if labels is not None and labels.shape != codes[0].shape[:1]:
+            raise InputError(
+                f"labels has shape {tuple(labels.shape)}; expected {tuple(codes[0].shape[:1])}"
+            )

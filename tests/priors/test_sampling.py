@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from msvq_fast.priors import draw_codes, uniforms
+
+
+def test_uniforms_are_uniform_and_independent_of_shape() -> None:
+    u = uniforms(3, torch.arange(400)[:, None], torch.arange(500))
+    assert u.dtype == torch.float64 and u.min() > 0 and u.max() < 1
+    counts = torch.histc(u.float(), 64, 0, 1)
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 63 + 4 * 126**0.5
+    assert u.flatten().unique().numel() == u.numel()
+    pairs = torch.corrcoef(torch.stack([u[:, :-1].flatten(), u[:, 1:].flatten()]))
+    assert abs(float(pairs[0, 1])) < 0.01
+    assert torch.equal(u[7:8, 9:10], uniforms(3, torch.tensor([[7]]), torch.tensor([[9]])))
+    assert torch.equal(u[7, 9], uniforms(3, 7, torch.tensor(9)))
+    assert not torch.equal(u, uniforms(4, torch.arange(400)[:, None], torch.arange(500)))
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0])
+    u = uniforms(0, torch.arange(40000))
+    drawn = draw_codes(logits.expand(40000, 4), u, temperature=0.5)
+    p = (logits.double() / 0.5).softmax(-1)
+    share = torch.bincount(drawn, minlength=4) / 40000
+    assert share[2] == 0
+    assert ((share - p).abs() < 4 * (p * (1 - p) / 40000).sqrt() + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"top_k": 2}, {1, 3}),
+        ({"top_p": 0.6}, {3}),
+        ({"top_p": 0.7}, {1, 3}),
+        ({"top_k": 9}, {0, 1, 2, 3}),
+    ],
+)
+def test_truncation(options: dict, allowed: set[int]) -> None:
+    logits = torch.tensor([0.0, 1.0, 0.5, 2.2]).expand(5000, 4)  # p 0.07 0.18 0.11 0.64
+    drawn = draw_codes(logits, uniforms(0, torch.arange(5000)), **options)
+    assert set(drawn.tolist()) == allowed
+
+
+def test_zero_temperature_and_the_ends_of_the_interval() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-torch.inf, 0.0, -torch.inf]])
+    ends = torch.tensor([2.0**-54, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw_codes(logits, ends, temperature=0).tolist() == [1, 1]
+    for u in ends:
+        assert draw_codes(logits[1], u).item() == 1
