@@ -94,7 +94,7 @@ struct StripBlur {
         vectors(ceil_div(s.pixels * s.channels, kLanes)),
         ring_rows(2 * y.radius + kRows),
         ring_stride((vectors | 1) * kLanes),
-        line_size(ceil_div(padded * s.channels, kLanes) * kLanes + kLanes),
+        line_size(ceil_div(padded * s.channels, kLanes) * kLanes + 2 * kLanes),
         source(padded),
         line(kRows * line_size),
         ring(ring_rows * ring_stride),
@@ -131,10 +131,14 @@ struct StripBlur {
       if (from >= 0) read_line(from, line.data + t * line_size);
       out[t] = from >= 0 ? slot(at + t) : nullptr;
     }
+    bool blurred = false;
+#if defined(__AVX512F__)
+    if (s.channels == 1) blurred = blur_lines(x.taps, x.size, line.data, line_size, vectors, out);
+#endif
     for (int64_t t = 0; t < kRows; ++t) {
       if (!out[t]) continue;
       const float* from = line.data + t * line_size;
-      blur_line(x.taps, x.size, from, s.channels, vectors, out[t]);
+      if (!blurred) blur_line(x.taps, x.size, from, s.channels, vectors, out[t]);
       if (!collected) continue;
       if (s.pixel == 0) collect(x.first.data, from, 0, out[t]);
       const int64_t last = p.width - 1 - s.pixel;
