@@ -96,7 +96,7 @@ def compile_variant(index: int, arch: int) -> list[Compiled]:
     }
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     if "enable_fp_fusion" in _option_names():
-        options["enable_fp_fusion"] = True  # what a launch has; unset, Triton 3.9 warns of it
+        options["enable_fp_fusion"] = variant.fp_fusion  # unset, Triton 3.9 warns of it
     try:
         made = triton.compile(
             ASTSource(variant.kernel, variant.signature, variant.constants, aligned),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
+from msvq_fast.ops.vector_quantize.layout import row_strides
 from msvq_fast.ops.vector_quantize.reference import ema_update_
 
 __all__ = [
@@ -64,37 +65,13 @@ def vector_quantize_backward(
 
 
 def _strides(dim: int, *tensors: Tensor) -> tuple[list[int], list[tuple[int, int, int]]] | None:
-    """Number the rows of same-shaped tensors outer-major without moving them in memory.
-
-    Returns:
-        ``[outer, inner]`` sizes and per tensor the strides ``(outer, inner, d)``; None where the
-        dimensions beside ``dim`` do not merge into two, or neither ``d`` nor ``inner`` is dense.
-    """
-    shape = tensors[0].shape
-    groups: list[tuple[int, list[int]]] = []
-    for i, size in enumerate(shape):
-        if i == dim or size == 1:
-            continue
-        strides = [t.stride(i) for t in tensors]
-        if groups and all(a == b * size for a, b in zip(groups[-1][1], strides, strict=True)):
-            groups[-1] = (groups[-1][0] * size, strides)
-        else:
-            groups.append((size, strides))
-    if len(groups) > 2:
+    """As `row_strides`; None also where neither ``d`` nor ``inner`` is dense."""
+    placed = row_strides(dim, *tensors)
+    if placed is None:
         return None
-    # A single group is `inner` if its rows are neighbours, and also if there is nothing else.
-    while len(groups) < 2:
-        groups.insert(0, (1, [0] * len(tensors)))
-    width = shape[dim]
-    out = []
-    for i, t in enumerate(tensors):
-        d_stride = 1 if width == 1 else t.stride(dim)
-        out.append((groups[0][1][i], groups[1][1][i], d_stride))
-    by_row = all(s[2] == 1 for s in out)
-    by_column = all(s[1] == 1 and s[2] != 1 for s in out)
-    if not (by_row or by_column):
-        return None
-    return [groups[0][0], groups[1][0]], out
+    by_row = all(s[2] == 1 for s in placed[1])
+    by_column = all(s[1] == 1 and s[2] != 1 for s in placed[1])
+    return placed if by_row or by_column else None
 
 
 def _like(tensor: Tensor, layout: Tensor) -> Tensor:

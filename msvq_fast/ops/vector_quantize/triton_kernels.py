@@ -1,0 +1,366 @@
+"""Vector quantization in Triton: launches and custom ops (triton_search.py, triton_outputs.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from msvq_fast.ops.vector_quantize import triton_outputs, triton_search
+from msvq_fast.ops.vector_quantize.layout import row_strides
+from msvq_fast.ops.vector_quantize.triton_codes import pack_codes
+from msvq_fast.ops.vector_quantize.triton_shapes import (
+    CODES,
+    DTYPES,
+    ROWS,
+    STEPS,
+    block_width,
+    filter_rows,
+    variants,
+)
+
+__all__ = [
+    "ema_update_",
+    "nearest_code",
+    "unsupported",
+    "variants",
+    "vector_quantize",
+    "vector_quantize_backward",
+]
+
+_MOST_WIDTH = 256
+_PARTIAL_SUMS = 4096  # a popular code's rows are summed in as many parts as fit
+
+
+def unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    """Why this call cannot run here, or None."""
+    interpreted = triton.knobs.runtime.interpret
+    if z.device.type != "cuda" and not (interpreted and z.device.type == "cpu"):
+        return f"the Triton kernel runs on CUDA tensors, z is on {z.device}"
+    if z.dtype not in DTYPES:
+        return f"the Triton kernel takes float32, float16 or bfloat16, z is {z.dtype}"
+    if codebook.dtype != torch.float32:
+        return f"the Triton kernel takes a float32 codebook, it is {codebook.dtype}"
+    if codebook.shape[1] > _MOST_WIDTH:
+        return f"the Triton kernel takes D up to {_MOST_WIDTH}, it is {codebook.shape[1]}"
+    if z.numel() // codebook.shape[1] >= 2**31 - 2**16:
+        return f"the Triton kernel takes fewer than 2**31 latents, z is {tuple(z.shape)}"
+    return None
+
+
+def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
+    """Code of every latent, as the reference defines it."""
+    codes: Tensor = _nearest_code(z, codebook, dim)
+    return codes
+
+
+def vector_quantize(
+    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
+) -> tuple[Tensor, ...]:
+    """``(z_q, codes, commitment_loss, code_counts, code_sums)``, without a host synchronisation."""
+    out: tuple[Tensor, ...] = _vector_quantize(z, codebook, dim, commitment_weight)
+    return out
+
+
+def vector_quantize_backward(
+    grad_z_q: Tensor | None,
+    grad_loss: Tensor,
+    z: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    dim: int,
+    commitment_weight: float,
+) -> Tensor:
+    """``grad_z_q + grad_loss 2β/numel(z) (z - e)`` in the layout of ``z``."""
+    grad_z: Tensor = _backward(grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight)
+    return grad_z
+
+
+def ema_update_(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    code_sums_ema: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    decay: float,
+    laplace_eps: float,
+    restart_below: float,
+    restart_vectors: Tensor | None,
+) -> None:
+    """Move the codebook towards the mean of its latents, in place (Eq. 3-4)."""
+    _ema_update(
+        codebook,
+        cluster_size,
+        code_sums_ema,
+        counts,
+        sums,
+        decay,
+        laplace_eps,
+        restart_below,
+        restart_vectors,
+    )
+
+
+def _programs(tensor: Tensor) -> int:
+    """Programs of the float64 kernel: a number that does not depend on how many rows it gets."""
+    if tensor.device.type != "cuda":
+        return 1
+    return 8 * torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def _search(
+    z: Tensor, inner: int, strides: tuple[int, int, int], codebook: Tensor, codes: Tensor
+) -> None:
+    """Fill ``codes``: the filter, then float64 for the rows that it lists."""
+    num_codes, width = codebook.shape
+    count = codes.numel()
+    packed = pack_codes(codebook, CODES, block_width(width))
+    tiles = packed.seeds.numel() // CODES
+    other = codes.new_empty(count, dtype=torch.int32)
+    pending = torch.empty_like(other)
+    counters = other.new_zeros(2)
+    padded = block_width(width)
+    rows = filter_rows(padded)
+    triton_search.filter_codes[(triton.cdiv(count, rows),)](
+        z,
+        packed.mean,
+        packed.half,
+        packed.seeds,
+        packed.bounds,
+        codes,
+        other,
+        pending,
+        counters,
+        count,
+        inner,
+        *strides,
+        width,
+        tiles,
+        triton.next_power_of_2(tiles) - 1,
+        BM=rows,
+        BN=CODES,
+        BD=padded,
+        num_warps=rows // 16,
+        num_stages=3,
+    )
+    triton_search.resolve_codes[(_programs(z),)](
+        z,
+        codebook,
+        codes,
+        other,
+        pending,
+        counters,
+        count,
+        inner,
+        *strides,
+        width,
+        num_codes,
+        **STEPS,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+def _placed(dim: int, *tensors: Tensor) -> tuple[int, list[tuple[int, int, int]]]:
+    placed = row_strides(dim, *tensors)
+    assert placed is not None
+    return placed[0][1], placed[1]
+
+
+@torch.library.custom_op("msvq_fast::nearest_code_triton", mutates_args=())
+def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
+    codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+    if codes.numel() == 0:
+        return codes
+    if row_strides(dim, z) is None:
+        z = z.contiguous()
+    inner, (strides,) = _placed(dim, z)
+    with torch.cuda.device_of(z):
+        _search(z, inner, strides, codebook.contiguous(), codes)
+    return codes
+
+
+@_nearest_code.register_fake
+def _(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
+    return z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+
+
+@torch.library.custom_op("msvq_fast::vector_quantize_triton", mutates_args=())
+def _vector_quantize(
+    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_codes, width = codebook.shape
+    codebook = codebook.contiguous()
+    codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+    z_q = out = torch.empty_like(z)
+    count = codes.numel()
+    if count == 0:
+        counts = codes.new_zeros(num_codes)
+        return z_q, codes, codebook.new_zeros(()), counts, torch.zeros_like(codebook)
+    if row_strides(dim, z, out) is None:
+        z = z.contiguous()
+        out = torch.empty_like(z)
+    inner, (z_strides, out_strides) = _placed(dim, z, out)
+    padded = block_width(width)
+    with torch.cuda.device_of(z):
+        _search(z, inner, z_strides, codebook, codes)
+        keys = codes.new_empty(count, dtype=torch.int32)
+        blocks = triton.cdiv(count, ROWS)
+        errors = codebook.new_empty(blocks)
+        triton_outputs.write_codes[(blocks,)](
+            z,
+            codebook,
+            codes,
+            out,
+            keys,
+            errors,
+            count,
+            inner,
+            *z_strides,
+            *out_strides,
+            width,
+            num_codes,
+            BM=ROWS,
+            BD=padded,
+        )
+        # A stable sort puts a code's rows next to each other in their own order: no atomics.
+        keys, order = torch.sort(keys, stable=True)
+        limits = torch.arange(num_codes + 1, dtype=torch.int32, device=z.device)
+        bounds = torch.searchsorted(keys, limits)  # (K + 1,)
+        splits = max(1, min(64, _PARTIAL_SUMS // num_codes))
+        parts = codebook.new_empty(num_codes, splits, width)
+        triton_outputs.code_sums[(num_codes, splits)](
+            z,
+            order,
+            bounds,
+            parts,
+            inner,
+            *z_strides,
+            width,
+            splits,
+            BM=ROWS,
+            BD=padded,
+        )
+    if out is not z_q:
+        z_q.copy_(out)
+    loss = errors.double().sum() * (commitment_weight / z.numel())
+    return z_q, codes, loss.float(), bounds.diff(), parts.sum(dim=1)
+
+
+@_vector_quantize.register_fake
+def _(
+    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(z),
+        z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64),
+        z.new_empty((), dtype=torch.float32),
+        z.new_empty(codebook.shape[0], dtype=torch.int64),
+        codebook.new_empty(codebook.shape),
+    )
+
+
+@torch.library.custom_op("msvq_fast::vector_quantize_backward_triton", mutates_args=())
+def _backward(
+    grad_z_q: Tensor | None,
+    grad_loss: Tensor,
+    z: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    dim: int,
+    commitment_weight: float,
+) -> Tensor:
+    grad_z = out = torch.empty_like(z)
+    if z.numel() == 0:
+        return grad_z
+    upstream = out if grad_z_q is None else grad_z_q
+    if row_strides(dim, upstream, z, out) is None:
+        upstream, z = upstream.contiguous(), z.contiguous()
+        out = torch.empty_like(z)
+    inner, (g_strides, z_strides, out_strides) = _placed(dim, upstream, z, out)
+    count = codes.numel()
+    with torch.cuda.device_of(z):
+        triton_outputs.grad_latents[(triton.cdiv(count, ROWS),)](
+            upstream,
+            grad_loss,
+            z,
+            codes.contiguous(),
+            codebook,
+            out,
+            count,
+            inner,
+            *g_strides,
+            *z_strides,
+            *out_strides,
+            codebook.shape[1],
+            2 * commitment_weight / z.numel(),
+            THROUGH=grad_z_q is not None,
+            BM=ROWS,
+            BD=block_width(codebook.shape[1]),
+        )
+    return grad_z if out is grad_z else grad_z.copy_(out)
+
+
+@_backward.register_fake
+def _(
+    grad_z_q: Tensor | None,
+    grad_loss: Tensor,
+    z: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    dim: int,
+    commitment_weight: float,
+) -> Tensor:
+    return torch.empty_like(z)
+
+
+@torch.library.custom_op(
+    "msvq_fast::ema_update_triton",
+    mutates_args=("codebook", "cluster_size", "code_sums_ema"),
+)
+def _ema_update(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    code_sums_ema: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    decay: float,
+    laplace_eps: float,
+    restart_below: float,
+    restart_vectors: Tensor | None,
+) -> None:
+    num_codes, width = codebook.shape
+    state = [t.contiguous() for t in (codebook, cluster_size, code_sums_ema)]
+    total = cluster_size  # read before it changes, and only for the smoothing
+    if laplace_eps > 0:
+        total = decay * cluster_size.sum() + (1 - decay) * counts.sum()
+    fresh = sums if restart_vectors is None else restart_vectors.to(codebook.dtype)
+    with torch.cuda.device_of(codebook):
+        triton_outputs.move_codebook[(triton.cdiv(num_codes, 16),)](
+            *state,
+            counts.contiguous(),
+            sums.contiguous(),
+            fresh.contiguous(),
+            total,
+            num_codes,
+            width,
+            decay,
+            1 - decay,
+            laplace_eps,
+            restart_below,
+            max(1.0, restart_below),
+            LAPLACE=laplace_eps > 0,
+            RESTART=restart_vectors is not None,
+            BK=16,
+            BD=triton.next_power_of_2(width),
+        )
+    for target, moved in zip((codebook, cluster_size, code_sums_ema), state, strict=True):
+        if moved is not target:
+            target.copy_(moved)
+
+
+@_ema_update.register_fake
+def _(*_: Any) -> None:
+    return None

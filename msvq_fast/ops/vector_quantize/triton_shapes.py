@@ -1,0 +1,102 @@
+"""Tile sizes of the Triton kernels, and what is compiled ahead of time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from msvq_fast.ops.backend import KernelVariant
+from msvq_fast.ops.vector_quantize import triton_outputs, triton_search
+
+__all__ = ["CODES", "DTYPES", "ROWS", "STEPS", "block_width", "filter_rows", "variants"]
+
+DTYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+CODES = 64  # of a tile of the filter
+ROWS = 64  # of a block of the elementwise kernels
+STEPS = {"BP": 128, "BM": 16, "BK": 64}  # pairs, or rows and codes, of a step in float64
+_TYPES = {
+    "half_ptr": "*fp16",
+    "codes_ptr": "*i64",
+    "order_ptr": "*i64",
+    "bounds_ptr": "*i64",
+    "counts_ptr": "*i64",
+    "other_ptr": "*i32",
+    "pending_ptr": "*i32",
+    "counter_ptr": "*i32",
+    "key_ptr": "*i32",
+    "factor": "fp32",
+    "decay": "fp32",
+    "rest": "fp32",
+    "eps": "fp32",
+    "restart_below": "fp32",
+    "start_mass": "fp32",
+}
+
+
+def block_width(width: int) -> int:
+    """D rounded up to what a tensor-core product takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def filter_rows(padded: int) -> int:
+    """Rows of a tile of the filter, sixteen for each warp."""
+    return 64 if padded > 128 else 128
+
+
+def variants() -> list[KernelVariant]:
+    """What is compiled ahead of time: every dtype and block width, d dense and not."""
+    out = []
+    for dtype, pointer in DTYPES.items():
+        name = str(dtype).removeprefix("torch.")
+        for width in (16, 32, 64, 128, 256):
+            for dense in (True, False):
+                label = f"{name} d{width}" + ("" if dense else " strided")
+                out += _variants(label, pointer, width, dense)
+    move = triton_outputs.move_codebook
+    for width in (16, 64, 256):
+        for smooth in (False, True):
+            flags = {"LAPLACE": smooth, "RESTART": smooth, "BK": 16, "BD": width}
+            label = f"d{width}" + " laplace restart" * smooth
+            out.append(_variant(move, label, "*fp32", flags))
+    return out
+
+
+def _variants(label: str, z: str, width: int, dense: bool) -> list[KernelVariant]:
+    rows = filter_rows(width)
+    filter_sizes = {"BM": rows, "BN": CODES, "BD": width}
+    sizes = {"BM": ROWS, "BD": width}
+    one = {"stride_d": 1} if dense else {"stride_inner": 1}
+    step = {name: 1 for name in (("z_d", "out_d") if dense else ("z_inner", "out_inner"))}
+    z_step = {name: 1 for name in step if name.startswith("z")}
+    g_step = {("g_d" if dense else "g_inner"): 1}
+    search, outputs = triton_search, triton_outputs
+    return [
+        _variant(
+            search.filter_codes,
+            label,
+            z,
+            {**filter_sizes, **one},
+            num_warps=rows // 16,
+            tensor_cores=True,
+        ),
+        _variant(search.resolve_codes, label, z, {**STEPS, **one}, fp_fusion=False),
+        _variant(outputs.write_codes, label, z, {**sizes, **step}),
+        _variant(outputs.code_sums, label, z, {**sizes, **z_step}),
+        _variant(outputs.grad_latents, label, z, {**sizes, **step, **g_step, "THROUGH": True}),
+    ]
+
+
+def _variant(
+    kernel: Any, label: str, z: str, constants: dict[str, Any], **options: Any
+) -> KernelVariant:
+    images = ("z_ptr", "z_q_ptr", "grad_z_q_ptr", "grad_z_ptr")
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in images:
+            signature[name] = z
+        else:
+            signature[name] = _TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+    return KernelVariant(f"{kernel.__name__} {label}", kernel, signature, constants, **options)
