@@ -14,8 +14,8 @@ from msvq_fast.ops.vector_quantize.triton_codes import pack_codes
 from msvq_fast.ops.vector_quantize.triton_shapes import (
     CODES,
     DTYPES,
-    ROWS,
     STEPS,
+    block_rows,
     block_width,
     filter_rows,
     variants,
@@ -142,7 +142,7 @@ def _search(
         BM=rows,
         BN=CODES,
         BD=padded,
-        num_warps=rows // 16,
+        num_warps=8,
         num_stages=3,
     )
     triton_search.resolve_codes[(_programs(z),)](
@@ -207,7 +207,7 @@ def _vector_quantize(
     with torch.cuda.device_of(z):
         _search(z, inner, z_strides, codebook, codes)
         keys = codes.new_empty(count, dtype=torch.int32)
-        blocks = triton.cdiv(count, ROWS)
+        blocks = triton.cdiv(count, block_rows(padded))
         errors = codebook.new_empty(blocks)
         triton_outputs.write_codes[(blocks,)](
             z,
@@ -222,7 +222,7 @@ def _vector_quantize(
             *out_strides,
             width,
             num_codes,
-            BM=ROWS,
+            BM=block_rows(padded),
             BD=padded,
         )
         # A stable sort puts a code's rows next to each other in their own order: no atomics.
@@ -240,7 +240,7 @@ def _vector_quantize(
             *z_strides,
             width,
             splits,
-            BM=ROWS,
+            BM=block_rows(padded),
             BD=padded,
         )
     if out is not z_q:
@@ -281,8 +281,9 @@ def _backward(
         out = torch.empty_like(z)
     inner, (g_strides, z_strides, out_strides) = _placed(dim, upstream, z, out)
     count = codes.numel()
+    padded = block_width(codebook.shape[1])
     with torch.cuda.device_of(z):
-        triton_outputs.grad_latents[(triton.cdiv(count, ROWS),)](
+        triton_outputs.grad_latents[(triton.cdiv(count, block_rows(padded)),)](
             upstream,
             grad_loss,
             z,
@@ -297,8 +298,8 @@ def _backward(
             codebook.shape[1],
             2 * commitment_weight / z.numel(),
             THROUGH=grad_z_q is not None,
-            BM=ROWS,
-            BD=block_width(codebook.shape[1]),
+            BM=block_rows(padded),
+            BD=padded,
         )
     return grad_z if out is grad_z else grad_z.copy_(out)
 
@@ -332,13 +333,14 @@ def _ema_update(
     restart_vectors: Tensor | None,
 ) -> None:
     num_codes, width = codebook.shape
+    padded = block_width(width)
     state = [t.contiguous() for t in (codebook, cluster_size, code_sums_ema)]
     total = cluster_size  # read before it changes, and only for the smoothing
     if laplace_eps > 0:
         total = decay * cluster_size.sum() + (1 - decay) * counts.sum()
     fresh = sums if restart_vectors is None else restart_vectors.to(codebook.dtype)
     with torch.cuda.device_of(codebook):
-        triton_outputs.move_codebook[(triton.cdiv(num_codes, 16),)](
+        triton_outputs.move_codebook[(triton.cdiv(num_codes, block_rows(padded)),)](
             *state,
             counts.contiguous(),
             sums.contiguous(),
@@ -353,8 +355,8 @@ def _ema_update(
             max(1.0, restart_below),
             LAPLACE=laplace_eps > 0,
             RESTART=restart_vectors is not None,
-            BK=16,
-            BD=triton.next_power_of_2(width),
+            BK=block_rows(padded),
+            BD=padded,
         )
     for target, moved in zip((codebook, cluster_size, code_sums_ema), state, strict=True):
         if moved is not target:

@@ -42,7 +42,7 @@ def write_codes(
     e = tl.load(codebook_ptr + codes[:, None] * width + d[None, :], mask=mask, other=0.0)
     at = row_offsets(rows, inner, out_outer, out_inner)[:, None] + d[None, :] * out_d
     tl.store(z_q_ptr + at, e.to(z_q_ptr.dtype.element_ty), mask=mask)
-    finite = tl.sum(tl.where(z - z == 0, 0, 1), 1) == 0
+    finite = tl.sum(tl.where(tl.abs(z) <= 3.4028234e38, 0, 1), 1) == 0
     tl.store(key_ptr + rows, tl.where(finite, codes.to(tl.int32), num_codes), mask=inside)
     difference = tl.where(mask, z - e, 0.0)
     total = tl.sum(tl.sum(difference * difference, 1), 0)
@@ -166,7 +166,7 @@ def move_codebook(
     vector = tl.where((counts > 0)[:, None], sums / mass[:, None], before)
     if RESTART:
         fresh = tl.load(fresh_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        bad = tl.sum(tl.where(fresh - fresh == 0, 0, 1), 1)
+        bad = tl.sum(tl.where(tl.abs(fresh) <= 3.4028234e38, 0, 1), 1)
         dead = (size < restart_below) & (bad == 0)
         vector = tl.where(dead[:, None], fresh, vector)
         sums = tl.where(dead[:, None], fresh * start_mass, sums)

@@ -53,7 +53,7 @@ def filter_codes(
         mask=inside[:, None] & (d < width)[None, :],
         other=0.0,
     ).to(tl.float32)  # (BM, BD)
-    finite = tl.sum(tl.where(z - z == 0, 0, 1), 1) == 0
+    finite = tl.sum(tl.where(tl.abs(z) <= 3.4028234e38, 0, 1), 1) == 0
     scale = tl.load(bound_ptr)
     code_norm = tl.load(bound_ptr + 1)
     half_norm = tl.load(bound_ptr + 2)

@@ -9,11 +9,10 @@ import torch
 from msvq_fast.ops.backend import KernelVariant
 from msvq_fast.ops.vector_quantize import triton_outputs, triton_search
 
-__all__ = ["CODES", "DTYPES", "ROWS", "STEPS", "block_width", "filter_rows", "variants"]
+__all__ = ["CODES", "DTYPES", "STEPS", "block_rows", "block_width", "filter_rows", "variants"]
 
 DTYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 CODES = 64  # of a tile of the filter
-ROWS = 64  # of a block of the elementwise kernels
 STEPS = {"BP": 128, "BM": 16, "BK": 64}  # pairs, or rows and codes, of a step in float64
 _TYPES = {
     "half_ptr": "*fp16",
@@ -40,8 +39,13 @@ def block_width(width: int) -> int:
 
 
 def filter_rows(padded: int) -> int:
-    """Rows of a tile of the filter, sixteen for each warp."""
-    return 64 if padded > 128 else 128
+    """Rows of a tile of the filter, which eight warps hold without spilling."""
+    return 32 if padded > 128 else 64
+
+
+def block_rows(padded: int) -> int:
+    """Rows of a block of the elementwise kernels: their addresses take most registers."""
+    return 1024 // padded
 
 
 def variants() -> list[KernelVariant]:
@@ -56,7 +60,7 @@ def variants() -> list[KernelVariant]:
     move = triton_outputs.move_codebook
     for width in (16, 64, 256):
         for smooth in (False, True):
-            flags = {"LAPLACE": smooth, "RESTART": smooth, "BK": 16, "BD": width}
+            flags = {"LAPLACE": smooth, "RESTART": smooth, "BK": 1024 // width, "BD": width}
             label = f"d{width}" + " laplace restart" * smooth
             out.append(_variant(move, label, "*fp32", flags))
     return out
@@ -65,7 +69,7 @@ def variants() -> list[KernelVariant]:
 def _variants(label: str, z: str, width: int, dense: bool) -> list[KernelVariant]:
     rows = filter_rows(width)
     filter_sizes = {"BM": rows, "BN": CODES, "BD": width}
-    sizes = {"BM": ROWS, "BD": width}
+    sizes = {"BM": block_rows(width), "BD": width}
     one = {"stride_d": 1} if dense else {"stride_inner": 1}
     step = {name: 1 for name in (("z_d", "out_d") if dense else ("z_inner", "out_inner"))}
     z_step = {name: 1 for name in step if name.startswith("z")}
@@ -77,7 +81,7 @@ def _variants(label: str, z: str, width: int, dense: bool) -> list[KernelVariant
             label,
             z,
             {**filter_sizes, **one},
-            num_warps=rows // 16,
+            num_warps=8,
             tensor_cores=True,
         ),
         _variant(search.resolve_codes, label, z, {**STEPS, **one}, fp_fusion=False),
