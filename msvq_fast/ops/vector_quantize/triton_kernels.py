@@ -41,6 +41,8 @@ def unsupported(z: Tensor, codebook: Tensor) -> str | None:
         return f"the Triton kernel runs on CUDA tensors, z is on {z.device}"
     if z.dtype not in DTYPES:
         return f"the Triton kernel takes float32, float16 or bfloat16, z is {z.dtype}"
+    if interpreted and z.dtype == torch.bfloat16:
+        return "Triton's interpreter does not round bfloat16 as a GPU does"
     if codebook.dtype != torch.float32:
         return f"the Triton kernel takes a float32 codebook, it is {codebook.dtype}"
     if codebook.shape[1] > _MOST_WIDTH:
