@@ -48,6 +48,12 @@ _COMMANDS = {
         "run_reconstruct",
         "Draw images, their contributions and partial sums as a PNG grid.",
     ),
+    "tokenize": _Command(
+        configs.TokenizeConfig,
+        "msvq_fast.training.tokenize",
+        "run_tokenize",
+        "Write the codes of images as shards of 16-bit numbers.",
+    ),
     "info": _Command(
         configs.InfoConfig,
         "msvq_fast.training.info",

@@ -8,6 +8,7 @@ stands, its configuration, and length and CRC-32 of the other files).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -186,6 +187,15 @@ def checkpoints_to_resume(source: Path) -> Iterator[Path]:
         yield source
     else:
         yield from reversed(list_checkpoints(source))
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the SHA-256 of a saved model's weights in hexadecimal."""
+    digest = hashlib.sha256()
+    with (folder / "model.safetensors").open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, int]:

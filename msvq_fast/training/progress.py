@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -133,6 +135,27 @@ def open_display(*, leads: bool, step: int, total_steps: int, grids: list[str]) 
     if sys.stdout.isatty() and not os.environ.get("CI"):
         return LiveDisplay(step=step, total_steps=total_steps, grids=grids)
     return PlainDisplay()
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], None] | None]:
+    """A live count on a terminal, a bar where ``total`` is known; None elsewhere.
+
+    What it yields takes the number of things done so far.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    count = "{task.completed}" if total is None else "{task.completed}/{task.total}"
+    bar = () if total is None else (BarColumn(),)
+    columns = (SpinnerColumn(), *bar, TextColumn(f"{count} {what}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
 
 
 class MetricsFile:

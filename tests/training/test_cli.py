@@ -59,7 +59,7 @@ def test_free_fields_are_fields() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; expected one of train, evaluate, reconstruct, info"),
+        ([], "no command given; expected one of train, evaluate, reconstruct, tokenize, info"),
         (["trian"], "unknown command trian; did you mean train?"),
         (["train", "--lrr", "3"], "unknown option --lrr; did you mean --lr?"),
         (["train", "--model.num_code=3"], "did you mean --model.num_codes?"),
