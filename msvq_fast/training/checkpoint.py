@@ -23,6 +23,7 @@ import torch
 from msvq_fast import __version__
 from msvq_fast.models import MSVQVAE, VQVAE2
 from msvq_fast.ops.checks import InputError
+from msvq_fast.priors import Prior
 
 CHECKPOINTS, STATE, OPTIMIZER = "checkpoints", "state.json", "optimizer.pt"
 _PREFIX = "step_"
@@ -47,7 +48,7 @@ def list_checkpoints(out: Path) -> list[Path]:
 def save_checkpoint(
     out: Path,
     *,
-    model: MSVQVAE | VQVAE2,
+    model: MSVQVAE | VQVAE2 | Prior,
     optimizer: dict[str, Any],
     state: dict[str, Any],
 ) -> Path:
