@@ -61,6 +61,12 @@ _COMMANDS = {
         "run_train_prior",
         "Train a prior over the codes of tokenized images.",
     ),
+    "sample": _Command(
+        prior_config.SampleConfig,
+        "msvq_fast.training.sample",
+        "run_sample",
+        "Draw images from a prior, coarse to fine, as a PNG grid.",
+    ),
     "info": _Command(
         configs.InfoConfig,
         "msvq_fast.training.info",

@@ -138,3 +138,47 @@ PRIOR_FREE_ON_RESUME = frozenset(
         "resume",
     }
 )
+
+
+@dataclass
+class SampleConfig:
+    """What ``msvq sample`` draws.
+
+    Attributes:
+        prior: A run of train-prior (its best checkpoint), a checkpoint, or a folder of a prior.
+        checkpoint: The model that made the tokens: a run, a checkpoint, or a saved model.
+        out: The PNG file; settings, scores and images/s are written beside it as JSON.
+        images: Coarse images that are drawn.
+        reject: keep=K keeps the K most likely of them, judged by their coarse codes alone; null
+            keeps all.
+        variations: Drawings of the finer scales for every coarse image that is kept.
+        inpaint: Image file whose codes are kept outside ``region``; null draws whole images.
+        region: Top, left, bottom and right of what is drawn anew, as fractions of the sides.
+        seed: Decides every draw, with the number of the image; batches do not matter.
+        temperature: Divides the logits; 0 takes the most likely code.
+        top_k: Only the k most likely codes.
+        top_p: Only the most likely codes with this much probability together.
+        steps: Passes per scale of maskgit; null is 8.
+        choice_temperature: Noise on maskgit's confidence in the first pass; null is 4.5.
+        order: Order in which maskgit settles codes; null is confidence.
+        batch_size: Images at a time.
+        device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
+    """
+
+    prior: str
+    checkpoint: str
+    out: str = "runs/samples.png"
+    images: int = 8
+    reject: str | None = None
+    variations: int = 1
+    inpaint: str | None = None
+    region: tuple[float, float, float, float] = (0.25, 0.25, 0.75, 0.75)
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    steps: int | None = None
+    choice_temperature: float | None = None
+    order: Literal["confidence", "halton"] | None = None
+    batch_size: int = 16
+    device: str = "auto"
