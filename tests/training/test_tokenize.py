@@ -220,7 +220,9 @@ def test_other_tokens_are_not_overwritten(
     assert everything(tmp_path) == before
 
 
-def test_altered_shards_are_named(saved: Path, pictures: Path, tmp_path: Path) -> None:
+def test_altered_shards_are_named(
+    saved: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError, match="expected a folder of msvq tokenize"):
         load_tokens(tmp_path)
     assert main(arguments(saved, pictures, tmp_path)) == 0
@@ -230,6 +232,8 @@ def test_altered_shards_are_named(saved: Path, pictures: Path, tmp_path: Path) -
     shard.write_bytes(content)
     with pytest.raises(InputError, match=r"shard_00002.safetensors is corrupt"):
         load_tokens(tmp_path)
+    assert main(arguments(saved, pictures, tmp_path)) == 2
+    assert "shard_00002.safetensors is corrupt" in capsys.readouterr().err
     shard.unlink()
     with pytest.raises(InputError, match=r"cannot read .*shard_00002.safetensors: No such file"):
         load_tokens(tmp_path)
