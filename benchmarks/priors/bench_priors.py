@@ -17,7 +17,7 @@ from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.tokens import load_tokens
 
 SIDES = (8, 16, 32, 64, 128)
-STEPS = 240
+STEPS = 160
 DRAWN = (8, 16, 32, 64)
 KERNELS = {"native": (3, 5), "dense": None}  # windowed attention runs the native kernels
 KINDS = {"autoregressive": AutoregressivePrior, "maskgit": MaskGITPrior}
