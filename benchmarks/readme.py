@@ -37,7 +37,7 @@ def speed_tables() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*--cpu.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["suite"] != "demo":
+        if record["suite"] not in ("demo", "priors"):  # priors: benchmarks/NOTES.md
             parts.append(_speed_table(record))
     return "\n\n".join(parts)
 

@@ -20,6 +20,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from msvq_fast import __version__
 from msvq_fast.training import config as configs
+from msvq_fast.training import prior_config
 
 
 class _Command(NamedTuple):
@@ -47,6 +48,24 @@ _COMMANDS = {
         "msvq_fast.training.reconstruct",
         "run_reconstruct",
         "Draw images, their contributions and partial sums as a PNG grid.",
+    ),
+    "tokenize": _Command(
+        configs.TokenizeConfig,
+        "msvq_fast.training.tokenize",
+        "run_tokenize",
+        "Write the codes of images as shards of 16-bit numbers.",
+    ),
+    "train-prior": _Command(
+        prior_config.TrainPriorConfig,
+        "msvq_fast.training.prior",
+        "run_train_prior",
+        "Train a prior over the codes of tokenized images.",
+    ),
+    "sample": _Command(
+        prior_config.SampleConfig,
+        "msvq_fast.training.sample",
+        "run_sample",
+        "Draw images from a prior, coarse to fine, as a PNG grid.",
     ),
     "info": _Command(
         configs.InfoConfig,
@@ -175,19 +194,19 @@ def _one_line(message: str) -> str:
     """Turn what jsonargparse says into one line, with a near miss where there is one."""
     if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         return _unknown("option", found[1].split()[0].partition("=")[0])
-    if found := re.search(r"does not accept option '([\w.]+)'", message):
+    if found := re.search(r"does not accept option '([\w.-]+)'", message):
         return _unknown("option", f"--{found[1]}")
     if found := re.search(r"invalid choice: '(.*?)'", message):
         return _unknown("command", found[1])
-    if found := re.search(r"arguments are required: (\w+)\.([\w.]+)", message):
+    if found := re.search(r"arguments are required: ([\w-]+)\.([\w.]+)", message):
         return f"{found[1]} needs --{found[2]}"
     if 'expected "command"' in message:
         return f"no command given; expected one of {', '.join(_COMMANDS)} (msvq --help)"
-    if found := re.search(r'Parser key "([\w.]+)":', message):
+    if found := re.search(r'Parser key "([\w.-]+)":', message):
         value = re.search(r"(?:Given|Got) value: (.*)", message)
         if value and (expected := _expected(found[1])):
             return f"--{found[1]} {value[1]}: expected {expected}"
-    return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+    return re.sub(r'^Parser key "([\w.-]+)":', r"--\1:", message)
 
 
 def _unknown(kind: str, name: str) -> str:

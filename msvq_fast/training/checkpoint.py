@@ -8,6 +8,7 @@ stands, its configuration, and length and CRC-32 of the other files).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import torch
 from msvq_fast import __version__
 from msvq_fast.models import MSVQVAE, VQVAE2
 from msvq_fast.ops.checks import InputError
+from msvq_fast.priors import Prior
 
 CHECKPOINTS, STATE, OPTIMIZER = "checkpoints", "state.json", "optimizer.pt"
 _PREFIX = "step_"
@@ -46,7 +48,7 @@ def list_checkpoints(out: Path) -> list[Path]:
 def save_checkpoint(
     out: Path,
     *,
-    model: MSVQVAE | VQVAE2,
+    model: MSVQVAE | VQVAE2 | Prior,
     optimizer: dict[str, Any],
     state: dict[str, Any],
 ) -> Path:
@@ -186,6 +188,15 @@ def checkpoints_to_resume(source: Path) -> Iterator[Path]:
         yield source
     else:
         yield from reversed(list_checkpoints(source))
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the SHA-256 of a saved model's weights in hexadecimal."""
+    digest = hashlib.sha256()
+    with (folder / "model.safetensors").open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, int]:

@@ -211,6 +211,42 @@ class ReconstructConfig:
     device: str = "auto"
 
 
+@dataclass
+class TokenizeConfig:
+    """What ``msvq tokenize`` turns into codes; started again it goes on where it was stopped.
+
+    Attributes:
+        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+        data: A folder of images or ``builtin:photos``.
+        split: Part of the data.
+        out: Folder for tokens.json and the shards.
+        size: Side of the square crops in pixels; None is the model's resolution.
+        resize: Shorter side of the images in pixels before cutting; None keeps their size, or
+            takes ``size`` with ``crop=center``.
+        crop: All tiles of every image, one from its centre, or random ones.
+        repeat: Random crops per image.
+        flip: Mirror half of the random crops.
+        seed: Seed of the random crops.
+        batch_size: Crops at a time.
+        shard_size: Crops per shard, rounded up to whole images; what a kill can cost.
+        device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
+    """
+
+    checkpoint: str
+    data: str = "builtin:photos"
+    split: Literal["train", "val", "all"] = "train"
+    out: str = "runs/tokens"
+    size: int | None = None
+    resize: int | None = None
+    crop: Literal["tiles", "center", "random"] = "tiles"
+    repeat: int = 1
+    flip: bool = False
+    seed: int = 0
+    batch_size: int = 16
+    shard_size: int = 4096
+    device: str = "auto"
+
+
 _LEAST: dict[str, int] = {
     "epochs": 1,
     "steps": 1,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import itertools
 import math
 import platform
@@ -14,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 import msvq_fast
@@ -23,10 +19,11 @@ from msvq_fast.data import evaluation_tiles, list_images, to_float
 from msvq_fast.metrics import CodeUsage, mse, psnr_from_mse, ssim, to_unit_range
 from msvq_fast.models import MSVQVAE, VQVAE2, MSVQVAEConfig, from_pretrained
 from msvq_fast.ops import InputError, default_kernel_size, gaussian_pyramid
-from msvq_fast.training.checkpoint import find_model
+from msvq_fast.training.checkpoint import find_model, weights_digest
 from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.distributed import choose_device
 from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.progress import counting
 from msvq_fast.training.results import (
     CodebookHealth,
     EvaluationResult,
@@ -139,10 +136,10 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationResult:
         **dataclasses.asdict(config),
         "size": size,
         "resize": config.resize or (size if config.crop == "center" else None),
-        "weights_sha256": _digest(folder),
+        "weights_sha256": weights_digest(folder),
         "skipped": skipped,  # filled while the tiles are read
     }
-    with _progress() as progress:
+    with counting("images") as progress:
         result = evaluate(
             model,
             tiles,
@@ -239,24 +236,3 @@ def _conditions(device: torch.device, batch_size: int) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def _digest(folder: Path) -> str:
-    with (folder / "model.safetensors").open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int], None] | None]:
-    """A live count on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.completed} images"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("evaluate", total=None)
-        yield lambda done: bar.update(task, completed=done)

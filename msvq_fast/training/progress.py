@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from msvq_fast.ops.checks import InputError
 
 METRICS = "metrics.jsonl"
+
+
+class Column(NamedTuple):
+    """A figure per scale in the live view: ``key`` of the records of one ``kind``."""
+
+    title: str
+    kind: str
+    key: str
+    style: str
+
+
+AUTOENCODER_COLUMNS = (
+    Column("usage %", "train", "usage", ".1f"),
+    Column("perplexity", "train", "perplexity", ".1f"),
+    Column("validation PSNR dB", "validation", "psnr", ".2f"),
+)
+PRIOR_COLUMNS = (
+    Column("NLL", "train", "nll", ".3f"),
+    Column("validation NLL", "validation", "nll", ".3f"),
+)
 
 
 class Display(Protocol):
@@ -58,7 +80,9 @@ class SilentDisplay(PlainDisplay):
 class LiveDisplay:
     """A bar, the last figures and a table of scales that redraw themselves."""
 
-    def __init__(self, *, step: int, total_steps: int, grids: list[str]) -> None:
+    def __init__(
+        self, *, step: int, total_steps: int, grids: list[str], columns: tuple[Column, ...]
+    ) -> None:
         from rich.console import Console, Group
         from rich.live import Live
         from rich.progress import (
@@ -72,8 +96,8 @@ class LiveDisplay:
 
         self._group = Group
         self._grids = grids
-        self._train: dict[str, Any] = {}
-        self._validation: dict[str, Any] = {}
+        self._columns = columns
+        self._last: dict[str, dict[str, Any]] = {"train": {}, "validation": {}}
         self._console = Console()
         self._bar = Progress(
             TextColumn("training"),
@@ -93,10 +117,7 @@ class LiveDisplay:
 
     def log(self, record: dict[str, Any]) -> None:
         """Put a record's figures in place of the last ones."""
-        if record["kind"] == "train":
-            self._train = record
-        else:
-            self._validation = record
+        self._last[record["kind"]] = record
         self._live.update(self._render())
 
     def message(self, text: str) -> None:
@@ -112,27 +133,54 @@ class LiveDisplay:
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False)
-        for name in ("scale", "grid", "usage %", "perplexity", "validation PSNR dB"):
+        for name in ("scale", "grid", *(column.title for column in self._columns)):
             table.add_column(name, justify="right")
         for m, grid in enumerate(self._grids):
             table.add_row(
                 str(m),
                 grid,
-                _entry(self._train.get("usage"), m, ".1f"),
-                _entry(self._train.get("perplexity"), m, ".1f"),
-                _entry(self._validation.get("psnr"), m, ".2f"),
+                *(_entry(self._last[c.kind].get(c.key), m, c.style) for c in self._columns),
             )
-        summary = _summary(self._train) if self._train else "waiting for the first figures"
+        train = self._last["train"]
+        summary = _summary(train) if train else "waiting for the first figures"
         return self._group(self._bar, Text(summary), table)
 
 
-def open_display(*, leads: bool, step: int, total_steps: int, grids: list[str]) -> Display:
+def open_display(
+    *,
+    leads: bool,
+    step: int,
+    total_steps: int,
+    grids: list[str],
+    columns: tuple[Column, ...] = AUTOENCODER_COLUMNS,
+) -> Display:
     """Return the view for this process: live on a terminal, lines in pipes and CI, else silent."""
     if not leads:
         return SilentDisplay()
     if sys.stdout.isatty() and not os.environ.get("CI"):
-        return LiveDisplay(step=step, total_steps=total_steps, grids=grids)
+        return LiveDisplay(step=step, total_steps=total_steps, grids=grids, columns=columns)
     return PlainDisplay()
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], None] | None]:
+    """A live count on a terminal, a bar where ``total`` is known; None elsewhere.
+
+    What it yields takes the number of things done so far.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    count = "{task.completed}" if total is None else "{task.completed}/{task.total}"
+    bar = () if total is None else (BarColumn(),)
+    columns = (SpinnerColumn(), *bar, TextColumn(f"{count} {what}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
 
 
 class MetricsFile:
@@ -199,11 +247,18 @@ def _open_events(folder: Path, step: int) -> Any:
 
 
 def _line(record: dict[str, Any]) -> str:
+    if record["kind"] == "validation" and "nll" in record:
+        return (
+            f"step {record['step']}  validation NLL {_slashed(record['nll'], '.4f')}"
+            f"  {record['nats_per_image']:.1f} nats an image  ({record['images']} images)"
+        )
     if record["kind"] == "validation":
         return (
             f"step {record['step']}  validation PSNR {_slashed(record['psnr'], '.2f')} dB"
             f"  MSE {_slashed(record['mse'], '.3e')}  ({record['tiles']} tiles)"
         )
+    if "nll" in record:
+        return _summary(record)
     return (
         f"{_summary(record)}  usage {_slashed(record['usage'], '.1f')} %"
         f"  perplexity {_slashed(record['perplexity'], '.1f')}"
@@ -212,9 +267,13 @@ def _line(record: dict[str, Any]) -> str:
 
 def _summary(record: dict[str, Any]) -> str:
     eta = datetime.timedelta(seconds=round(record["eta_seconds"]))
+    if "nll" in record:
+        figure = f"NLL {_slashed(record['nll'], '.4f')}"
+    else:
+        figure = f"PSNR {record['psnr']:.2f} dB"
     return (
         f"step {record['step']}/{record['total_steps']}  epoch {record['epoch']:.2f}"
-        f"  loss {record['loss']:.5f}  PSNR {record['psnr']:.2f} dB  lr {record['lr']:.1e}"
+        f"  loss {record['loss']:.5f}  {figure}  lr {record['lr']:.1e}"
         f"  {record['steps_per_second']:.2f} it/s  ETA {eta}"
     )
 

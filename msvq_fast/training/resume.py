@@ -18,9 +18,12 @@ from msvq_fast.training.checkpoint import (
     verify,
 )
 from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig
+from msvq_fast.training.prior_config import TrainPriorConfig
 
 
-def choose_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
+def choose_checkpoint(
+    config: TrainConfig | TrainPriorConfig, say: Callable[[str], None]
+) -> Path | None:
     """Return the checkpoint to go on from, verified, or None for a fresh start.
 
     A corrupt checkpoint of a run is reported, put aside as ``.corrupt``, and the one before it is
@@ -94,7 +97,14 @@ def check_same_run(
     """
     before = {**state["config"], **state["model_config"], "processes": state.get("world_size", 1)}
     now = {**config.to_dict(), **describe_model(model_config), "processes": processes}
-    ignored = FREE_ON_RESUME | {"model"}  # the model's own fields say more
+    # The model's own fields say more than the changes to its preset.
+    check_unchanged(path, before, now, FREE_ON_RESUME | {"model"})
+
+
+def check_unchanged(
+    path: Path, before: dict[str, Any], now: dict[str, Any], ignored: frozenset[str]
+) -> None:
+    """Raise InputError naming every entry that differs and is not ``ignored``."""
     missing = "not set"
     changed = [
         f"{name} is {before.get(name, missing)} there and {now.get(name, missing)} here"

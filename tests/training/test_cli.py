@@ -59,7 +59,10 @@ def test_free_fields_are_fields() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; expected one of train, evaluate, reconstruct, info"),
+        (
+            [],
+            "no command given; expected one of train, evaluate, reconstruct, tokenize, train-prior",
+        ),
         (["trian"], "unknown command trian; did you mean train?"),
         (["train", "--lrr", "3"], "unknown option --lrr; did you mean --lr?"),
         (["train", "--model.num_code=3"], "did you mean --model.num_codes?"),
@@ -71,6 +74,8 @@ def test_free_fields_are_fields() -> None:
         (["train", "--betas", "0.9"], "--betas 0.9: expected a list [float, float]"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["evaluate"], "evaluate needs --checkpoint"),
+        (["train-prior"], "train-prior needs --tokens"),
+        (["train-prior", "--kind=gan"], "--kind gan: expected autoregressive or maskgit"),
     ],
 )
 def test_wrong_words(

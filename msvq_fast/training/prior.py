@@ -1,0 +1,339 @@
+"""Training of a prior over tokens: restartable after any step with the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msvq_fast import priors
+from msvq_fast.data import epoch_order
+from msvq_fast.ops import InputError
+from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig, PriorOutput
+from msvq_fast.training import checkpoint, distributed
+from msvq_fast.training.interrupt import StopSignals
+from msvq_fast.training.optimizer import Schedule, warmup_steps
+from msvq_fast.training.prior_config import PRIOR_FREE_ON_RESUME, TrainPriorConfig
+from msvq_fast.training.progress import PRIOR_COLUMNS, MetricsFile, open_display
+from msvq_fast.training.resume import check_unchanged, choose_checkpoint
+from msvq_fast.training.tokens import Tokens, load_tokens
+from msvq_fast.training.window import TrainingError
+
+DEFAULT_EPOCHS = 50  # §4.3 of the paper
+
+
+def run_train_prior(config: TrainPriorConfig) -> int:
+    """``msvq train-prior``: learn the codes of a folder of tokens, in one process.
+
+    Returns:
+        Exit code: 0 at the end, 128 plus the signal's number after Ctrl-C or SIGTERM.
+
+    Raises:
+        InputError: For settings that cannot work, before anything is written.
+        TrainingError: If the loss is no longer finite.
+        OSError: If the run's folder cannot be written.
+    """
+    config.check()
+    with distributed.join(config.device) as world:
+        if world.size > 1:
+            raise InputError(f"{world.size} processes; msvq train-prior runs in one, no torchrun")
+        run = _Run(config, world.device)
+        try:
+            with StopSignals() as signals:
+                return run.train(signals)
+        finally:
+            run.close()
+
+
+def build_prior(config: TrainPriorConfig, tokens: Tokens) -> AutoregressivePrior | MaskGITPrior:
+    """The prior of a configuration for the grids of ``tokens``, with fresh weights."""
+    kernels = config.kernels
+    if config.attention == "windowed" and kernels is None:
+        kernels = (3, *(5 for _ in tokens.grids[1:]))  # Fig. 3
+    sizes = PriorConfig(
+        grids=tokens.grids,
+        num_codes=tokens.num_codes,
+        kernels=kernels,
+        depth=config.depth,
+        heads=config.heads,
+        width=config.width,
+        dropout=config.dropout,
+    )
+    if config.kind == "autoregressive":
+        return AutoregressivePrior(sizes, backend=config.backend)
+    return MaskGITPrior(sizes, backend=config.backend)
+
+
+@torch.no_grad()
+def validate_prior(
+    prior: AutoregressivePrior | MaskGITPrior, tokens: Tokens, *, batch_size: int, limit: int
+) -> list[float]:
+    """Mean cross-entropy in nats per code and scale, over at most ``limit`` images.
+
+    Of an autoregressive prior it is the exact negative log-likelihood. Of MaskGIT it is that of
+    masked codes under masks that are the same at every call, and not comparable with the former.
+    The prior's mode is restored; torch's random state is not.
+    """
+    device = next(prior.parameters()).device
+    was_training = prior.training
+    prior.eval()
+    torch.manual_seed(0)
+    count = min(limit, len(tokens))
+    rows = torch.arange(count) * len(tokens) // count
+    total = torch.zeros(prior.config.num_scales, dtype=torch.float64, device=device)
+    for part in rows.split(batch_size):
+        total += len(part) * prior([c.to(device) for c in tokens.batch(part)]).nll
+    prior.train(was_training)
+    return (total / count).tolist()
+
+
+class _Run:
+    """A training run.
+
+    Attributes:
+        step: Optimiser steps done; with the configuration it decides everything that follows.
+    """
+
+    def __init__(self, config: TrainPriorConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.out = Path(config.out)
+        self.tokens = load_tokens(config.tokens)
+        self.held_out = self._load_held_out()
+        self._plan()
+        start = choose_checkpoint(config, lambda text: print(text, flush=True))
+        torch.manual_seed(config.seed)
+        self.prior = build_prior(config, self.tokens)
+        self.description = {
+            "model_class": type(self.prior).__name__,
+            **json.loads(json.dumps(dataclasses.asdict(self.prior.config))),
+            "tokens_sha256": _digest(self.tokens),
+            "weights_sha256": self.tokens.index["settings"]["weights_sha256"],
+        }
+        state: dict[str, Any] = {"step": 0, "best": None}
+        if start is not None:
+            state = checkpoint.read_state(start)
+            check_unchanged(
+                start,
+                {**state["config"], **state["model_config"]},
+                {**config.to_dict(), **self.description},
+                PRIOR_FREE_ON_RESUME,
+            )
+            self.prior = priors.from_pretrained(start, backend=config.backend)
+        self.step: int = state["step"]
+        self.best: dict[str, Any] | None = state["best"]
+        if self.step >= self.total_steps and config.resume != "auto":
+            raise InputError(
+                f"{start} is at step {self.step} of {self.total_steps}: nothing is left to train; "
+                "raise epochs or steps"
+            )
+        self.prior.to(device).train()
+        self.optimizer = torch.optim.AdamW(
+            self.prior.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+        # Sums since the last log line: the loss, the NLL of every scale, the steps.
+        self.sums = torch.zeros(len(self.tokens.grids) + 2, device=device)
+        if start is not None:
+            saved = checkpoint.load_optimizer(start, device)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.sums.copy_(saved["window"])
+        self._open_files()
+
+    def _load_held_out(self) -> Tokens | None:
+        if self.config.validation is None:
+            return None
+        held_out = load_tokens(self.config.validation)
+        for name in ("weights_sha256", "size"):
+            theirs, ours = (t.index["settings"][name] for t in (held_out, self.tokens))
+            if theirs != ours:
+                raise InputError(
+                    f"validation={self.config.validation} has {name} {theirs}; the tokens have "
+                    f"{ours}"
+                )
+        return held_out
+
+    def _plan(self) -> None:
+        config = self.config
+        self.steps_per_epoch = len(self.tokens) // config.batch_size
+        if self.steps_per_epoch == 0:
+            raise InputError(
+                f"tokens={config.tokens} has {len(self.tokens)} images, too few for one step of "
+                f"batch_size={config.batch_size}"
+            )
+        self.total_steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * self.steps_per_epoch
+        warmup = warmup_steps(
+            config.warmup_epochs,
+            "cosine",
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+        self.schedule = Schedule(
+            "cosine", config.lr, warmup, self.total_steps, config.min_lr_fraction
+        )
+        on_cuda = self.device.type == "cuda"
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda)
+
+    def _open_files(self) -> None:
+        (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.config.to_dict(), indent=1)
+        (self.out / "config.json").write_text(text + "\n", encoding="utf-8")
+        self.metrics = MetricsFile(self.out, step=self.step, tensorboard=False)
+        self.display = open_display(
+            leads=True,
+            step=self.step,
+            total_steps=self.total_steps,
+            grids=[f"{h}x{w}" for h, w in self.tokens.grids],
+            columns=PRIOR_COLUMNS,
+        )
+        parameters = sum(p.numel() for p in self.prior.parameters())
+        self.display.message(
+            f"{self.config.kind}, {self.config.attention}: {parameters / 1e6:.2f} M parameters on "
+            f"{self.device}; {len(self.tokens)} images; {self.steps_per_epoch} steps an epoch, "
+            f"{self.total_steps} in all; into {self.out}"
+        )
+        if self.step:
+            done = "; nothing is left to train" if self.step >= self.total_steps else ""
+            self.display.message(f"going on after step {self.step}{done}")
+
+    def close(self) -> None:
+        """Give the terminal back and close the files."""
+        self.display.close()
+        self.metrics.close()
+
+    def train(self, signals: StopSignals) -> int:
+        """Run to the end or to a signal; see `run_train_prior`."""
+        self.mark, self.marked_step = time.perf_counter(), self.step
+        epoch, order = -1, torch.zeros(0)
+        while self.step < self.total_steps:
+            if epoch != self.step // self.steps_per_epoch:
+                epoch = self.step // self.steps_per_epoch
+                order = epoch_order(len(self.tokens), seed=self.config.seed, epoch=epoch)
+            first = self.step % self.steps_per_epoch * self.config.batch_size
+            self._optimizer_step(order[first : first + self.config.batch_size])
+            self._after_step(signals.received)
+            if signals.received:
+                self.display.message(f"stopped after step {self.step}, saved")
+                return 128 + signals.received
+        return 0
+
+    def _optimizer_step(self, rows: Tensor) -> None:
+        config = self.config
+        codes = [c.to(self.device, non_blocking=True) for c in self.tokens.batch(rows)]
+        # Masks and dropout follow from the step alone, so that a resumed run needs no random state.
+        torch.manual_seed((config.seed << 32) + self.step + 1)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            out: PriorOutput
+            if isinstance(self.prior, MaskGITPrior):
+                out = self.prior(
+                    codes, schedule=config.mask_schedule, label_smoothing=config.label_smoothing
+                )
+            else:
+                out = self.prior(codes)
+        out.loss.backward()
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.prior.parameters(), config.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sums += torch.cat([out.loss.detach().reshape(1), out.nll, self.sums.new_ones(1)])
+        self.step += 1
+
+    def _after_step(self, stop: int) -> None:
+        """Whatever is due: log line, validation, checkpoint."""
+        config, step = self.config, self.step
+        self.display.advance(step)
+        last = step == self.total_steps
+        if last or step % config.log_every == 0:
+            self._log()
+        paused = time.perf_counter()
+        best = False
+        if config.validate_every and self.held_out is not None:
+            every = config.validate_every * self.steps_per_epoch
+            if last or step % every == 0:
+                best = self._validate(self.held_out)
+        every = config.checkpoint_every or self.steps_per_epoch
+        if last or best or stop or step % every == 0:
+            self._save()
+        self.mark += time.perf_counter() - paused
+
+    def _log(self) -> None:
+        loss, *nll = (self.sums[:-1] / self.sums[-1]).tolist()
+        if not math.isfinite(loss):
+            raise TrainingError(self._not_finite(f"the loss is not finite at step {self.step}"))
+        self.sums.zero_()
+        now = time.perf_counter()
+        rate = (self.step - self.marked_step) / max(now - self.mark, 1e-9)
+        self.mark, self.marked_step = now, self.step
+        self._record(
+            {
+                "kind": "train",
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "epoch": self.step / self.steps_per_epoch,
+                "loss": loss,
+                "nll": nll,
+                "lr": self.schedule(self.step - 1),
+                "steps_per_second": rate,
+                "images_per_second": rate * self.config.batch_size,
+                "eta_seconds": (self.total_steps - self.step) / rate,
+            }
+        )
+
+    def _validate(self, held_out: Tokens) -> bool:
+        """Record the held-out figures; return whether they are the best so far."""
+        config = self.config
+        limit = min(config.validation_images, len(held_out))
+        nll = validate_prior(self.prior, held_out, batch_size=config.batch_size, limit=limit)
+        nats = math.fsum(n * h * w for n, (h, w) in zip(nll, held_out.grids, strict=True))
+        record = {"kind": "validation", "step": self.step, "nll": nll, "nats_per_image": nats}
+        self._record({**record, "images": limit})
+        if not math.isfinite(nats) or (self.best is not None and nats >= self.best["nats"]):
+            return False
+        self.best = {"step": self.step, "nats": nats}
+        return True
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.metrics.write(record)
+        self.display.log(record)
+
+    def _save(self) -> None:
+        """Write a checkpoint, but none of weights that a bad gradient has spoilt."""
+        for name, weight in self.prior.named_parameters():
+            if not bool(weight.isfinite().all()):
+                text = f"{name} is not finite after step {self.step}"
+                raise TrainingError(self._not_finite(text))
+        checkpoint.save_checkpoint(
+            self.out,
+            model=self.prior,
+            optimizer={"optimizer": self.optimizer.state_dict(), "window": self.sums},
+            state={
+                "step": self.step,
+                "best": self.best,
+                "config": self.config.to_dict(),
+                "model_config": self.description,
+            },
+        )
+        best = None if self.best is None else self.best["step"]
+        checkpoint.prune_checkpoints(self.out, keep_last=self.config.keep_last, best_step=best)
+
+    def _not_finite(self, what: str) -> str:
+        good = checkpoint.list_checkpoints(self.out)
+        where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint yet"
+        return f"{what}; {where}; try a lower lr"
+
+
+def _digest(tokens: Tokens) -> str:
+    """Of the codes, wherever they lie."""
+    sums = [shard["crc32"] for shard in tokens.index["shards"]]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()

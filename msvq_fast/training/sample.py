@@ -1,0 +1,296 @@
+"""Images from a prior: coarse ones first, the unlikely thrown away, details drawn again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msvq_fast import priors
+from msvq_fast.data import (
+    read_image,
+    resize_short_side,
+    save_png,
+    signed_to_uint8,
+    to_float,
+    to_uint8,
+)
+from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, sum_contributions
+from msvq_fast.ops import InputError
+from msvq_fast.priors import AutoregressivePrior, MaskGITPrior
+from msvq_fast.priors.maskgit import halton_rank
+from msvq_fast.training.checkpoint import STATE, find_model, read_state, weights_digest
+from msvq_fast.training.distributed import choose_device
+from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.prior_config import SampleConfig
+from msvq_fast.training.progress import counting
+from msvq_fast.training.results import check_writable
+
+_GROUPS = 4  # parts of a coarse grid that are predicted from the others
+_COLUMNS = 8
+_GAIN = 4  # of the finer contributions, which are faint
+
+
+@torch.no_grad()
+def coarse_scores(prior: AutoregressivePrior | MaskGITPrior, codes: Tensor) -> Tensor:
+    """Mean log-probability in nats of every image's coarse codes ``(B, h_0, w_0)``: ``(B,)``.
+
+    Of an autoregressive prior it is exact. Of MaskGIT it is a pseudo-likelihood: four interleaved
+    quarters of the cells, each given the other three.
+    """
+    own = codes.flatten(1)
+    if isinstance(prior, AutoregressivePrior):
+        log_p = prior.logits([codes])[0].double().log_softmax(-1)
+        return log_p.gather(-1, own[..., None])[..., 0].mean(1)
+    model = prior.scale_model(0)
+    group = halton_rank(model.grids[0]).to(codes.device) % _GROUPS
+    memory = model.context([])
+    total = torch.zeros(len(codes), dtype=torch.float64, device=codes.device)
+    for number in range(_GROUPS):
+        hidden = (group == number).expand_as(own)
+        logits = model(model.embed(own.masked_fill(hidden, model.num_codes)), memory)
+        log_p = logits.double().log_softmax(-1).gather(-1, own[..., None])[..., 0]
+        total += log_p.masked_fill(~hidden, 0.0).sum(1)
+    return total / own.shape[1]
+
+
+def run_sample(config: SampleConfig) -> Path:
+    """``msvq sample``: draw codes from coarse to fine, decode them and write a grid.
+
+    Returns:
+        The PNG file.
+
+    Raises:
+        InputError: For a bad prior, checkpoint, setting or output path.
+    """
+    keep = _check(config)
+    device = choose_device(config.device)
+    prior_folder, model_folder = find_model(config.prior), find_model(config.checkpoint)
+    prior = priors.from_pretrained(prior_folder).to(device).eval()
+    model = from_pretrained(model_folder).to(device)
+    _check_match(prior, prior_folder, model, model_folder)
+    settings = _sampling_settings(config, prior)
+    out = Path(config.out)
+    if out.is_dir():
+        raise InputError(f"out={config.out!r} is a folder; give the name of a PNG file")
+    check_writable(out.parent)
+    total = config.images + keep * config.variations
+    with inference_mode(model), counting("drawings", total) as progress:
+        fixed, picture = None, None
+        if config.inpaint is not None:
+            picture, fixed = _inpainting(config, model, prior, device)
+        start = time.perf_counter()
+        drawn = _draw(prior, config, keep, fixed, settings, device, progress)
+        images = [
+            [_decode(model, codes) for codes in drawn.variations[v]]
+            for v in range(config.variations)
+        ]
+        seconds = time.perf_counter() - start
+    _write_grid(out, config, images, drawn, picture)
+    rate = keep * config.variations / seconds
+    record = {
+        "settings": dataclasses.asdict(config),
+        "kept": drawn.kept,
+        "scores": drawn.scores,
+        "images_per_second": rate,
+    }
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{keep * config.variations} images in {seconds:.2f} s, {rate:.2f} images/s; wrote {out}")
+    return out
+
+
+@dataclasses.dataclass
+class _Drawn:
+    """Codes that were drawn.
+
+    Attributes:
+        kept: Numbers of the coarse images that were kept.
+        scores: Of all coarse images, in the order they were drawn.
+        variations: Per variation the batches of codes of all kept images.
+    """
+
+    kept: list[int]
+    scores: list[float]
+    variations: list[list[list[Tensor]]]
+
+
+def _draw(
+    prior: AutoregressivePrior | MaskGITPrior,
+    config: SampleConfig,
+    keep: int,
+    fixed: list[Tensor] | None,
+    settings: dict[str, Any],
+    device: torch.device,
+    progress: Callable[[int], None] | None,
+) -> _Drawn:
+    done = 0
+
+    def draw(count: int, **options: Any) -> list[Tensor]:
+        nonlocal done
+        own = None if fixed is None else [f.expand(count, -1, -1) for f in fixed]
+        codes = priors.sample(
+            prior, count, seed=config.seed, fixed=own, settings=settings, **options
+        )
+        done += count
+        if progress is not None:
+            progress(done)
+        return codes
+
+    coarse = torch.cat(
+        [
+            draw(min(config.batch_size, config.images - first), first=first, upto=0)[0]
+            for first in range(0, config.images, config.batch_size)
+        ]
+    )
+    scores = torch.cat([coarse_scores(prior, part) for part in coarse.split(config.batch_size)])
+    best = scores.argsort(descending=True, stable=True)[:keep]
+    kept = best if config.reject is not None else torch.arange(keep, device=device)
+    variations = []
+    for v in range(config.variations):
+        batches, first = [], v * keep
+        for part in coarse[kept].split(config.batch_size):
+            batches.append(draw(len(part), coarser=[part], first=first))
+            first += len(part)
+        variations.append(batches)
+    return _Drawn(kept.tolist(), scores.tolist(), variations)
+
+
+def _decode(model: MSVQVAE | VQVAE2, codes: list[Tensor]) -> list[Tensor]:
+    return [part.float().cpu() for part in model.contributions(codes)]
+
+
+def _write_grid(
+    out: Path,
+    config: SampleConfig,
+    images: Sequence[Sequence[Sequence[Tensor]]],
+    drawn: _Drawn,
+    picture: Tensor | None,
+) -> None:
+    """Contributions above, the image they sum to below, as Fig. 5."""
+    # Per variation the contributions (kept, 3, H, W).
+    parts = [[torch.cat(part) for part in zip(*batches, strict=True)] for batches in images]
+    scales = len(parts[0])
+    rows: list[list[Tensor | None]] = []
+    labels: list[str] = []
+    names = [
+        f"contribution {m}" + (f"\naround grey, x {_GAIN}" if m else "") for m in range(scales)
+    ]
+    columns = [(v, i) for i in range(len(drawn.kept)) for v in range(config.variations)]
+    width = config.variations if config.variations > 1 else _COLUMNS
+    for first in range(0, len(columns), width):
+        block = columns[first : first + width]
+        extra: list[Tensor | None] = [] if picture is None else [None]
+        if scales > 1:
+            for m in range(scales):
+                shown = [parts[v][m][i] for v, i in block]
+                pictures = [signed_to_uint8(c, _GAIN) if m else to_uint8(c) for c in shown]
+                rows.append([*extra, *pictures])
+                labels.append(names[m])
+        sums = [to_uint8(sum_contributions([p[i : i + 1] for p in parts[v]])[0]) for v, i in block]
+        rows.append([*([] if picture is None else [picture]), *sums])
+        number = f" {drawn.kept[block[0][1]]}" if config.variations > 1 else ""
+        labels.append(f"image{number}")
+    save_png(out, rows, row_labels=labels)
+
+
+def _inpainting(
+    config: SampleConfig,
+    model: MSVQVAE | VQVAE2,
+    prior: AutoregressivePrior | MaskGITPrior,
+    device: torch.device,
+) -> tuple[Tensor, list[Tensor]]:
+    """The image with a grey hole, and its codes ``(1, h_m, w_m)``, -1 where they are drawn."""
+    assert config.inpaint is not None
+    stride = model.config.resolution // model.config.latents[0]
+    height, width = (side * stride for side in prior.config.grids[0])
+    image = read_image(config.inpaint)
+    short = max(height, width)
+    image = resize_short_side(image, short)
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    image = image[:, top : top + height, left : left + width].contiguous()
+    codes = model.encode(to_float(image.to(device))[None])
+    fixed = []
+    for grid in codes:
+        hole = _hole(config, *grid.shape[1:])
+        fixed.append(grid.masked_fill(hole.to(device), -1))
+    coarse = _hole(config, *codes[0].shape[1:]).float()
+    if not coarse.any():
+        raise InputError(f"region={tuple(config.region)} holds no cell of the coarsest grid")
+    shown = F.interpolate(coarse[None, None], size=(height, width))[0, 0].bool()
+    return image.masked_fill(shown, 128), fixed
+
+
+def _hole(config: SampleConfig, height: int, width: int) -> Tensor:
+    """Cells ``(h, w)`` whose centres lie in the region."""
+    top, left, bottom, right = config.region
+    y = (torch.arange(height) + 0.5)[:, None] / height
+    x = (torch.arange(width) + 0.5) / width
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
+def _check(config: SampleConfig) -> int:
+    """Check what needs no model; returns how many coarse images are kept."""
+    for name in ("images", "variations", "batch_size"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}={getattr(config, name)}; expected at least 1")
+    top, left, bottom, right = config.region
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise InputError(
+            f"region={tuple(config.region)}; expected top < bottom and left < right, all in 0..1"
+        )
+    if config.reject is None:
+        return config.images
+    found = re.fullmatch(r"keep=(\d+)", config.reject)
+    if not found or not 1 <= int(found[1]) <= config.images:
+        raise InputError(f"reject={config.reject!r}; expected keep=1 to keep={config.images}")
+    return int(found[1])
+
+
+def _check_match(
+    prior: AutoregressivePrior | MaskGITPrior,
+    prior_folder: Path,
+    model: MSVQVAE | VQVAE2,
+    model_folder: Path,
+) -> None:
+    sizes, latents = prior.config, model.config.latents
+    first = sizes.grids[0]
+    fits = sizes.num_scales == len(latents) and sizes.num_codes == model.config.num_codes
+    ratio = [side // latents[0] for side in latents]
+    if not fits or any(
+        grid != (first[0] * r, first[1] * r) for grid, r in zip(sizes.grids, ratio, strict=True)
+    ):
+        raise InputError(
+            f"{prior_folder} draws grids {sizes.grids} of {sizes.num_codes} codes; {model_folder} "
+            f"has latents {latents} of {model.config.num_codes}"
+        )
+    if (prior_folder / STATE).is_file():
+        learnt = read_state(prior_folder)["model_config"].get("weights_sha256")
+        if learnt is not None and learnt != weights_digest(model_folder):
+            raise InputError(
+                f"{prior_folder} learnt codes of another model than {model_folder}; their meaning "
+                "differs"
+            )
+
+
+def _sampling_settings(
+    config: SampleConfig, prior: AutoregressivePrior | MaskGITPrior
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        name: getattr(config, name) for name in ("temperature", "top_k", "top_p")
+    }
+    for name in ("steps", "choice_temperature", "order"):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not isinstance(prior, MaskGITPrior):
+            raise InputError(f"{name}={value} is of maskgit; this prior is autoregressive")
+        settings[name] = value
+    return settings

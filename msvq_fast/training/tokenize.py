@@ -1,0 +1,208 @@
+"""Images into code grids on disk, in shards; killed at any moment it goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msvq_fast.data import ImageDataset, ImageReadError, evaluation_tiles, list_images, to_float
+from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
+from msvq_fast.ops import InputError
+from msvq_fast.training.checkpoint import find_model, weights_digest
+from msvq_fast.training.config import TokenizeConfig
+from msvq_fast.training.distributed import choose_device
+from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.progress import counting
+from msvq_fast.training.results import check_writable
+from msvq_fast.training.tokens import INDEX, read_index, read_shard, write_index, write_shard
+
+_MOST_CODES = 2**16  # of uint16
+
+
+def run_tokenize(config: TokenizeConfig) -> Path:
+    """``msvq tokenize``: write the codes of every image of a split.
+
+    A shard ends with the last crop of a file and starts a new batch, so that a run that was killed
+    and started again writes the same bytes as one that was not.
+
+    Returns:
+        The folder with ``tokens.json`` and the shards.
+
+    Raises:
+        InputError: For a bad checkpoint, data, setting or folder, or a folder of other tokens.
+    """
+    for name in ("batch_size", "shard_size", "repeat"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}={getattr(config, name)}; expected at least 1")
+    if config.crop != "random" and (config.repeat != 1 or config.flip):
+        raise InputError(f"crop={config.crop} has no repeat and no flip; they are of crop=random")
+    device = choose_device(config.device)
+    folder = find_model(config.checkpoint)
+    model = from_pretrained(folder).to(device)
+    size = config.size or model.config.resolution
+    if size < 1 or size % model.stride:
+        raise InputError(f"size={size}; this model takes multiples of {model.stride} pixels")
+    if model.config.num_codes > _MOST_CODES:
+        raise InputError(f"num_codes={model.config.num_codes}; 16 bits hold {_MOST_CODES} codes")
+    files = list_images(config.data, split=config.split)
+    names = _relative_names(files)
+    out = Path(config.out)
+    check_writable(out)
+    settings = {
+        **{name: getattr(config, name) for name in _DECISIVE},
+        "size": size,
+        "weights_sha256": weights_digest(folder),
+        "files_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+    }
+    index = _start(out, settings, model, len(files))
+    if not index["complete"]:
+        with inference_mode(model), counting("files", len(files)) as progress:
+            start = time.perf_counter()
+            for images in _write_shards(model, config, size, files, names, out, index, device):
+                if progress is not None:
+                    progress(index["files_done"])
+                else:
+                    rate = images / (time.perf_counter() - start)
+                    print(
+                        f"{index['files_done']}/{len(files)} files, {_images(index)} images"
+                        f"  {rate:.1f} images/s",
+                        flush=True,
+                    )
+    if not index["shards"]:
+        reason = next(iter(index["skipped"].values()))
+        raise InputError(f"none of the {len(files)} images can be read; {reason}")
+    for reason in index["skipped"].values():
+        print(f"skipped: {reason}")
+    print(f"wrote {_images(index)} images in {len(index['shards'])} shards into {out}")
+    return out
+
+
+# With the weights and the files they decide every byte.
+_DECISIVE = ("split", "resize", "crop", "repeat", "flip", "seed", "batch_size", "shard_size")
+
+
+def _start(
+    out: Path, settings: dict[str, Any], model: MSVQVAE | VQVAE2, files: int
+) -> dict[str, Any]:
+    """The index to go on from, its shards verified, or a new one."""
+    found = read_index(out)
+    if found is None:
+        grids: list[tuple[int, int]] = []
+        for side in model.config.latents:
+            cells = side * settings["size"] // model.config.resolution
+            grids.append((cells, cells))
+        return {
+            "model": type(model).__name__,
+            "model_config": dataclasses.asdict(model.config),
+            "num_codes": model.config.num_codes,
+            "grids": grids,
+            "settings": settings,
+            "files": files,
+            "files_done": 0,
+            "skipped": {},
+            "shards": [],
+            "complete": False,
+        }
+    before = found["settings"]
+    changed = [
+        f"{name} is {before.get(name)} there and {value} here"
+        for name, value in settings.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise InputError(f"{out / INDEX} is of other tokens: {'; '.join(changed)}")
+    for shard in found["shards"]:
+        read_shard(out, shard)
+    if found["files_done"]:
+        print(f"going on after {found['files_done']} of {files} files")
+    return found
+
+
+def _write_shards(
+    model: MSVQVAE | VQVAE2,
+    config: TokenizeConfig,
+    size: int,
+    files: Sequence[Path],
+    names: Sequence[str],
+    out: Path,
+    index: dict[str, Any],
+    device: torch.device,
+) -> Iterator[int]:
+    """Write what is missing; yields the images written so far after every shard."""
+    written = 0
+    waiting: list[Tensor] = []
+    labels: list[str] = []
+    batches: list[list[Tensor]] = []
+
+    def encode() -> None:
+        x = to_float(torch.stack(waiting).to(device))
+        batches.append([codes.cpu() for codes in model.encode(x)])
+        waiting.clear()
+
+    for number in range(index["files_done"], len(files)):
+        try:
+            for suffix, crop in _crops(files[number], number, size, config):
+                labels.append(names[number] + suffix)
+                waiting.append(crop)
+                if len(waiting) == config.batch_size:
+                    encode()
+        except ImageReadError as error:
+            index["skipped"][names[number]] = str(error)
+        last = number + 1 == len(files)
+        if not last and len(labels) < config.shard_size:
+            continue
+        if waiting:
+            encode()
+        if labels:
+            codes = [torch.cat(grids) for grids in zip(*batches, strict=True)]
+            index["shards"].append(write_shard(out, len(index["shards"]), labels, codes))
+        index["files_done"] = number + 1
+        index["complete"] = last and bool(index["shards"])
+        write_index(out, index)
+        written += len(labels)
+        labels.clear()
+        batches.clear()
+        yield written
+
+
+def _crops(
+    path: Path, number: int, size: int, config: TokenizeConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Suffixes of the names and crops ``(3, size, size)`` uint8 of a file."""
+    if config.crop != "random":
+        tiles = evaluation_tiles([path], size=size, resize=config.resize, crop=config.crop)
+        for name, tile in tiles:
+            yield name[len(path.name) :], tile
+        return
+    dataset = ImageDataset(
+        [path],
+        size=size,
+        resize=config.resize,
+        flip=config.flip,
+        seed=config.seed,
+        repeat=config.repeat,
+    )
+    for index in range(config.repeat):
+        try:
+            # The file's number in place of the epoch: files do not share their crops' places.
+            crop = dataset.get(number, index)
+        except InputError:
+            raise ImageReadError(dataset.skipped[str(path)]) from None
+        yield f":{index}", crop
+
+
+def _relative_names(files: Sequence[Path]) -> list[str]:
+    common = os.path.commonpath([file.absolute().parent for file in files])
+    return [file.absolute().relative_to(common).as_posix() for file in files]
+
+
+def _images(index: dict[str, Any]) -> int:
+    return sum(shard["images"] for shard in index["shards"])

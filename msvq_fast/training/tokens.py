@@ -1,0 +1,147 @@
+"""Code grids on disk: shards of uint16 safetensors and an index that says what made them."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from msvq_fast.ops import InputError
+
+INDEX = "tokens.json"
+_SCHEMA = 1
+_NAMES = "names"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Everything that a folder of tokens holds.
+
+    Attributes:
+        folder: Where.
+        index: ``tokens.json``: model, its hash, settings, shards.
+        codes: Per scale uint16 ``(images, h_m, w_m)``, coarse to fine.
+    """
+
+    folder: Path
+    index: dict[str, Any]
+    codes: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.codes[0])
+
+    @property
+    def num_codes(self) -> int:
+        """K, codes of every scale."""
+        return int(self.index["num_codes"])
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """``(h, w)`` per scale, coarse to fine."""
+        return tuple((h, w) for h, w in self.index["grids"])
+
+    def batch(self, rows: Tensor) -> list[Tensor]:
+        """Codes of ``rows (B,)``: int64 ``(B, h_m, w_m)`` per scale."""
+        # Gathered as signed numbers of the same bits: torch does not index uint16.
+        return [c.view(torch.int16)[rows].view(torch.uint16).long() for c in self.codes]
+
+    def names(self) -> list[str]:
+        """Names of the images, in the order of the codes."""
+        found: list[str] = []
+        for shard in self.index["shards"]:
+            with safe_open(self.folder / shard["file"], framework="pt") as file:
+                found += json.loads(file.metadata()[_NAMES])
+        return found
+
+
+def load_tokens(folder: str | Path) -> Tokens:
+    """Load a folder that ``msvq tokenize`` has finished.
+
+    Raises:
+        InputError: If it is missing, not finished or altered; the message names the file.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    if index is None:
+        raise InputError(f"{folder / INDEX} does not exist; expected a folder of msvq tokenize")
+    if not index["complete"]:
+        done, files = index["files_done"], index["files"]
+        raise InputError(
+            f"{folder} is not finished: {done} of {files} files; run the same msvq tokenize again"
+        )
+    parts = [read_shard(folder, shard) for shard in index["shards"]]
+    scales = range(len(index["grids"]))
+    return Tokens(
+        folder, index, [torch.cat([part[f"codes_{m}"] for part in parts]) for m in scales]
+    )
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """Read ``tokens.json``, None where there is none; `InputError` if it is not one."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if index["schema"] != _SCHEMA:
+            raise ValueError(f"schema {index['schema']}; this version reads {_SCHEMA}")
+        for key in ("settings", "num_codes", "grids", "files", "files_done", "shards", "complete"):
+            index[key]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not an index of tokens: {error}") from None
+    return dict(index)
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Replace ``tokens.json`` as a whole."""
+    text = json.dumps({"schema": _SCHEMA, **index}, indent=1) + "\n"
+    _replace(folder / INDEX, text.encode())
+
+
+def read_shard(folder: Path, shard: dict[str, Any]) -> dict[str, Tensor]:
+    """Read a shard of the index; `InputError` if it is missing or altered."""
+    path = folder / shard["file"]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(content) != shard["bytes"] or zlib.crc32(content) != shard["crc32"]:
+        raise InputError(f"{path} is corrupt: its checksum does not match {INDEX}")
+    return dict(load(content))
+
+
+def write_shard(
+    folder: Path, number: int, names: Sequence[str], codes: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Write a shard so that a crash leaves it whole or absent; returns its entry of the index.
+
+    Args:
+        folder: Where.
+        number: Of the shard; an older file with this number is replaced.
+        names: Of the images.
+        codes: Per scale int64 ``(images, h_m, w_m)`` on the CPU, at most 65535.
+    """
+    tensors = {f"codes_{m}": c.to(torch.uint16).contiguous() for m, c in enumerate(codes)}
+    content = save(tensors, metadata={_NAMES: json.dumps(list(names))})
+    name = f"shard_{number:05d}.safetensors"
+    _replace(folder / name, content)
+    crc = zlib.crc32(content)
+    return {"file": name, "images": len(names), "bytes": len(content), "crc32": crc}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")  # one writer per folder: the next replaces it
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from msvq_fast import models
+from msvq_fast.cli import main
+from msvq_fast.data import ImageDataset, evaluation_tiles, list_images, to_float
+from msvq_fast.ops import InputError
+from msvq_fast.training import tokenize
+from msvq_fast.training.checkpoint import weights_digest
+from msvq_fast.training.tokens import load_tokens, write_shard
+
+BATCH = 3
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    small = {"width": 8, "code_dim": 4, "num_residual_blocks": 1, "num_codes": 300}
+    model = models.from_preset("tiny", resolution=16, latents=(2, 4), **small)
+    for quantizer in model.quantizers:  # spread out, so that many codes are in use
+        quantizer.codebook.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def arguments(saved: Path, pictures: Path, out: Path, *options: str) -> list[str]:
+    settings = [f"--batch_size={BATCH}", "--shard_size=1", "--device=cpu"]
+    places = [f"--checkpoint={saved}", f"--data={pictures}", f"--out={out}"]
+    return ["tokenize", *places, *settings, *options]
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_decoded_tokens_are_the_reconstruction(
+    saved: Path, pictures: Path, tmp_path: Path, size: int
+) -> None:
+    assert main(arguments(saved, pictures, tmp_path, "--shard_size=1000", f"--size={size}")) == 0
+    tokens = load_tokens(tmp_path)
+    model = models.from_pretrained(saved).eval()
+    tiles = list(evaluation_tiles(list_images(pictures, split="train"), size=size, crop="tiles"))
+    assert tokens.names() == [name for name, _ in tiles]
+    assert tokens.grids == tuple((side, side) for side in (size // 8, size // 4))
+    assert len(tokens) == len(tiles) > 9 and tokens.num_codes == 300
+    assert int(tokens.batch(torch.arange(len(tiles)))[0].max()) > 255  # beyond one byte
+    assert tokens.index["settings"]["weights_sha256"] == weights_digest(saved)
+    with torch.no_grad():
+        for start in range(0, len(tiles), BATCH):
+            rows = torch.arange(start, min(start + BATCH, len(tiles)))
+            x = to_float(torch.stack([tiles[row][1] for row in rows]))
+            codes = tokens.batch(rows)
+            assert all(c.dtype == torch.int64 for c in codes)
+            assert torch.equal(model.decode(codes), model.reconstruct(x))
+
+
+def test_random_crops_differ_from_file_to_file(saved: Path, pictures: Path, tmp_path: Path) -> None:
+    random = ("--crop=random", "--repeat=4", "--flip", "--seed=3")
+    assert main(arguments(saved, pictures, tmp_path, *random)) == 0
+    tokens = load_tokens(tmp_path)
+    files = list_images(pictures, split="train")
+    assert tokens.names() == [f"{path.name}:{i}" for path in files for i in range(4)]
+    crop = ImageDataset([files[5]], size=16, seed=3, repeat=4).get(5, 2)
+    codes = models.from_pretrained(saved).eval().encode(to_float(crop)[None])
+    for mine, expected in zip(tokens.batch(torch.tensor([22])), codes, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_killed_and_started_again_nothing_is_lost_or_twice(
+    saved: Path, pictures: Path, tmp_path: Path
+) -> None:
+    options = ("--size=8", "--batch_size=4")  # nine tiles a file
+    assert main(arguments(saved, pictures, tmp_path / "whole", *options)) == 0
+    whole = everything(tmp_path / "whole")
+    assert len(whole) == 11  # ten files, a shard each
+    program = (
+        "import sys, time\n"
+        "from msvq_fast.cli import main\n"
+        "from msvq_fast.training import tokenize\n"
+        "write = tokenize.write_shard\n"
+        "tokenize.write_shard = lambda *shard: (time.sleep(0.1), write(*shard))[1]\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments(saved, pictures, out, *options)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("3/10 files"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    done = json.loads((out / "tokens.json").read_text())["files_done"]
+    assert 3 <= done < 10
+    with pytest.raises(InputError, match=f"not finished: {done} of 10 files; run the same"):
+        load_tokens(out)
+    assert main(arguments(saved, pictures, out, *options)) == 0
+    assert everything(out) == whole
+
+
+@pytest.mark.parametrize("moment", ["before the shard", "before the index"])
+def test_killed_while_writing(
+    saved: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    assert main(arguments(saved, pictures, tmp_path / "whole")) == 0
+    out = tmp_path / "killed"
+
+    class Killed(BaseException):
+        pass
+
+    def stop(folder: Path, *rest: object) -> None:
+        if rest[0] == 4:
+            (folder / ".shard_00004.safetensors.tmp").write_bytes(b"half")
+            raise Killed
+        return write_shard(folder, *rest)  # type: ignore[arg-type, return-value]
+
+    def stop_index(folder: Path, index: dict[str, object]) -> None:
+        if index["files_done"] == 5:
+            raise Killed
+        real(folder, index)
+
+    real = tokenize.write_index
+    if moment == "before the shard":
+        monkeypatch.setattr(tokenize, "write_shard", stop)
+    else:
+        monkeypatch.setattr(tokenize, "write_index", stop_index)
+    with pytest.raises(Killed):
+        main(arguments(saved, pictures, out))
+    monkeypatch.undo()
+    assert main(arguments(saved, pictures, out)) == 0
+    assert everything(out) == everything(tmp_path / "whole")
+
+
+def test_a_finished_folder_is_left_alone(
+    saved: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(arguments(saved, pictures, tmp_path)) == 0
+    before = everything(tmp_path)
+    monkeypatch.setattr(tokenize, "write_shard", None)
+    assert main(arguments(saved, pictures, tmp_path)) == 0
+    assert everything(tmp_path) == before
+
+
+def test_unreadable_files_are_left_out(
+    saved: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.png").write_bytes((pictures / "train" / "0.png").read_bytes())
+    (data / "b.png").write_text("no image")
+    for crop in ("tiles", "random"):
+        out = tmp_path / crop
+        options = (f"--data={data}", "--split=all", f"--crop={crop}", "--shard_size=99")
+        assert main(arguments(saved, pictures, out, *options)) == 0
+        assert "skipped: cannot read image" in capsys.readouterr().out
+        tokens = load_tokens(out)
+        assert list(tokens.index["skipped"]) == ["b.png"]
+        assert {name.partition(":")[0] for name in tokens.names()} == {"a.png"}
+    (data / "a.png").unlink()
+    assert main(arguments(saved, pictures, tmp_path / "none", f"--data={data}", "--split=all")) == 2
+    assert "none of the 1 images can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch_size=0"], "batch_size=0; expected at least 1"),
+        (["--shard_size=0"], "shard_size=0; expected at least 1"),
+        (["--size=12"], "size=12; this model takes multiples of 8 pixels"),
+        (["--repeat=2"], "crop=tiles has no repeat and no flip"),
+        (["--checkpoint=nowhere"], "nowhere does not exist"),
+        (["--data=builtin:cats"], "is not built in"),
+        (["--device=tpu"], "device='tpu'"),
+    ],
+)
+def test_settings_that_cannot_work(
+    saved: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(saved, pictures, out, *options)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_other_tokens_are_not_overwritten(
+    saved: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(saved, pictures, tmp_path)) == 0
+    before = everything(tmp_path)
+    for option in ("--size=8", "--batch_size=4", "--split=val"):
+        assert main(arguments(saved, pictures, tmp_path, option)) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'tokens.json'} is of other tokens: " in error
+        name = option[2:].partition("=")[0]
+        assert f"{name} is {json.loads(before['tokens.json'])['settings'][name]}" in error
+    assert everything(tmp_path) == before
+
+
+def test_altered_shards_are_named(
+    saved: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match="expected a folder of msvq tokenize"):
+        load_tokens(tmp_path)
+    assert main(arguments(saved, pictures, tmp_path)) == 0
+    shard = tmp_path / "shard_00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=r"shard_00002.safetensors is corrupt"):
+        load_tokens(tmp_path)
+    assert main(arguments(saved, pictures, tmp_path)) == 2
+    assert "shard_00002.safetensors is corrupt" in capsys.readouterr().err
+    shard.unlink()
+    with pytest.raises(InputError, match=r"cannot read .*shard_00002.safetensors: No such file"):
+        load_tokens(tmp_path)
+    (tmp_path / "tokens.json").write_text("{}")
+    with pytest.raises(InputError, match="is not an index of tokens"):
+        load_tokens(tmp_path)
