@@ -47,9 +47,11 @@ struct Scales {
   static constexpr int parts = kLossThreads / (kValue > 2 ? kValue - 1 : 1) / 32 + (kValue == 4);
 };
 
-template <class Body>
+template <int kRadius, class Body>
 MSVQ_DEVICE void for_scales(int levels, const Body& body) {
-  if (levels == 0) return body(Scales<1>());
+  if constexpr (kRadius == 0) {  // one scale needs no blur: streamed_radius
+    if (levels == 0) return body(Scales<1>());
+  }
   if (levels == 1) return body(Scales<2>());
   if (levels == 2) return body(Scales<3>());
   body(Scales<4>());
@@ -318,7 +320,7 @@ struct LossStream {
     const int64_t y = compared_row(thread, step);
     if (y < 0) return;
     const int64_t line = (plane * s.height + y) * pitch;
-    for_scales(s.levels, [&](auto scales) {
+    for_scales<kRadius>(s.levels, [&](auto scales) {
       using S = decltype(scales);
       for_float_type(s.type, [&](auto type) {
         using T = typename decltype(type)::type;
@@ -341,7 +343,7 @@ struct LossStream {
     const int64_t y = compared_row(thread, step);
     if (y < 0) return;
     const int64_t line = (plane * s.height + y) * pitch;
-    for_scales(s.levels, [&](auto scales) {
+    for_scales<kRadius>(s.levels, [&](auto scales) {
       using S = decltype(scales);
       constexpr int kM = S::value;
       int from[kM];  // of every scale's target

@@ -228,6 +228,12 @@ def test_the_cut_into_tasks_changes_no_gradient(radius: int, border: str) -> Non
         assert_close("loss", cut.loss, whole.loss, ulps=2)
 
 
+@pytest.mark.parametrize("radius", [1, 5])
+def test_more_tasks_than_blocks(radius: int) -> None:
+    """A block then runs several, and a thread of the last sum adds up several blocks."""
+    check(*inputs((4200, 1, 2, 3), 2), "reflect", radius, blocks=1)
+
+
 def test_a_bad_pixel_stays_in_its_windows() -> None:
     for radius in (4, 7):
         contributions, x = inputs((1, 1, 80, 150), 3)
