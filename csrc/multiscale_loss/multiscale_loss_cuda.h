@@ -114,7 +114,8 @@ inline bool cut(const MultiscaleLossCudaParams& g, bool streamed, int64_t blocks
   s.levels = static_cast<int>(g.num_scales) - 1;
   s.radius = s.levels ? static_cast<int>(g.radius) : 0;
   s.planes = g.planes, s.height = g.height, s.width = g.width, s.inner = g.inner;
-  const bool half = widest(s, streamed, room / 2) && (s.pixels >= 40 || s.pixels >= s.width);
+  // The driver keeps 1 KiB of every block's share.
+  const bool half = widest(s, streamed, room / 2 - 1024) && (s.pixels >= 40 || s.pixels >= s.width);
   if (!half && !widest(s, streamed, room)) return false;
   s.count_x = (g.width + s.pixels - 1) / s.pixels;
   lay_out(s, streamed, s.channels, eights(static_cast<int>((g.width - 1) / s.count_x + 1)));
