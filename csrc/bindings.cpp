@@ -11,6 +11,7 @@
 #include "gaussian_blur/gaussian_blur_cuda.h"
 #include "local_attention/local_attention.h"
 #include "memory.h"
+#include "multiscale_loss/multiscale_loss_cuda.h"
 #include "vector_quantize/vector_quantize.h"
 
 namespace py = pybind11;
@@ -88,6 +89,80 @@ void gaussian_blur_cuda(Pointer x, Pointer out, int type, std::array<int64_t, 4>
   if (error)
     throw std::runtime_error("gaussian_blur did not start on the GPU: " +
                              std::string(msvq::cuda_error_text(error)));
+}
+#endif
+
+// See MultiscaleLossCudaParams; pointer 0 is null.
+struct LossArguments {
+  Pointer x;
+  int x_type;
+  std::vector<Pointer> contributions, grads;
+  int type;
+  std::array<int64_t, 4> size;
+  std::vector<float> taps;
+  int border;
+  std::vector<double> weights;
+  std::array<double, 2> factors;  // of the loss, of the gradients
+  Pointer upstream, partials, loss;
+};
+
+msvq::MultiscaleLossCudaParams multiscale_loss_params(const LossArguments& a) {
+  msvq::MultiscaleLossCudaParams params{};
+  params.x = reinterpret_cast<const void*>(a.x);
+  params.x_type = static_cast<msvq::ImageType>(a.x_type);
+  params.num_scales = static_cast<int64_t>(a.contributions.size());
+  if (params.num_scales < 1 || params.num_scales > msvq::kMaxScales)
+    throw std::invalid_argument("the CUDA kernel takes 1 to 4 scales");
+  for (size_t m = 0; m < a.contributions.size(); ++m) {
+    params.contributions[m] = reinterpret_cast<const void*>(a.contributions[m]);
+    params.grads[m] = reinterpret_cast<void*>(a.grads.at(m));
+    params.weights[m] = a.weights.at(m);
+  }
+  params.type = static_cast<msvq::ImageType>(a.type);
+  params.planes = a.size[0];
+  params.height = a.size[1];
+  params.width = a.size[2];
+  params.inner = a.size[3];
+  params.taps = a.taps.data();
+  params.radius = static_cast<int64_t>(a.taps.size() / 2);
+  params.border = static_cast<msvq::Border>(a.border);
+  params.loss_factor = a.factors[0];
+  params.grad_factor = a.factors[1];
+  params.upstream = reinterpret_cast<const float*>(a.upstream);
+  params.partials = reinterpret_cast<double*>(a.partials);
+  params.loss = reinterpret_cast<float*>(a.loss);
+  return params;
+}
+
+bool multiscale_loss_cuda_fits(int64_t num_scales, int64_t taps, int border, int64_t room) {
+  return msvq::cuda::loss_fits(num_scales, taps / 2, static_cast<msvq::Border>(border), room);
+}
+
+bool multiscale_loss_cuda_on_host(const LossArguments& arguments, int64_t blocks, int room,
+                                  bool reversed) {
+  return msvq::multiscale_loss_cuda_on_host(multiscale_loss_params(arguments), blocks, room,
+                                            reversed);
+}
+
+void multiscale_loss_scale_cuda_on_host(const LossArguments& arguments) {
+  msvq::multiscale_loss_scale_cuda_on_host(multiscale_loss_params(arguments));
+}
+
+#ifdef MSVQ_CUDA
+void throw_on(int error) {
+  if (error)
+    throw std::runtime_error("multiscale_loss did not start on the GPU: " +
+                             std::string(msvq::cuda_error_text(error)));
+}
+
+void multiscale_loss_cuda(const LossArguments& arguments, int device, Pointer stream) {
+  throw_on(msvq::multiscale_loss_cuda(multiscale_loss_params(arguments), device,
+                                      reinterpret_cast<void*>(stream)));
+}
+
+void multiscale_loss_scale_cuda(const LossArguments& arguments, int device, Pointer stream) {
+  throw_on(msvq::multiscale_loss_scale_cuda(multiscale_loss_params(arguments), device,
+                                            reinterpret_cast<void*>(stream)));
 }
 #endif
 
@@ -216,6 +291,27 @@ PYBIND11_MODULE(_C, m) {
         py::arg("size"), py::arg("taps_y"), py::arg("taps_x"), py::arg("border"),
         py::arg("adjoint"), py::arg("device"), py::arg("stream"),
         py::call_guard<py::gil_scoped_release>());
+#endif
+  py::class_<LossArguments>(m, "MultiscaleLossArguments")
+      .def(py::init<Pointer, int, std::vector<Pointer>, std::vector<Pointer>, int,
+                    std::array<int64_t, 4>, std::vector<float>, int, std::vector<double>,
+                    std::array<double, 2>, Pointer, Pointer, Pointer>(),
+           py::arg("x"), py::arg("x_type"), py::arg("contributions"), py::arg("grads"),
+           py::arg("type"), py::arg("size"), py::arg("taps"), py::arg("border"), py::arg("weights"),
+           py::arg("factors"), py::arg("upstream"), py::arg("partials"), py::arg("loss"));
+  m.attr("MULTISCALE_LOSS_PARTIALS") = msvq::kMaxLossBlocks * msvq::kMaxScales;
+  m.def("multiscale_loss_cuda_fits", &multiscale_loss_cuda_fits, py::arg("num_scales"),
+        py::arg("taps"), py::arg("border"), py::arg("room"),
+        "Whether blocks of `room` bytes of shared memory can run the CUDA kernel");
+  m.def("multiscale_loss_cuda_on_host", &multiscale_loss_cuda_on_host, py::arg("arguments"),
+        py::arg("blocks"), py::arg("room"), py::arg("reversed"));
+  m.def("multiscale_loss_scale_cuda_on_host", &multiscale_loss_scale_cuda_on_host,
+        py::arg("arguments"));
+#ifdef MSVQ_CUDA
+  m.def("multiscale_loss_cuda", &multiscale_loss_cuda, py::arg("arguments"), py::arg("device"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def("multiscale_loss_scale_cuda", &multiscale_loss_scale_cuda, py::arg("arguments"),
+        py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 #endif
   m.def("vector_quantize_cpu", &vector_quantize_cpu, py::arg("z"), py::arg("type"), py::arg("size"),
         py::arg("z_strides"), py::arg("codebook"), py::arg("num_codes"), py::arg("codes"),

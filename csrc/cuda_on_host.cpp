@@ -2,12 +2,14 @@
 #include <cmath>
 
 #include "gaussian_blur/gaussian_blur_stream.h"
+#include "multiscale_loss/multiscale_loss_stream.h"
+#include "multiscale_loss/multiscale_loss_sum.h"
 
 namespace msvq {
 
 void gaussian_blur_cuda_on_host(const GaussianBlurParams& g, int64_t blocks, bool reversed) {
   if (g.planes * g.height * g.width * g.inner == 0) return;
-  cuda::for_radius(g, [&](auto radius) {
+  cuda::for_radius(g.radius_y == g.radius_x ? g.radius_x : 0, [&](auto radius) {
     constexpr int kRadius = decltype(radius)::value;
     const auto params = cuda::blur_params<kRadius>(g, blocks);
     const int bytes =
@@ -20,6 +22,37 @@ void gaussian_blur_cuda_on_host(const GaussianBlurParams& g, int64_t blocks, boo
       stream.run(block, task);
     }
   });
+}
+
+bool multiscale_loss_cuda_on_host(const MultiscaleLossCudaParams& g, int64_t blocks, int room,
+                                  bool reversed) {
+  int64_t run = 0;
+  const bool fits =
+      cuda::count(g) == 0 || cuda::for_radius(cuda::streamed_radius(g), [&](auto kind) {
+        constexpr int kRadius = decltype(kind)::value;
+        using State = cuda::LossState<kRadius>;
+        cuda::LossParams<kRadius> params{};
+        if (!cuda::loss_params(g, blocks, room, params)) return false;
+        run = cuda::loss_blocks(params.strips);
+        const int bytes = cuda::loss_shared_bytes(params.strips);
+        for (int64_t i = 0; i < run; ++i) {
+          std::vector<float> memory(static_cast<size_t>(bytes) / sizeof(float), NAN);
+          cuda::Block<State> block{std::vector<State>(cuda::kLossThreads), reversed};
+          cuda::LossStream<kRadius> stream(params, reinterpret_cast<char*>(memory.data()));
+          stream.run(block, i, run);
+        }
+        return true;
+      });
+  if (!fits || !g.partials) return fits;
+  std::vector<double> sums(cuda::kLossThreads, NAN);
+  cuda::Block<cuda::LossSumState> block{std::vector<cuda::LossSumState>(cuda::kLossThreads),
+                                        reversed};
+  cuda::loss_sum(g, run).run(block, cuda::Shared<double>{sums.data(), cuda::kLossThreads});
+  return true;
+}
+
+void multiscale_loss_scale_cuda_on_host(const MultiscaleLossCudaParams& g) {
+  cuda::loss_scale(g).run(0, 1);
 }
 
 }  // namespace msvq

@@ -46,7 +46,7 @@ cudaError_t launch(const GaussianBlurParams& g, int device, cudaStream_t stream)
 
 int gaussian_blur_cuda(const GaussianBlurParams& g, int device, void* stream) {
   if (g.planes * g.height * g.width * g.inner == 0) return cudaSuccess;
-  return cuda::for_radius(g, [&](auto radius) {
+  return cuda::for_radius(g.radius_y == g.radius_x ? g.radius_x : 0, [&](auto radius) {
     return cuda::launch<decltype(radius)::value>(g, device, static_cast<cudaStream_t>(stream));
   });
 }

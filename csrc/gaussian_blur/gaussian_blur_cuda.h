@@ -97,9 +97,8 @@ struct Radius {
 
 // Calls body with the radius that has a kernel of its own (the paper's kernels), or with 0.
 template <class Body>
-auto for_radius(const GaussianBlurParams& g, const Body& body) {
-  if (g.radius_y != g.radius_x) return body(Radius<0>());
-  switch (g.radius_x) {
+auto for_radius(int64_t radius, const Body& body) {
+  switch (radius) {
     case 5:
       return body(Radius<5>());
     case 7:

@@ -10,36 +10,13 @@
 #pragma once
 #include "cuda/block.h"
 #include "gaussian_blur/gaussian_blur_cuda.h"
+#include "gaussian_blur/gaussian_blur_tile.h"
 
 namespace msvq {
 namespace cuda {
 
-constexpr int kRows = 8;      // rows of a step, and outputs of a thread per pass
 constexpr int kFetched = 10;  // elements of the next rows that a thread keeps in registers
 constexpr int kThreads = 128;
-
-// The pixel read at position i of a line of n pixels; -1 reads zero.
-MSVQ_HOST_DEVICE int64_t border_source(Border border, int64_t i, int64_t n) {
-  if (i >= 0 && i < n) return i;
-  if (border == Border::constant) return -1;
-  if (border == Border::replicate) return i < 0 ? 0 : n - 1;
-  if (n == 1) return 0;
-  const int64_t period = border == Border::circular    ? n
-                         : border == Border::symmetric ? 2 * n
-                                                       : 2 * (n - 1);
-  int64_t j = i % period;
-  if (j < 0) j += period;
-  const int64_t mirrored = border == Border::symmetric ? 2 * n - 1 - j : period - j;
-  return border == Border::circular || j < mirrored ? j : mirrored;
-}
-
-template <class Body>
-MSVQ_DEVICE void for_type(ImageType type, const Body& body) {
-  if (type == ImageType::float32) return body(Type<float>());
-  if (type == ImageType::float16) return body(Type<float16>());
-  if (type == ImageType::bfloat16) return body(Type<bfloat16>());
-  body(Type<uint8_t>());
-}
 
 // Where things lie in shared memory; rows are 4 words past a multiple of 8 apart, so that the
 // 16-byte accesses of 4 neighbours on each of two rows meet in no bank.
@@ -237,39 +214,7 @@ struct BlurStream {
     const int from = r * at.line_row + c * at.line + x;
     const int to = slot(step * kRows + r) * at.blurred_row + c * at.wide + x;
     float sum[kRows] = {};
-    if constexpr (kRadius > 0) {
-      MSVQ_UNROLL
-      for (int quad = 0; quad < 2 * kRadius + kRows; quad += 4) {
-        float word[4];
-        load_quad(shared.lines, from + quad, word);
-        MSVQ_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          MSVQ_UNROLL
-          for (int i = 0; i < kRows; ++i) {
-            const int j = quad + k - i;
-            if (j >= 0 && j <= 2 * kRadius) sum[i] += tap(p.taps.along, j) * word[k];
-          }
-        }
-      }
-    } else {
-      float word[2 * kRows];
-      load_quad(shared.lines, from, word);
-      load_quad(shared.lines, from + 4, word + 4);
-      MSVQ_NO_UNROLL
-      for (int j0 = 0; j0 <= 2 * s.radius_x; j0 += kRows) {
-        load_quad(shared.lines, from + j0 + kRows, word + kRows);
-        load_quad(shared.lines, from + j0 + kRows + 4, word + kRows + 4);
-        MSVQ_UNROLL
-        for (int j = 0; j < kRows; ++j) {
-          if (j0 + j > 2 * s.radius_x) break;
-          const float weight = tap(p.taps.along, j0 + j);
-          MSVQ_UNROLL
-          for (int i = 0; i < kRows; ++i) sum[i] += weight * word[i + j];
-        }
-        MSVQ_UNROLL
-        for (int i = 0; i < kRows; ++i) word[i] = word[kRows + i];
-      }
-    }
+    correlate_line<kRadius>(p.taps.along, radius_x(), shared.lines, from, sum);
     store_quad(shared.blurred, to, sum);
     store_quad(shared.blurred, to + 4, sum + 4);
     if (s.collected) collect_line(from, to, pixel + x);
@@ -288,10 +233,6 @@ struct BlurStream {
     }
   }
 
-  MSVQ_DEVICE float tap(const float* taps, int j) const {
-    const int offset = j - (taps == p.taps.along ? radius_x() : radius_y());
-    return taps[offset < 0 ? -offset : offset];
-  }
   MSVQ_DEVICE int slot(int i) const { return kRadius ? i % kRows : i % at.ring_rows; }
 
   MSVQ_DEVICE void blur_columns(State& state, int64_t y, int step) {
@@ -301,7 +242,7 @@ struct BlurStream {
     for (int r = 0; r < kRows; ++r)
       value[r] = shared.blurred[slot(step * kRows + r) * at.blurred_row + state.column];
     if constexpr (kRadius > 0) {
-      add_rows(state, value, done);
+      add_rows<kRadius>(p.taps.across, value, state.sum, done);
     } else {
       sum_rows(state, step, done);
     }
@@ -319,26 +260,6 @@ struct BlurStream {
     });
   }
 
-  // Sum j is of the output row y - kRadius + j.
-  MSVQ_DEVICE void add_rows(State& state, const float (&value)[kRows], float (&done)[kRows]) const {
-    float sum[2 * kRadius + kRows];
-    MSVQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      MSVQ_UNROLL
-      for (int j = 0; j <= 2 * kRadius; ++j) {
-        const float before = r > 0 && j < 2 * kRadius    ? sum[r + j]
-                             : r == 0 && j < 2 * kRadius ? state.sum[j]
-                                                         : 0.0f;
-        // The taps are symmetric: tap 2 * kRadius - j is tap j.
-        sum[r + j] = before + tap(p.taps.across, j) * value[r];
-      }
-    }
-    MSVQ_UNROLL
-    for (int r = 0; r < kRows; ++r) done[r] = sum[r];
-    MSVQ_UNROLL
-    for (int j = 0; j < 2 * kRadius; ++j) state.sum[j] = sum[kRows + j];
-  }
-
   MSVQ_DEVICE void sum_rows(const State& state, int step, float (&done)[kRows]) const {
     // The oldest row of the ring is y - 2 * radius_y.
     int oldest = slot(step * kRows + kRows);
@@ -350,7 +271,8 @@ struct BlurStream {
       const float value = shared.blurred[line * at.blurred_row + state.column];
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r)
-        if (j >= r && j - r <= 2 * s.radius_y) done[r] += tap(p.taps.across, j - r) * value;
+        if (j >= r && j - r <= 2 * s.radius_y)
+          done[r] += tap_at(p.taps.across, radius_y(), j - r) * value;
     }
   }
 

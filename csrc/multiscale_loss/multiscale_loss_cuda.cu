@@ -1,0 +1,80 @@
+// Launches of the multi-scale loss's CUDA kernels.
+#include "multiscale_loss/multiscale_loss_stream.h"
+#include "multiscale_loss/multiscale_loss_sum.h"
+
+namespace msvq {
+namespace cuda {
+namespace {
+
+// Two blocks on a multiprocessor leave a thread 128 registers, one leaves it 255.
+template <int kRadius>
+constexpr int kLossBlocks = kRadius > 15 ? 1 : 2;
+
+template <int kRadius>
+__global__ void __launch_bounds__(kLossThreads, kLossBlocks<kRadius>)
+    multiscale_loss_kernel(const LossParams<kRadius> params) {
+  extern __shared__ float4 memory[];
+  Block<LossState<kRadius>> block;
+  LossStream<kRadius> stream(params, reinterpret_cast<char*>(memory));
+  stream.run(block, blockIdx.x, gridDim.x);
+}
+
+__global__ void __launch_bounds__(kLossThreads) multiscale_loss_sum_kernel(const LossSum sum) {
+  __shared__ double sums[kLossThreads];
+  Block<LossSumState> block;
+  sum.run(block, Shared<double>{sums});
+}
+
+__global__ void __launch_bounds__(kLossThreads)
+    multiscale_loss_scale_kernel(const LossScale scale) {
+  scale.run(int64_t{blockIdx.x} * kLossThreads + threadIdx.x, int64_t{gridDim.x} * kLossThreads);
+}
+
+template <int kRadius>
+cudaError_t launch(const MultiscaleLossCudaParams& g, int device, cudaStream_t stream,
+                   int64_t& grid) {
+  const auto kernel = multiscale_loss_kernel<kRadius>;
+  LossParams<kRadius> params{};
+  int processors = 0, room = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  if (!loss_params(g, int64_t{processors} * kLossBlocks<kRadius>, room, params))
+    return cudaErrorInvalidConfiguration;
+  const int bytes = loss_shared_bytes(params.strips);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  grid = loss_blocks(params.strips);
+  kernel<<<static_cast<unsigned>(grid), kLossThreads, bytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace cuda
+
+int multiscale_loss_cuda(const MultiscaleLossCudaParams& g, int device, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  int64_t blocks = 0;
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess && cuda::count(g) > 0)
+    error = cuda::for_radius(cuda::streamed_radius(g), [&](auto radius) {
+      return cuda::launch<decltype(radius)::value>(g, device, on, blocks);
+    });
+  if (error != cudaSuccess || !g.partials) return error;
+  cuda::multiscale_loss_sum_kernel<<<1, cuda::kLossThreads, 0, on>>>(cuda::loss_sum(g, blocks));
+  return cudaGetLastError();
+}
+
+int multiscale_loss_scale_cuda(const MultiscaleLossCudaParams& g, int device, void* stream) {
+  const int64_t blocks = (cuda::count(g) + cuda::kLossThreads - 1) / cuda::kLossThreads;
+  if (blocks == 0) return cudaSuccess;
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error;
+  const unsigned grid = static_cast<unsigned>(blocks < kMaxLossBlocks ? blocks : kMaxLossBlocks);
+  cuda::multiscale_loss_scale_kernel<<<grid, cuda::kLossThreads, 0,
+                                       static_cast<cudaStream_t>(stream)>>>(cuda::loss_scale(g));
+  return cudaGetLastError();
+}
+
+}  // namespace msvq
