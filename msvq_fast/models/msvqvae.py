@@ -24,6 +24,7 @@ class MSVQVAE(Autoencoder):
         config: Sizes and settings, see `MSVQVAEConfig`.
         backend: None picks the fastest kernels; ``"reference"`` is plain PyTorch with the same
             state_dict and the same results.
+        memory: What a training step keeps, see `set_memory`.
 
     Example:
         >>> model = MSVQVAE.from_preset("tiny")
@@ -35,8 +36,10 @@ class MSVQVAE(Autoencoder):
     config_class = MSVQVAEConfig
     config: MSVQVAEConfig
 
-    def __init__(self, config: MSVQVAEConfig, *, backend: str | None = None) -> None:
-        super().__init__(config, backend=backend)
+    def __init__(
+        self, config: MSVQVAEConfig, *, backend: str | None = None, memory: str = "default"
+    ) -> None:
+        super().__init__(config, backend=backend, memory=memory)
         halvings, last = config.halvings, config.num_scales - 1
         self.encoder = Encoder(
             halvings[last], config.num_scales, config.width, config.num_residual_blocks
@@ -71,7 +74,7 @@ class MSVQVAE(Autoencoder):
         self._check_image(x)
         contributions, quantized = [], []
         z_d = None
-        for m, feature in enumerate(self.encoder(x)):
+        for m, feature in enumerate(self._features(x)):
             quantized.append(self._quantizer(m)(self._latent(m, feature, z_d)))
             contribution, z_d = self._decode_scale(m, quantized[m].z_q)
             contributions.append(contribution)
@@ -109,7 +112,7 @@ class MSVQVAE(Autoencoder):
     def _decode_scale(self, m: int, z_q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Contribution C_m ``(B, 3, H, W)`` and z_d,m, which the finest scale does not have."""
         z_d = self._condition(m, z_q)
-        return self.step_two[m](z_q if z_d is None else z_d), z_d
+        return self._decoder(self.step_two[m], z_q if z_d is None else z_d), z_d
 
 
 def block_factors(doublings: int, factor: int) -> list[int]:

@@ -23,13 +23,16 @@ class VQVAE2(Autoencoder):
         config: Sizes and settings, see `VQVAE2Config`.
         backend: None picks the fastest kernels; ``"reference"`` is plain PyTorch with the same
             state_dict and the same results.
+        memory: What a training step keeps, see `set_memory`.
     """
 
     config_class = VQVAE2Config
     config: VQVAE2Config
 
-    def __init__(self, config: VQVAE2Config, *, backend: str | None = None) -> None:
-        super().__init__(config, backend=backend)
+    def __init__(
+        self, config: VQVAE2Config, *, backend: str | None = None, memory: str = "default"
+    ) -> None:
+        super().__init__(config, backend=backend, memory=memory)
         stages, scales, width = config.halvings[-1], config.num_scales, config.width
         self.encoder = Encoder(stages, scales, width, config.num_residual_blocks)
         self._build_quantizers([0] + [width] * (scales - 1))
@@ -59,7 +62,7 @@ class VQVAE2(Autoencoder):
         self._check_image(x)
         quantized = []
         z_d = None
-        for m, feature in enumerate(self.encoder(x)):
+        for m, feature in enumerate(self._features(x)):
             quantized.append(self._quantizer(m)(self._latent(m, feature, z_d)))
             z_d = self._condition(m, quantized[m].z_q)
         reconstruction = self._decode([q.z_q for q in quantized])
@@ -85,5 +88,4 @@ class VQVAE2(Autoencoder):
     def _decode(self, z_q: list[Tensor]) -> Tensor:
         size = z_q[-1].shape[-2:]
         grids = [F.interpolate(z, size=size, mode="nearest") for z in z_q]
-        image: Tensor = self.decoder(torch.cat(grids, 1))
-        return image
+        return self._decoder(self.decoder, torch.cat(grids, 1))

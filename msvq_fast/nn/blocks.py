@@ -65,10 +65,18 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map ``(B, 3, H, W)`` to M feature maps ``(B, width, h_m, w_m)``, coarsest first."""
-        features = []
-        for scale in self.scales:
-            x = scale(x)
-            features.append(x)
+        return self.coarser(self.finest(x))
+
+    @property
+    def finest(self) -> nn.Module:
+        """The part from images ``(B, 3, H, W)`` to the finest features ``(B, width, h, w)``."""
+        return self.scales[0]
+
+    def coarser(self, feature: Tensor) -> list[Tensor]:
+        """All M feature maps, coarsest first, of the finest."""
+        features = [feature]
+        for scale in self.scales[1:]:
+            features.append(scale(features[-1]))
         return features[::-1]
 
 

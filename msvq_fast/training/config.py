@@ -78,7 +78,11 @@ class TrainConfig:
         grad_clip: Largest global gradient norm; 0 is off.
         precision: bf16 is autocast; auto is bf16 on CUDA and fp32 elsewhere.
         channels_last: Memory format of the convolutions; auto is on for CUDA.
-        compile: Run the model through torch.compile.
+        compile: Run the model through torch.compile; with another memory mode than default its
+            parts, and those that run in strips not.
+        memory: What a step keeps for its backward: default all activations; sequential runs one
+            decoder after the other again; strips does so in strips of rows, of the encoder too.
+        strips: Strips of memory=strips; more need less memory and compute more twice.
         deterministic: Bit-exact repeats on CUDA too, at some speed; CPU runs always are.
         resize: Shorter side of the images in pixels before cropping; None keeps their size.
         crop: Where training crops are cut.
@@ -115,6 +119,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto", "on", "off"] = "auto"
     compile: bool = False
+    memory: Literal["default", "sequential", "strips"] = "default"
+    strips: int = 8
     deterministic: bool = False
     resize: int | None = None
     crop: Literal["random", "center"] = "random"
@@ -256,6 +262,7 @@ _LEAST: dict[str, int] = {
     "grad_clip": 0,
     "resize": 1,
     "repeat": 1,
+    "strips": 1,
     "workers": 0,
     "seed": 0,
     "validate_every": 0,
@@ -276,6 +283,8 @@ FREE_ON_RESUME = frozenset(
         "device",
         "channels_last",
         "compile",
+        "memory",
+        "strips",
         "deterministic",
         "backend",
         "validate_every",
