@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
-from msvq_fast.nn.blocks import Encoder, conv
+from msvq_fast.nn.blocks import Chain, Encoder, conv
 from msvq_fast.nn.replay import replay
 from msvq_fast.ops.checks import InputError, check_choice, check_image, may_read
 
@@ -114,10 +114,10 @@ class Autoencoder(nn.Module, ABC):
         losses and gradients. Codes are found once, in the forward.
 
         Args:
-            mode: ``"default"`` keeps every activation. ``"sequential"`` runs each decoder again
-                when the backward reaches it, one after the other: at any time only one of them has
-                activations. ``"strips"`` does so strip by strip of the image's rows, in the encoder
-                down to the finest features too, each strip with the rows that it depends on.
+            mode: ``"default"`` keeps every activation. ``"sequential"`` runs each decoder, and the
+                encoder down to its finest features, again when the backward reaches it, one after
+                the other: at any time only one of them has activations. ``"strips"`` does so strip
+                by strip of the image's rows, each strip with the rows that it depends on.
             strips: How many; more need less memory and compute more rows twice.
 
         Raises:
@@ -134,10 +134,9 @@ class Autoencoder(nn.Module, ABC):
         Args:
             **options: As ``torch.compile`` takes them. Parts that run in strips stay eager.
         """
-        for name, part in self.named_children():
-            if name != "quantizers":
-                for piece in part if isinstance(part, nn.ModuleList) else [part]:
-                    piece.compile(**options)
+        for part in self.modules():
+            if isinstance(part, Chain):
+                part.compile(**options)
 
     def _build_quantizers(self, context: Sequence[int]) -> None:
         """1x1 convolutions to the latents and codebooks; ``context[m]`` channels join scale m."""
@@ -280,17 +279,14 @@ class Autoencoder(nn.Module, ABC):
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """The encoder's feature maps ``(B, width, h_m, w_m)``, coarsest first."""
-        if self.memory == "strips":
-            return self.encoder.coarser(replay(self.encoder.finest, x, strips=self.strips))
-        features: list[Tensor] = self.encoder(x)
-        return features
+        return self.encoder.coarser(self._replayed(self.encoder.finest, x))
 
-    def _decoder(self, part: nn.Module, z: Tensor) -> Tensor:
-        """Images ``(B, 3, H, W)`` that ``part`` makes of ``z``, as the memory mode says."""
+    def _replayed(self, part: nn.Module, x: Tensor) -> Tensor:
+        """``part(x)``, kept for the backward or run again, as the memory mode says."""
         if self.memory == "default":
-            image: Tensor = part(z)
-            return image
-        return replay(part, z, strips=self.strips if self.memory == "strips" else 1)
+            out: Tensor = part(x)
+            return out
+        return replay(part, x, strips=self.strips if self.memory == "strips" else 1)
 
     def _latent(self, m: int, feature: Tensor, z_d: Tensor | None) -> Tensor:
         """z_e,m ``(B, D, h_m, w_m)`` of the encoder's features and the coarser scale's z_d.

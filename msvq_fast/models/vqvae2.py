@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from msvq_fast.models.autoencoder import Autoencoder, MSVQVAEOutput
 from msvq_fast.models.presets import VQVAE2Config
-from msvq_fast.nn.blocks import Encoder, conv, encoder_widths, residual_stack, upsample
+from msvq_fast.nn.blocks import Chain, Encoder, conv, encoder_widths, residual_stack, upsample
 from msvq_fast.ops import multiscale_loss
 
 
@@ -41,7 +41,7 @@ class VQVAE2(Autoencoder):
             return [conv(channels, width, 1), *residual_stack(width, config.num_residual_blocks)]
 
         self.conditional = nn.ModuleList(
-            nn.Sequential(*body(config.code_dim), upsample(width, width)) for _ in range(scales - 1)
+            Chain(*body(config.code_dim), upsample(width, width)) for _ in range(scales - 1)
         )
         layers = body(config.code_dim * scales)
         widths = encoder_widths(stages, width)[::-1]
@@ -49,7 +49,7 @@ class VQVAE2(Autoencoder):
             last = j == stages - 1
             layers += [upsample(channels, 3 if last else widths[j + 1])]
             layers += [] if last else [nn.ReLU()]
-        self.decoder = nn.Sequential(*layers)
+        self.decoder = Chain(*layers)
 
     def forward(self, x: Tensor) -> MSVQVAEOutput:
         """Encode, quantize, decode and compare images ``(B, 3, H, W)`` in [-1, 1] (Eq. 2).
@@ -88,4 +88,4 @@ class VQVAE2(Autoencoder):
     def _decode(self, z_q: list[Tensor]) -> Tensor:
         size = z_q[-1].shape[-2:]
         grids = [F.interpolate(z, size=size, mode="nearest") for z in z_q]
-        return self._decoder(self.decoder, torch.cat(grids, 1))
+        return self._replayed(self.decoder, torch.cat(grids, 1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,11 +51,9 @@ class _Replay(torch.autograd.Function):
             "device_type": device,
             "enabled": torch.is_autocast_enabled(device),
             "dtype": torch.get_autocast_dtype(device),
-            # Weights cast without a graph must not serve the run that needs one.
-            "cache_enabled": False,
         }
         ctx.save_for_backward(x, *parameters)
-        with torch.autocast(**ctx.autocast):
+        with _same_autocast(ctx.autocast):
             return _run(module, x, strips)
 
     @staticmethod
@@ -62,7 +61,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         wanted = [p for p in parameters if p.requires_grad]
-        with torch.autocast(**ctx.autocast):
+        with _same_autocast(ctx.autocast):
             if ctx.strips > 1:
                 grad_x, found = _gradients_in_strips(
                     ctx.module, x, wanted, grad, ctx.strips, ctx.needs_input_grad[2]
@@ -71,6 +70,18 @@ class _Replay(torch.autograd.Function):
                 grad_x, found = _gradients(ctx.module, x, wanted, grad, ctx.needs_input_grad[2])
         left = iter(found)
         return None, None, grad_x, *(next(left) if p.requires_grad else None for p in parameters)
+
+
+@contextlib.contextmanager
+def _same_autocast(state: dict[str, Any]) -> Iterator[None]:
+    """Autocast as in ``state``; its copies of weights serve all strips, but no other run.
+
+    A copy made without a graph must not serve a run that needs one.
+    """
+    torch.clear_autocast_cache()
+    with torch.autocast(**state):
+        yield
+    torch.clear_autocast_cache()
 
 
 def _run(module: nn.Module, x: Tensor, strips: int) -> Tensor:
