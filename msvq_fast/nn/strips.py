@@ -58,9 +58,11 @@ def run_rows(layers: Sequence[nn.Module], x: Tensor, height: int, chain: Sequenc
         if isinstance(layer, nn.ConvTranspose2d):
             x = _conv_transpose_rows(layer, x, have, want)
         elif isinstance(layer, nn.Conv2d):
-            x = _conv_rows(layer, x, height, want)
+            x = _conv(layer, _bordered(layer, x, height, want))
         elif isinstance(layer, Residual):
-            inner = torch.relu(_conv_rows(layer.inner, torch.relu(x), height, want))
+            # Borders first: the backward keeps what the ReLU gives, and no bordered copy of it.
+            inner = _conv(layer.inner, torch.relu(_bordered(layer.inner, x, height, want)))
+            inner = torch.relu(inner)
             start = want[0] - have[0]
             x = x[:, :, start : start + want[1] - want[0]] + layer.outer(inner)
         else:
@@ -107,11 +109,15 @@ def _reach(layer: nn.Module, rows: Rows) -> Rows:
     return rows
 
 
-def _conv_rows(layer: nn.Conv2d, x: Tensor, height: int, want: Rows) -> Tensor:
+def _bordered(layer: nn.Conv2d, x: Tensor, height: int, want: Rows) -> Tensor:
+    """``x`` with the rows of zeros that output rows ``want`` reach outside of the image."""
     first, last = _reach(layer, want)
     above, below = max(0, -first), max(0, last - height)
-    if above or below:
-        x = F.pad(x, (0, 0, above, below))
+    return F.pad(x, (0, 0, above, below)) if above or below else x
+
+
+def _conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """``layer`` without its padding of rows."""
     columns = (0, layer.padding[1])
     return F.conv2d(x, layer.weight, layer.bias, layer.stride, columns)  # type: ignore[arg-type]
 
