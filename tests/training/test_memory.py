@@ -152,7 +152,7 @@ def test_a_process_takes_what_is_predicted() -> None:
 
     Every freed block goes back at once, or the size of the process would be the allocator's choice.
     """
-    width, batch, size = 32, 6, 256
+    width, batch, size = 64, 3, 256
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
