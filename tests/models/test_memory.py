@@ -122,6 +122,26 @@ def test_backward_inside_autocast_and_accumulation() -> None:
         assert torch.equal(want[0], got[0]) and int(got[0].sum()) > 0
 
 
+@pytest.mark.parametrize("mode", ["sequential", "strips"])
+def test_weights_cast_without_a_graph_serve_no_run_with_one(mode: str) -> None:
+    model = small("tiny").eval()
+    x = images(model, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.set_memory(mode)
+        loss = model(x).loss
+        with torch.no_grad():
+            model.reconstruct(x)
+        loss.backward()
+        torch.clear_autocast_cache()
+        found = [p.grad.clone() for p in model.parameters()]
+        model(x)  # its own casts have no graph either
+        model.set_memory("default")
+        model.zero_grad()
+        model(x).loss.backward()
+    for p, grad in zip(model.parameters(), found, strict=True):
+        assert torch.cosine_similarity(grad.flatten(), p.grad.flatten(), 0) > 0.999
+
+
 def test_what_is_kept_and_when_it_runs() -> None:
     runs: list[int] = []
     model = small("celebahq1024-s", width=32)
