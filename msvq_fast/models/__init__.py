@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from msvq_fast.models.autoencoder import MSVQVAEOutput, read_config, sum_contributions
+from msvq_fast.models.autoencoder import (
+    DEFAULT_STRIPS,
+    MEMORY_MODES,
+    MSVQVAEOutput,
+    read_config,
+    sum_contributions,
+)
 from msvq_fast.models.msvqvae import MSVQVAE
 from msvq_fast.models.presets import (
     PAPER_PARAMETERS,
@@ -18,6 +24,8 @@ from msvq_fast.models.vqvae2 import VQVAE2
 from msvq_fast.ops.checks import InputError
 
 __all__ = [
+    "DEFAULT_STRIPS",
+    "MEMORY_MODES",
     "MSVQVAE",
     "PAPER_PARAMETERS",
     "PRESETS",

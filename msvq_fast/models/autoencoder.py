@@ -13,13 +13,17 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import Self
 
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
-from msvq_fast.nn.blocks import Encoder, conv
-from msvq_fast.ops.checks import InputError, check_image
+from msvq_fast.nn.blocks import Chain, Encoder, conv
+from msvq_fast.nn.replay import replay
+from msvq_fast.ops.checks import InputError, check_choice, check_image, may_read
 
+MEMORY_MODES = ("default", "sequential", "strips")
+DEFAULT_STRIPS = 8
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -83,13 +87,16 @@ class Autoencoder(nn.Module, ABC):
         config: Sizes and settings.
         backend: None picks the fastest kernels; ``"reference"`` is plain PyTorch with the same
             state_dict and the same results. Not saved with the model.
+        memory: What a training step keeps, see `set_memory`. Not saved with the model.
     """
 
     config_class: ClassVar[type[AutoencoderConfig]]
     config: AutoencoderConfig
     encoder: Encoder
 
-    def __init__(self, config: AutoencoderConfig, *, backend: str | None = None) -> None:
+    def __init__(
+        self, config: AutoencoderConfig, *, backend: str | None = None, memory: str = "default"
+    ) -> None:
         super().__init__()
         if not isinstance(config, self.config_class):
             raise InputError(
@@ -98,6 +105,38 @@ class Autoencoder(nn.Module, ABC):
             )
         self.config = config
         self.backend = backend
+        self.set_memory(memory)
+
+    def set_memory(self, mode: str, *, strips: int = DEFAULT_STRIPS) -> None:
+        """Choose between keeping activations and computing them again in the backward.
+
+        All modes give the same codes, the same codebooks and, up to the order of sums, the same
+        losses and gradients. Codes are found once, in the forward.
+
+        Args:
+            mode: ``"default"`` keeps every activation. ``"sequential"`` runs each decoder, and the
+                encoder down to its finest features, again when the backward reaches it, one after
+                the other: at any time only one of them has activations. ``"strips"`` does so strip
+                by strip of the image's rows, each strip with the rows that it depends on.
+            strips: How many; more need less memory and compute more rows twice.
+
+        Raises:
+            InputError: For an unknown mode or a number below 1.
+        """
+        check_choice("memory", mode, MEMORY_MODES)
+        if strips < 1:
+            raise InputError(f"strips={strips}; expected at least 1")
+        self.memory, self.strips = mode, strips
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the convolutions on their own: what a memory mode runs again is run compiled.
+
+        Args:
+            **options: As ``torch.compile`` takes them. Parts that run in strips stay eager.
+        """
+        for part in self.modules():
+            if isinstance(part, Chain):
+                part.compile(**options)
 
     def _build_quantizers(self, context: Sequence[int]) -> None:
         """1x1 convolutions to the latents and codebooks; ``context[m]`` channels join scale m."""
@@ -151,7 +190,7 @@ class Autoencoder(nn.Module, ABC):
         """Codes of ``x``, coarse to fine; ``prepare(m, z)`` sees z_e,m before it is quantized."""
         codes = []
         z_d = None
-        for m, feature in enumerate(self.encoder(x)):
+        for m, feature in enumerate(self._features(x)):
             z = self._latent(m, feature, z_d)
             if prepare is not None:
                 prepare(m, z)
@@ -238,11 +277,29 @@ class Autoencoder(nn.Module, ABC):
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
+    def _features(self, x: Tensor) -> list[Tensor]:
+        """The encoder's feature maps ``(B, width, h_m, w_m)``, coarsest first."""
+        return self.encoder.coarser(self._replayed(self.encoder.finest, x))
+
+    def _replayed(self, part: nn.Module, x: Tensor) -> Tensor:
+        """``part(x)``, kept for the backward or run again, as the memory mode says."""
+        if self.memory == "default":
+            out: Tensor = part(x)
+            return out
+        return replay(part, x, strips=self.strips if self.memory == "strips" else 1)
+
     def _latent(self, m: int, feature: Tensor, z_d: Tensor | None) -> Tensor:
-        """z_e,m ``(B, D, h_m, w_m)`` of the encoder's features and the coarser scale's z_d."""
-        joined = feature if z_d is None else torch.cat([feature, z_d], 1)
-        z: Tensor = self.to_latent[m](joined)
-        return z
+        """z_e,m ``(B, D, h_m, w_m)`` of the encoder's features and the coarser scale's z_d.
+
+        The 1x1 convolution of both joined, without a joined copy that its backward would keep.
+        """
+        layer = self.to_latent[m]
+        assert isinstance(layer, nn.Conv2d)
+        if z_d is None:
+            return F.conv2d(feature, layer.weight, layer.bias)
+        width = feature.shape[1]
+        z = F.conv2d(feature, layer.weight[:, :width], layer.bias)
+        return z + F.conv2d(z_d, layer.weight[:, width:])
 
     def _lookup(self, m: int, codes: Tensor) -> Tensor:
         """z_q,m ``(B, D, h_m, w_m)`` of codes, in the dtype of the weights."""
@@ -272,7 +329,7 @@ class Autoencoder(nn.Module, ABC):
         if x.device != device:
             raise InputError(f"x is on {x.device} but the model is on {device}")
         # On a GPU the look at the values would wait for the device.
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
+        if may_read(x):
             low, high = x.detach().aminmax()
             if low < -1.01 or high > 1.01:
                 raise InputError(f"x spans [{low:.4g}, {high:.4g}]; expected values in [-1, 1]")

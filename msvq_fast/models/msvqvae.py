@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from msvq_fast.models.autoencoder import Autoencoder, MSVQVAEOutput
 from msvq_fast.models.presets import MSVQVAEConfig
-from msvq_fast.nn.blocks import Encoder, conv, residual_stack, upsample
+from msvq_fast.nn.blocks import Chain, Encoder, conv, residual_stack, upsample
 from msvq_fast.ops import default_kernel_size, multiscale_loss
 
 
@@ -24,6 +24,7 @@ class MSVQVAE(Autoencoder):
         config: Sizes and settings, see `MSVQVAEConfig`.
         backend: None picks the fastest kernels; ``"reference"`` is plain PyTorch with the same
             state_dict and the same results.
+        memory: What a training step keeps, see `set_memory`.
 
     Example:
         >>> model = MSVQVAE.from_preset("tiny")
@@ -35,8 +36,10 @@ class MSVQVAE(Autoencoder):
     config_class = MSVQVAEConfig
     config: MSVQVAEConfig
 
-    def __init__(self, config: MSVQVAEConfig, *, backend: str | None = None) -> None:
-        super().__init__(config, backend=backend)
+    def __init__(
+        self, config: MSVQVAEConfig, *, backend: str | None = None, memory: str = "default"
+    ) -> None:
+        super().__init__(config, backend=backend, memory=memory)
         halvings, last = config.halvings, config.num_scales - 1
         self.encoder = Encoder(
             halvings[last], config.num_scales, config.width, config.num_residual_blocks
@@ -45,7 +48,7 @@ class MSVQVAE(Autoencoder):
         top = [block_widths(n, config)[0] for n in halvings]
         self._build_quantizers([0, *(width // 2 for width in top[:last])])
         self.step_one = nn.ModuleList(
-            nn.Sequential(
+            Chain(
                 conv(config.code_dim, width, 3),
                 *residual_stack(width, 1),
                 upsample(width, width // 2),
@@ -71,7 +74,7 @@ class MSVQVAE(Autoencoder):
         self._check_image(x)
         contributions, quantized = [], []
         z_d = None
-        for m, feature in enumerate(self.encoder(x)):
+        for m, feature in enumerate(self._features(x)):
             quantized.append(self._quantizer(m)(self._latent(m, feature, z_d)))
             contribution, z_d = self._decode_scale(m, quantized[m].z_q)
             contributions.append(contribution)
@@ -109,7 +112,7 @@ class MSVQVAE(Autoencoder):
     def _decode_scale(self, m: int, z_q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Contribution C_m ``(B, 3, H, W)`` and z_d,m, which the finest scale does not have."""
         z_d = self._condition(m, z_q)
-        return self.step_two[m](z_q if z_d is None else z_d), z_d
+        return self._replayed(self.step_two[m], z_q if z_d is None else z_d), z_d
 
 
 def block_factors(doublings: int, factor: int) -> list[int]:
@@ -125,10 +128,10 @@ def block_widths(doublings: int, config: MSVQVAEConfig) -> list[int]:
     return [config.width << (blocks - 1 - j) for j in range(blocks)]
 
 
-def decoder_chain(in_channels: int, doublings: int, config: MSVQVAEConfig) -> nn.Sequential:
+def decoder_chain(in_channels: int, doublings: int, config: MSVQVAEConfig) -> Chain:
     """Blocks from ``(B, in_channels, h, w)`` to an image ``doublings`` times as large."""
     if doublings == 0:  # z_d is as large as the image already
-        return nn.Sequential(conv(in_channels, 3, 3))
+        return Chain(conv(in_channels, 3, 3))
     factors = block_factors(doublings, config.block_factor)
     layers: list[nn.Module] = []
     for j, (factor, width) in enumerate(zip(factors, block_widths(doublings, config), strict=True)):
@@ -139,4 +142,4 @@ def decoder_chain(in_channels: int, doublings: int, config: MSVQVAEConfig) -> nn
         else:
             layers += [upsample(width, out)]
         in_channels = out
-    return nn.Sequential(*layers)
+    return Chain(*layers)

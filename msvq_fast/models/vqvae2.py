@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from msvq_fast.models.autoencoder import Autoencoder, MSVQVAEOutput
 from msvq_fast.models.presets import VQVAE2Config
-from msvq_fast.nn.blocks import Encoder, conv, encoder_widths, residual_stack, upsample
+from msvq_fast.nn.blocks import Chain, Encoder, conv, encoder_widths, residual_stack, upsample
 from msvq_fast.ops import multiscale_loss
 
 
@@ -23,13 +23,16 @@ class VQVAE2(Autoencoder):
         config: Sizes and settings, see `VQVAE2Config`.
         backend: None picks the fastest kernels; ``"reference"`` is plain PyTorch with the same
             state_dict and the same results.
+        memory: What a training step keeps, see `set_memory`.
     """
 
     config_class = VQVAE2Config
     config: VQVAE2Config
 
-    def __init__(self, config: VQVAE2Config, *, backend: str | None = None) -> None:
-        super().__init__(config, backend=backend)
+    def __init__(
+        self, config: VQVAE2Config, *, backend: str | None = None, memory: str = "default"
+    ) -> None:
+        super().__init__(config, backend=backend, memory=memory)
         stages, scales, width = config.halvings[-1], config.num_scales, config.width
         self.encoder = Encoder(stages, scales, width, config.num_residual_blocks)
         self._build_quantizers([0] + [width] * (scales - 1))
@@ -38,7 +41,7 @@ class VQVAE2(Autoencoder):
             return [conv(channels, width, 1), *residual_stack(width, config.num_residual_blocks)]
 
         self.conditional = nn.ModuleList(
-            nn.Sequential(*body(config.code_dim), upsample(width, width)) for _ in range(scales - 1)
+            Chain(*body(config.code_dim), upsample(width, width)) for _ in range(scales - 1)
         )
         layers = body(config.code_dim * scales)
         widths = encoder_widths(stages, width)[::-1]
@@ -46,7 +49,7 @@ class VQVAE2(Autoencoder):
             last = j == stages - 1
             layers += [upsample(channels, 3 if last else widths[j + 1])]
             layers += [] if last else [nn.ReLU()]
-        self.decoder = nn.Sequential(*layers)
+        self.decoder = Chain(*layers)
 
     def forward(self, x: Tensor) -> MSVQVAEOutput:
         """Encode, quantize, decode and compare images ``(B, 3, H, W)`` in [-1, 1] (Eq. 2).
@@ -59,7 +62,7 @@ class VQVAE2(Autoencoder):
         self._check_image(x)
         quantized = []
         z_d = None
-        for m, feature in enumerate(self.encoder(x)):
+        for m, feature in enumerate(self._features(x)):
             quantized.append(self._quantizer(m)(self._latent(m, feature, z_d)))
             z_d = self._condition(m, quantized[m].z_q)
         reconstruction = self._decode([q.z_q for q in quantized])
@@ -85,5 +88,4 @@ class VQVAE2(Autoencoder):
     def _decode(self, z_q: list[Tensor]) -> Tensor:
         size = z_q[-1].shape[-2:]
         grids = [F.interpolate(z, size=size, mode="nearest") for z in z_q]
-        image: Tensor = self.decoder(torch.cat(grids, 1))
-        return image
+        return self._replayed(self.decoder, torch.cat(grids, 1))

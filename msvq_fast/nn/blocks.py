@@ -39,6 +39,20 @@ def residual_stack(width: int, count: int) -> list[nn.Module]:
     return [*(Residual(width) for _ in range(count)), nn.ReLU()]
 
 
+class Chain(nn.Sequential):
+    """``nn.Sequential`` that ``compile()`` takes as one graph.
+
+    Of PyTorch's own it would compile only the `Residual` inside, since it leaves code of
+    ``torch.nn`` alone that is not called from other code that it compiles.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` through every layer."""
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 class Encoder(nn.Module):
     """The encoder of VQ-VAE 2: one feature map per scale, coarsest first.
 
@@ -57,18 +71,26 @@ class Encoder(nn.Module):
         for out in encoder_widths(stages, width):
             finest += [conv(channels, out, 3, stride=2), nn.ReLU()]
             channels = out
-        scales = [nn.Sequential(*finest, *residual_stack(width, num_residual_blocks))]
+        scales = [Chain(*finest, *residual_stack(width, num_residual_blocks))]
         for _ in range(num_scales - 1):
             halve = conv(width, width, 3, stride=2)
-            scales.append(nn.Sequential(halve, *residual_stack(width, num_residual_blocks)))
+            scales.append(Chain(halve, *residual_stack(width, num_residual_blocks)))
         self.scales = nn.ModuleList(scales)  # finest first, as the data flow
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map ``(B, 3, H, W)`` to M feature maps ``(B, width, h_m, w_m)``, coarsest first."""
-        features = []
-        for scale in self.scales:
-            x = scale(x)
-            features.append(x)
+        return self.coarser(self.finest(x))
+
+    @property
+    def finest(self) -> nn.Module:
+        """The part from images ``(B, 3, H, W)`` to the finest features ``(B, width, h, w)``."""
+        return self.scales[0]
+
+    def coarser(self, feature: Tensor) -> list[Tensor]:
+        """All M feature maps, coarsest first, of the finest."""
+        features = [feature]
+        for scale in self.scales[1:]:
+            features.append(scale(features[-1]))
         return features[::-1]
 
 

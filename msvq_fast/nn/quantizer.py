@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msvq_fast.ops.checks import InputError
+from msvq_fast.ops.checks import InputError, may_read
 from msvq_fast.ops.vector_quantize import (
     VectorQuantizeOutput,
     ema_update_,
@@ -111,7 +111,7 @@ class VectorQuantizer(nn.Module):
         if codes.dtype != torch.int64:
             raise InputError(f"codes has dtype {codes.dtype}; expected int64")
         num_codes = self.codebook.shape[0]
-        if codes.device.type == "cpu" and not torch.compiler.is_compiling() and codes.numel():
+        if may_read(codes):
             low, high = int(codes.min()), int(codes.max())
             if low < 0 or high >= num_codes:
                 raise InputError(f"codes span [{low}, {high}]; expected 0 <= code < {num_codes}")

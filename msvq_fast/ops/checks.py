@@ -55,6 +55,16 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise InputError(f"{name}={value!r}; expected one of {expected}")
 
 
+def may_read(tensor: Tensor) -> bool:
+    """Whether looking at values costs no wait for a device, and there are values to look at.
+
+    Subclasses are not looked at: a fake tensor has sizes only.
+    """
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    on_host = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and on_host and tensor.numel() > 0
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics, losses and filters of ``dtype`` inputs are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32

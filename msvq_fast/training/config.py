@@ -51,9 +51,21 @@ class InfoConfig:
 
     Attributes:
         presets: List the presets and their parameters beside the paper's.
+        memory: Predict what a training step of ``preset`` needs in every memory mode.
+        preset: Model of ``memory``.
+        batch: Images per step of ``memory``.
+        card_gib: Memory of the card that the largest batch of ``memory`` must fit, in GiB.
+        precision: Of the step of ``memory``; bf16 is autocast.
+        strips: Strips of the mode strips.
     """
 
     presets: bool = False
+    memory: bool = False
+    preset: str = "celebahq1024-s"
+    batch: int = 1
+    card_gib: float = 80.0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    strips: int = 8
 
 
 @dataclass
@@ -78,7 +90,11 @@ class TrainConfig:
         grad_clip: Largest global gradient norm; 0 is off.
         precision: bf16 is autocast; auto is bf16 on CUDA and fp32 elsewhere.
         channels_last: Memory format of the convolutions; auto is on for CUDA.
-        compile: Run the model through torch.compile.
+        compile: Run the model through torch.compile; with another memory mode than default its
+            parts, and those that run in strips not.
+        memory: What a step keeps for its backward: default all activations; sequential runs the
+            encoder and one decoder after the other again; strips does so in strips of rows.
+        strips: Strips of memory=strips; more need less memory and compute more twice.
         deterministic: Bit-exact repeats on CUDA too, at some speed; CPU runs always are.
         resize: Shorter side of the images in pixels before cropping; None keeps their size.
         crop: Where training crops are cut.
@@ -115,6 +131,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto", "on", "off"] = "auto"
     compile: bool = False
+    memory: Literal["default", "sequential", "strips"] = "default"
+    strips: int = 8
     deterministic: bool = False
     resize: int | None = None
     crop: Literal["random", "center"] = "random"
@@ -256,6 +274,7 @@ _LEAST: dict[str, int] = {
     "grad_clip": 0,
     "resize": 1,
     "repeat": 1,
+    "strips": 1,
     "workers": 0,
     "seed": 0,
     "validate_every": 0,
@@ -276,6 +295,8 @@ FREE_ON_RESUME = frozenset(
         "device",
         "channels_last",
         "compile",
+        "memory",
+        "strips",
         "deterministic",
         "backend",
         "validate_every",

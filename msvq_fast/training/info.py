@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,11 +16,22 @@ import msvq_fast
 from msvq_fast import models, ops
 from msvq_fast.ops.backend import BACKENDS
 from msvq_fast.training.config import InfoConfig
+from msvq_fast.training.memory import batch_memory, step_memory
 
 
 def run_info(config: InfoConfig) -> int:
-    """Print the presets, or versions and the table of ops and backends; return exit code 0."""
+    """Print presets, predicted memory, or versions and ops by backend; return exit code 0."""
     console = Console()
+    if config.memory:
+        console.print(memory_table(config))
+        console.print(
+            f"{config.preset}, {config.precision}, {config.batch} images a step, counted from "
+            "sizes. Workspaces of the convolutions and what the allocator leaves unused come on "
+            "top: 1 to 2 GB on a GPU is usual.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 0
     if config.presets:
         console.print(presets_table())
         return 0
@@ -81,6 +93,29 @@ def presets_table() -> Table:
             f"{paper} M" if paper is not None else "-",
             f"{100 * (count / 1e6 / paper - 1):+.2f} %" if paper is not None else "-",
         )
+    return table
+
+
+def memory_table(config: InfoConfig) -> Table:
+    """What a training step needs in every memory mode, and how many images a card holds."""
+    if config.batch < 1 or config.strips < 1 or not config.card_gib > 0:
+        raise ops.InputError(
+            f"batch={config.batch}, strips={config.strips}, card_gib={config.card_gib}; "
+            "all must be positive"
+        )
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("memory", no_wrap=True)
+    for title in ("weights + Adam", "kept", "peak of step", "per image", "largest batch"):
+        table.add_column(title, justify="right", no_wrap=True)
+    model_config = models.preset_config(config.preset)
+    for mode in models.MEMORY_MODES:
+        options: dict[str, Any] = {"memory": mode, "strips": config.strips}
+        options["bf16"] = config.precision == "bf16"
+        step = step_memory(model_config, batch=config.batch, **options)
+        growth = batch_memory(model_config, **options)
+        fits = growth.largest_batch(int(config.card_gib * 2**30))
+        sizes = (step.state, step.kept, step.total, growth.per_image)
+        table.add_row(mode, *(f"{size / 2**20:.1f} MiB" for size in sizes), str(fits))
     return table
 
 

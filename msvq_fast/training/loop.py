@@ -31,7 +31,7 @@ from msvq_fast.training.optimizer import (
 from msvq_fast.training.progress import MetricsFile, open_display
 from msvq_fast.training.resume import check_same_run, choose_checkpoint, describe_model
 from msvq_fast.training.validation import load_tiles, validate
-from msvq_fast.training.window import TrainingError, Window
+from msvq_fast.training.window import TrainingError, Window, check_weights
 
 DEFAULT_EPOCHS = 250  # §4 of the paper
 _DEFAULT_CROPS = 1024  # crops of an epoch where ``repeat`` is not given
@@ -154,6 +154,7 @@ class _Run:
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.model.train()
         self.model.defer_codebook_updates()
+        self.model.set_memory(config.memory, strips=config.strips)
         self.optimizer = build_adam(self.model.parameters(), lr=self.schedule.lr, betas=self.betas)
         model_config = self.model_config
         images = model_config.num_scales if isinstance(model_config, MSVQVAEConfig) else 1
@@ -166,8 +167,10 @@ class _Run:
             with contextlib.closing(self._epoch(0)) as stream:
                 self.model.initialise_codebooks(self._to_device(next(stream)))
         self.wrapped = distributed.wrap(self.model, world)
-        if config.compile:
+        if config.compile and config.memory == "default":
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
+        elif config.compile:
+            self.model.compile_parts()
 
     def _open_files(self, state: dict[str, Any]) -> None:
         self.metrics = None
@@ -365,7 +368,7 @@ class _Run:
 
     def _save(self) -> None:
         self.window.check()
-        self._check_weights()
+        check_weights(self.model, self.step)
         self.window.reduce()
         if not self.world.leads:
             return
@@ -392,9 +395,3 @@ class _Run:
             keep_last=self.config.keep_last,
             best_step=self.best["step"] if self.best is not None else None,
         )
-
-    def _check_weights(self) -> None:
-        """Raise rather than save what a last bad gradient may have left."""
-        for name, tensor in self.model.state_dict().items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise TrainingError(f"{name} is not finite after step {self.step}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msvq_fast.metrics import perplexity, usage
 from msvq_fast.models import MSVQVAEOutput
@@ -18,6 +18,13 @@ _NEVER = 2**53  # more steps than any run has
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line for people."""
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raise `TrainingError` rather than save what a last bad gradient may have left."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise TrainingError(f"{name} is not finite after step {step}")
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,17 @@ def test_accumulation_is_one_large_batch(
     assert a_sizes.sum() == b_sizes.sum() > 0
 
 
+@pytest.mark.parametrize("memory", ["sequential", "strips"])
+def test_memory_modes_train_alike(
+    tmp_path: Path, train: Train, read_metrics: ReadMetrics, memory: str
+) -> None:
+    options = ("--steps=3", "--log_every=1", "--accumulate=2")
+    assert train(tmp_path / "plain", *options) == 0
+    assert train(tmp_path / memory, f"--memory={memory}", "--strips=2", *options) == 0
+    plain, other = (losses(read_metrics(tmp_path / name)) for name in ("plain", memory))
+    assert other == pytest.approx(plain, rel=1e-4)
+
+
 @pytest.mark.parametrize("preset", ["tiny", "vqvae2-tiny"])
 @pytest.mark.parametrize(
     "options",
@@ -77,8 +88,9 @@ def test_accumulation_is_one_large_batch(
         ("--precision=bf16", "--channels_last=on", "--grad_clip=1"),
         ("--model.codebook_init=kmeans", "--model.restart_below=0.5", "--deterministic"),
         ("--backend=reference", "--crop=center", "--no_flip", "--resize=20", "--workers=2"),
+        ("--memory=strips", "--strips=3", "--precision=bf16"),
     ],
-    ids=["bf16", "kmeans", "center"],
+    ids=["bf16", "kmeans", "center", "strips"],
 )
 def test_every_option_trains(
     tmp_path: Path, train: Train, read_metrics: ReadMetrics, preset: str, options: tuple[str, ...]

@@ -17,8 +17,8 @@ from msvq_fast.ops.checks import (
     check_same_device,
     check_same_dtype,
 )
-from msvq_fast.ops.gaussian_blur import gaussian_pyramid
-from msvq_fast.ops.multiscale_loss import reference
+from msvq_fast.ops.multiscale_loss import one_pass, reference
+from msvq_fast.ops.multiscale_loss.targets import blurred_targets
 
 OP = Op(__package__)
 
@@ -56,7 +56,9 @@ def multiscale_loss(
         float32 (float64 for float64 contributions).
 
     Gradient:
-        To every contribution, ``∂L/∂C_i = Σ_{m>=i} 2 w_m (x̂_m - x_m) / count``.
+        To every contribution, ``∂L/∂C_i = Σ_{m>=i} 2 w_m (x̂_m - x_m) / count``, found in the
+        forward: one image per contribution is kept, no target, partial sum or difference.
+        Differentiable once, but for ``backend="reference"``.
 
     Raises:
         InputError: For shapes, dtypes or devices that differ, no contribution, or an ``x`` that
@@ -87,17 +89,9 @@ def multiscale_loss(
         raise InputError(f"weights has {len(weights)} values for {len(contributions)} scales")
     OP.pick(contributions[0], backend=backend)
     dtype = accumulation_dtype(contributions[0].dtype)
+    blur = (kernel_size, sigma, sigma_rule, border, backend)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        image = x.to(dtype)
-        if x.dtype == torch.uint8:
-            image = image / 127.5 - 1
-        targets = gaussian_pyramid(
-            image,
-            len(contributions),
-            kernel_size=kernel_size,
-            sigma=sigma,
-            sigma_rule=sigma_rule,
-            border=border,
-            backend=backend,
-        )
-        return reference.multiscale_loss(contributions, targets, weights, reduction)
+        if backend == "reference":
+            targets = blurred_targets(x, len(contributions), dtype, blur)
+            return reference.multiscale_loss(contributions, targets, weights, reduction)
+        return one_pass.multiscale_loss(contributions, x, blur, weights, reduction)

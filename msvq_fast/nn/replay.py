@@ -1,0 +1,146 @@
+"""Run a chain of convolutions now and again in the backward, keeping only its input."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from msvq_fast.nn.strips import flat_layers, output_height, run_rows, strips_of
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def replay(module: nn.Module, x: Tensor, *, strips: int = 1) -> Tensor:
+    """``module(x)`` whose backward runs the module again instead of keeping its activations.
+
+    Parameters are inputs of the graph's node, so their gradients arrive as in the plain run: hooks,
+    ``torch.autograd.grad``, gradient accumulation and DistributedDataParallel see no difference.
+
+    Args:
+        module: No random numbers, no buffers that it changes. With ``strips`` > 1 nested
+            ``nn.Sequential`` of `Residual`, convolutions and ReLU.
+        x: ``(B, C, H, W)``.
+        strips: With more than one, both runs go strip by strip over the output's rows, each with
+            the rows around it that it depends on: less is alive at a time, and those rows are
+            computed again.
+
+    Returns:
+        ``(B, C', H', W')``: the values of ``module(x)`` up to the order of sums.
+
+    Gradient:
+        To ``x`` and to the parameters, once: a second derivative raises. The second run is under
+        the autocast of the first.
+    """
+    parameters = list(module.parameters())
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *parameters)):
+        return _run(module, x, strips)
+    out: Tensor = _Replay.apply(module, strips, x, *parameters)
+    return out
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, strips: int, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.module, ctx.strips = module, strips
+        device = x.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+        }
+        ctx.save_for_backward(x, *parameters)
+        with _same_autocast(ctx.autocast):
+            return _run(module, x, strips)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        wanted = [p for p in parameters if p.requires_grad]
+        with _same_autocast(ctx.autocast):
+            if ctx.strips > 1:
+                grad_x, found = _gradients_in_strips(
+                    ctx.module, x, wanted, grad, ctx.strips, ctx.needs_input_grad[2]
+                )
+            else:
+                grad_x, found = _gradients(ctx.module, x, wanted, grad, ctx.needs_input_grad[2])
+        left = iter(found)
+        return None, None, grad_x, *(next(left) if p.requires_grad else None for p in parameters)
+
+
+@contextlib.contextmanager
+def _same_autocast(state: dict[str, Any]) -> Iterator[None]:
+    """Autocast as in ``state``; its copies of weights serve all strips, but no other run.
+
+    A copy made without a graph must not serve a run that needs one.
+    """
+    torch.clear_autocast_cache()
+    with torch.autocast(**state):
+        yield
+    torch.clear_autocast_cache()
+
+
+def _run(module: nn.Module, x: Tensor, strips: int) -> Tensor:
+    if strips == 1:
+        out: Tensor = module(x)
+        return out
+    layers, height = flat_layers(module), x.shape[2]
+    whole: Tensor | None = None
+    for chain in strips_of(layers, height, strips):
+        piece = run_rows(layers, x[:, :, slice(*chain[0])], height, chain)
+        if whole is None:
+            batch, channels, _, width = piece.shape
+            shape = (batch, channels, output_height(layers, height), width)
+            last = channels > 1 and piece.stride(1) == 1
+            whole = torch.empty(
+                shape,
+                dtype=piece.dtype,
+                device=piece.device,
+                memory_format=torch.channels_last if last else torch.contiguous_format,
+            )
+        whole[:, :, slice(*chain[-1])] = piece
+    assert whole is not None
+    return whole
+
+
+def _gradients(
+    module: nn.Module, x: Tensor, parameters: Sequence[Tensor], grad: Tensor, wants_x: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients of ``x``, if wanted, and of ``parameters``."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(wants_x)
+        out = module(x)
+    inputs = [x, *parameters] if wants_x else list(parameters)
+    found = list(torch.autograd.grad(out, inputs, grad))
+    return (found.pop(0) if wants_x else None), found
+
+
+def _gradients_in_strips(
+    module: nn.Module,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    grad: Tensor,
+    strips: int,
+    wants_x: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """As `_gradients`, summed over strips of the output, in order."""
+    layers, height = flat_layers(module), x.shape[2]
+    grad_x = torch.zeros_like(x) if wants_x else None
+    total = [torch.zeros_like(p) for p in parameters]
+    for chain in strips_of(layers, height, strips):
+        rows, out_rows = slice(*chain[0]), slice(*chain[-1])
+        with torch.enable_grad():
+            piece = x[:, :, rows].detach().requires_grad_(wants_x)
+            out = run_rows(layers, piece, height, chain)
+        inputs = [piece, *parameters] if wants_x else list(parameters)
+        found = list(torch.autograd.grad(out, inputs, grad[:, :, out_rows]))
+        del out
+        if grad_x is not None:
+            grad_x[:, :, rows] += found.pop(0)
+        for sum_, part in zip(total, found, strict=True):
+            sum_ += part
+    return grad_x, total

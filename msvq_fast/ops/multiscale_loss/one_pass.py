@@ -1,0 +1,96 @@
+"""The multi-scale loss and its gradients together, a part of the batch at a time.
+
+Blurred targets, partial sums and differences exist for about a million values at once, whatever the
+batch; what is kept for the backward is one image per contribution, in its dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from msvq_fast.ops.checks import accumulation_dtype
+from msvq_fast.ops.multiscale_loss.targets import Blur, blurred_targets
+
+_PART = 1 << 20  # values
+Part = tuple[slice, slice]
+
+
+def multiscale_loss(
+    contributions: Sequence[Tensor],
+    x: Tensor,
+    blur: Blur,
+    weights: Sequence[float],
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """As the reference, of images ``x`` in place of targets."""
+    out: tuple[Tensor, Tensor] = _OnePass.apply(x, blur, weights, reduction, *contributions)
+    return out
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        blur: Blur,
+        weights: Sequence[float],
+        reduction: str,
+        *contributions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(contributions[0].dtype)
+        # Sums of differences of order 1: half precision would lose them divided by the count.
+        wanted = any(ctx.needs_input_grad)
+        sums = [torch.zeros_like(c) for c in contributions] if wanted else []
+        squares = []
+        for images, channels in _parts(x):
+            part = [c[images, channels] for c in contributions]
+            targets = blurred_targets(x[images, channels], len(part), dtype, blur)
+            differences = _differences(part, targets)
+            squares.append(torch.stack([d.square().sum() for d in differences]))
+            running: Tensor | None = None
+            for m in reversed(range(len(sums))):
+                weighted = differences.pop() * weights[m]
+                running = weighted if running is None else running + weighted
+                sums[m][images, channels] = running
+        count = x.numel() if reduction == "mean" else 1
+        per_scale = torch.stack(squares).sum(0) / count  # (M,)
+        ctx.factor = 2 / count
+        ctx.save_for_backward(*sums)
+        ctx.mark_non_differentiable(per_scale)
+        return (per_scale * per_scale.new_tensor(weights)).sum(), per_scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        factor = grad_loss * ctx.factor
+        grads: list[Tensor | None] = []
+        for i, running in enumerate(ctx.saved_tensors):
+            needed = ctx.needs_input_grad[4 + i]
+            grads.append((running.to(factor.dtype) * factor).to(running.dtype) if needed else None)
+        return None, None, None, None, *grads
+
+
+def _differences(contributions: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+    """Every partial sum minus its target, in the dtype of the targets."""
+    partial: Tensor | None = None
+    differences = []
+    for contribution, target in zip(contributions, targets, strict=True):
+        mine = contribution.to(target.dtype)
+        partial = mine if partial is None else partial + mine
+        differences.append(partial - target)
+    return differences
+
+
+def _parts(x: Tensor) -> Iterator[Part]:
+    """Images, or single channels of single images where those are large."""
+    batch, channels, height, width = x.shape
+    images = max(1, _PART // max(1, channels * height * width))
+    width_of_part = channels if channels * height * width <= _PART else 1
+    for b in range(0, max(batch, 1), images):
+        for c in range(0, channels, width_of_part):
+            yield slice(b, b + images), slice(c, c + width_of_part)
