@@ -11,6 +11,7 @@
 #include "gaussian_blur/gaussian_blur_cuda.h"
 #include "local_attention/local_attention.h"
 #include "memory.h"
+#include "multiscale_loss/multiscale_loss.h"
 #include "multiscale_loss/multiscale_loss_cuda.h"
 #include "vector_quantize/vector_quantize.h"
 
@@ -92,7 +93,7 @@ void gaussian_blur_cuda(Pointer x, Pointer out, int type, std::array<int64_t, 4>
 }
 #endif
 
-// See MultiscaleLossCudaParams; pointer 0 is null.
+// See MultiscaleLossParams; pointer 0 is null.
 struct LossArguments {
   Pointer x;
   int x_type;
@@ -106,13 +107,13 @@ struct LossArguments {
   Pointer upstream, partials, loss;
 };
 
-msvq::MultiscaleLossCudaParams multiscale_loss_params(const LossArguments& a) {
-  msvq::MultiscaleLossCudaParams params{};
+msvq::MultiscaleLossParams multiscale_loss_params(const LossArguments& a) {
+  msvq::MultiscaleLossParams params{};
   params.x = reinterpret_cast<const void*>(a.x);
   params.x_type = static_cast<msvq::ImageType>(a.x_type);
   params.num_scales = static_cast<int64_t>(a.contributions.size());
   if (params.num_scales < 1 || params.num_scales > msvq::kMaxScales)
-    throw std::invalid_argument("the CUDA kernel takes 1 to 4 scales");
+    throw std::invalid_argument("the kernels take 1 to 4 scales");
   for (size_t m = 0; m < a.contributions.size(); ++m) {
     params.contributions[m] = reinterpret_cast<const void*>(a.contributions[m]);
     params.grads[m] = reinterpret_cast<void*>(a.grads.at(m));
@@ -132,6 +133,16 @@ msvq::MultiscaleLossCudaParams multiscale_loss_params(const LossArguments& a) {
   params.partials = reinterpret_cast<double*>(a.partials);
   params.loss = reinterpret_cast<float*>(a.loss);
   return params;
+}
+
+void multiscale_loss_cpu(const LossArguments& arguments, int threads, const std::string& isa) {
+  msvq::MultiscaleLossParams params = multiscale_loss_params(arguments);
+  params.threads = threads;
+  const int64_t element = params.type == msvq::ImageType::float32 ? 4 : 2;
+  const int64_t count = params.planes * params.height * params.width * params.inner;
+  for (int64_t m = 0; m < params.num_scales; ++m)
+    if (params.grads[m]) msvq::prefer_huge_pages(params.grads[m], count * element);
+  msvq::multiscale_loss(isa_named(isa), params);
 }
 
 bool multiscale_loss_cuda_fits(int64_t num_scales, int64_t taps, int border, int64_t room) {
@@ -299,6 +310,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("x"), py::arg("x_type"), py::arg("contributions"), py::arg("grads"),
            py::arg("type"), py::arg("size"), py::arg("taps"), py::arg("border"), py::arg("weights"),
            py::arg("factors"), py::arg("upstream"), py::arg("partials"), py::arg("loss"));
+  m.def("multiscale_loss_cpu", &multiscale_loss_cpu, py::arg("arguments"), py::arg("threads"),
+        py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
   m.attr("MULTISCALE_LOSS_PARTIALS") = msvq::kMaxLossBlocks * msvq::kMaxScales;
   m.def("multiscale_loss_cuda_fits", &multiscale_loss_cuda_fits, py::arg("num_scales"),
         py::arg("taps"), py::arg("border"), py::arg("room"),

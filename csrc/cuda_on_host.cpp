@@ -24,7 +24,7 @@ void gaussian_blur_cuda_on_host(const GaussianBlurParams& g, int64_t blocks, boo
   });
 }
 
-bool multiscale_loss_cuda_on_host(const MultiscaleLossCudaParams& g, int64_t blocks, int room,
+bool multiscale_loss_cuda_on_host(const MultiscaleLossParams& g, int64_t blocks, int room,
                                   bool reversed) {
   int64_t run = 0;
   const bool fits =
@@ -51,7 +51,7 @@ bool multiscale_loss_cuda_on_host(const MultiscaleLossCudaParams& g, int64_t blo
   return true;
 }
 
-void multiscale_loss_scale_cuda_on_host(const MultiscaleLossCudaParams& g) {
+void multiscale_loss_scale_cuda_on_host(const MultiscaleLossParams& g) {
   cuda::loss_scale(g).run(0, 1);
 }
 

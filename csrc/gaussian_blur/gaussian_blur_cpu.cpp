@@ -4,11 +4,10 @@
 // horizontally blurred rows that stays in the second-level cache; every kRows new rows let the
 // vertical pass finish kRows rows of output. Each output is one sum in the fixed order of the taps,
 // so neither the split into tasks nor the register tile it falls in changes a bit of it.
-#include <cstdlib>
-
 #include "elements.h"
 #include "gaussian_blur/correlate.h"
 #include "gaussian_blur/gaussian_blur.h"
+#include "gaussian_blur/lines.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -19,41 +18,6 @@ namespace {
 constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 138 KiB
 constexpr int64_t kChannels = 64;    // channels of a strip of a channels_last tensor
 constexpr int64_t kGrain = 1 << 20;  // multiply-adds worth a thread
-
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The pixel read at position i of a line of n pixels; -1 reads zero. See reference.border_index.
-int64_t border_source(Border border, int64_t i, int64_t n) {
-  if (i >= 0 && i < n) return i;
-  if (border == Border::constant) return -1;
-  if (border == Border::replicate) return i < 0 ? 0 : n - 1;
-  if (n == 1) return 0;
-  const int64_t period = border == Border::circular    ? n
-                         : border == Border::symmetric ? 2 * n
-                                                       : 2 * (n - 1);
-  int64_t j = i % period;
-  if (j < 0) j += period;
-  if (border == Border::symmetric) return min(j, 2 * n - 1 - j);
-  if (border == Border::reflect) return min(j, period - j);
-  return j;
-}
-
-// Zeroed memory, aligned to a cache line.
-template <class T>
-struct Array {
-  explicit Array(int64_t size)
-      : base(std::calloc(1, static_cast<size_t>(size) * sizeof(T) + 64)),
-        data(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(base) + 63) & ~uintptr_t{63})) {}
-  ~Array() { std::free(base); }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  T& operator[](int64_t i) const { return data[i]; }
-
-  void* base;
-  T* data;
-};
 
 // The taps of one axis. The adjoint of the replicate border is the constant border, but its first
 // and last output also collect what falls outside: `first` and `last` are the taps of those two.

@@ -31,8 +31,7 @@ __global__ void __launch_bounds__(kLossThreads)
 }
 
 template <int kRadius>
-cudaError_t launch(const MultiscaleLossCudaParams& g, int device, cudaStream_t stream,
-                   int64_t& grid) {
+cudaError_t launch(const MultiscaleLossParams& g, int device, cudaStream_t stream, int64_t& grid) {
   const auto kernel = multiscale_loss_kernel<kRadius>;
   LossParams<kRadius> params{};
   int processors = 0, room = 0;
@@ -53,7 +52,7 @@ cudaError_t launch(const MultiscaleLossCudaParams& g, int device, cudaStream_t s
 }  // namespace
 }  // namespace cuda
 
-int multiscale_loss_cuda(const MultiscaleLossCudaParams& g, int device, void* stream) {
+int multiscale_loss_cuda(const MultiscaleLossParams& g, int device, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   int64_t blocks = 0;
   cudaError_t error = cudaSetDevice(device);
@@ -66,7 +65,7 @@ int multiscale_loss_cuda(const MultiscaleLossCudaParams& g, int device, void* st
   return cudaGetLastError();
 }
 
-int multiscale_loss_scale_cuda(const MultiscaleLossCudaParams& g, int device, void* stream) {
+int multiscale_loss_scale_cuda(const MultiscaleLossParams& g, int device, void* stream) {
   const int64_t blocks = (cuda::count(g) + cuda::kLossThreads - 1) / cuda::kLossThreads;
   if (blocks == 0) return cudaSuccess;
   const cudaError_t error = cudaSetDevice(device);

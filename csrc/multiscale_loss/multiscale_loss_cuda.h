@@ -3,31 +3,11 @@
 #include <cstdint>
 
 #include "gaussian_blur/gaussian_blur_cuda.h"
+#include "multiscale_loss/multiscale_loss.h"
 
 namespace msvq {
 
-constexpr int kMaxScales = 4;
 constexpr int kMaxLossBlocks = 4096;  // each leaves kMaxScales sums in `partials`
-
-// Images are `planes` x `height` x `width` x `inner` values as in gaussian_blur.h. Scale 0 is the
-// coarsest. A gradient may lie over its contribution: an element is read and written by one thread.
-struct MultiscaleLossCudaParams {
-  const void* x;
-  ImageType x_type;  // uint8 is read as x / 127.5 - 1
-  const void* contributions[kMaxScales];
-  void* grads[kMaxScales];  // null: none
-  ImageType type;           // of contributions and gradients
-  int64_t planes, height, width, inner;
-  int64_t num_scales;
-  const float* taps;  // 2 * radius + 1 taps, symmetric
-  int64_t radius;
-  Border border;
-  double weights[kMaxScales];
-  double loss_factor, grad_factor;  // 1 / count for a mean; a gradient may be finished later
-  const float* upstream;            // on the device, times every gradient; null: 1
-  double* partials;                 // kMaxLossBlocks * kMaxScales; null: no loss is asked for
-  float* loss;                      // the weighted sum, then the term of every scale
-};
 
 namespace cuda {
 
@@ -108,7 +88,7 @@ inline bool widest(LossStrips& s, bool streamed, int room) {
 
 // Cuts for `blocks` blocks that run at a time and blocks of at most `room` bytes of shared memory;
 // false if that is too little. Two blocks share a multiprocessor unless strips get narrow.
-inline bool cut(const MultiscaleLossCudaParams& g, bool streamed, int64_t blocks, int room,
+inline bool cut(const MultiscaleLossParams& g, bool streamed, int64_t blocks, int room,
                 LossStrips& s) {
   s.x_type = g.x_type, s.type = g.type, s.border = g.border;
   s.levels = static_cast<int>(g.num_scales) - 1;
@@ -136,7 +116,7 @@ inline bool cut(const MultiscaleLossCudaParams& g, bool streamed, int64_t blocks
 }
 
 template <int kRadius>
-bool loss_params(const MultiscaleLossCudaParams& g, int64_t blocks, int room,
+bool loss_params(const MultiscaleLossParams& g, int64_t blocks, int room,
                  LossParams<kRadius>& params) {
   if (!cut(g, kRadius > 0, blocks, room, params.strips)) return false;
   params.x = g.x;
@@ -156,20 +136,20 @@ inline int64_t loss_blocks(const LossStrips& s) {
   return s.tasks < kMaxLossBlocks ? s.tasks : kMaxLossBlocks;
 }
 
-inline int64_t count(const MultiscaleLossCudaParams& g) {
+inline int64_t count(const MultiscaleLossParams& g) {
   return g.planes * g.height * g.width * g.inner;
 }
 
 // The radius with a kernel of its own, else 0. The replicate border blurs a level's edge again for
 // every row above it, and needs a kernel that keeps the rows.
-inline int64_t streamed_radius(const MultiscaleLossCudaParams& g) {
+inline int64_t streamed_radius(const MultiscaleLossParams& g) {
   return g.border == Border::replicate || g.num_scales == 1 ? 0 : g.radius;
 }
 
 // Whether blocks of `room` bytes of shared memory can hold a strip.
 inline bool loss_fits(int64_t num_scales, int64_t radius, Border border, int64_t room) {
   if (num_scales < 1 || num_scales > kMaxScales || radius > kMaxRadius) return false;
-  MultiscaleLossCudaParams g{};
+  MultiscaleLossParams g{};
   g.num_scales = num_scales, g.radius = radius, g.border = border;
   g.planes = g.height = g.inner = 1, g.width = kLossThreads;
   LossStrips strips{};
@@ -181,14 +161,14 @@ inline bool loss_fits(int64_t num_scales, int64_t radius, Border border, int64_t
 }  // namespace cuda
 
 // Run on the stream of the CUDA device with this index; return a cudaError_t.
-int multiscale_loss_cuda(const MultiscaleLossCudaParams& params, int device, void* stream);
+int multiscale_loss_cuda(const MultiscaleLossParams& params, int device, void* stream);
 // Multiplies the gradients by grad_factor * *upstream; reads none where that is 1.
-int multiscale_loss_scale_cuda(const MultiscaleLossCudaParams& params, int device, void* stream);
+int multiscale_loss_scale_cuda(const MultiscaleLossParams& params, int device, void* stream);
 
 // The same kernels on the host: see gaussian_blur_cuda.h. `room` as in cuda::cut; false if it is
 // too little.
-bool multiscale_loss_cuda_on_host(const MultiscaleLossCudaParams& params, int64_t blocks, int room,
+bool multiscale_loss_cuda_on_host(const MultiscaleLossParams& params, int64_t blocks, int room,
                                   bool reversed);
-void multiscale_loss_scale_cuda_on_host(const MultiscaleLossCudaParams& params);
+void multiscale_loss_scale_cuda_on_host(const MultiscaleLossParams& params);
 
 }  // namespace msvq

@@ -70,13 +70,13 @@ struct LossScale {
   }
 };
 
-inline LossSum loss_sum(const MultiscaleLossCudaParams& g, int64_t blocks) {
+inline LossSum loss_sum(const MultiscaleLossParams& g, int64_t blocks) {
   LossSum sum{g.partials, blocks, static_cast<int>(g.num_scales), {}, g.loss_factor, g.loss};
   for (int m = 0; m < sum.num_scales; ++m) sum.weights[m] = g.weights[m];
   return sum;
 }
 
-inline LossScale loss_scale(const MultiscaleLossCudaParams& g) {
+inline LossScale loss_scale(const MultiscaleLossParams& g) {
   LossScale scale{{},       static_cast<int>(g.num_scales),    g.type,
                   count(g), static_cast<float>(g.grad_factor), g.upstream};
   for (int m = 0; m < scale.num_scales; ++m) scale.grads[m] = g.grads[m];

@@ -60,7 +60,7 @@ def gaussian_blur(
     """
     check_image("x", x, allow_uint8=True)
     check_choice("border", border, BORDERS)
-    taps_y, taps_x = _taps(_pair("kernel_size", kernel_size), _sigma_pair(kernel_size, sigma))
+    taps_y, taps_x = blur_taps(kernel_size, sigma)
     chosen = OP.pick(x, taps_y, taps_x, border, backend=backend)
     if chosen == "reference":
         return reference.gaussian_blur(x, taps_y, taps_x, border)
@@ -98,14 +98,20 @@ def gaussian_pyramid(
     check_image("x", x, allow_uint8=True)
     if num_scales < 1:
         raise InputError(f"num_scales={num_scales}; expected at least 1")
-    if kernel_size is None:
-        kernel_size = default_kernel_size(min(x.shape[-2:]))
-    if sigma is None:
-        sigma = default_sigma(kernel_size, sigma_rule)
+    kernel_size, sigma = pyramid_kernel(x, kernel_size, sigma, sigma_rule)
     levels = [x]
     for _ in range(num_scales - 1):
         levels.append(gaussian_blur(levels[-1], kernel_size, sigma, border=border, backend=backend))
     return levels[::-1]
+
+
+def pyramid_kernel(
+    x: Tensor, kernel_size: int | None, sigma: float | None, sigma_rule: str
+) -> tuple[int, float]:
+    """Kernel size and sigma of every blur of `gaussian_pyramid`."""
+    if kernel_size is None:
+        kernel_size = default_kernel_size(min(x.shape[-2:]))
+    return kernel_size, default_sigma(kernel_size, sigma_rule) if sigma is None else sigma
 
 
 def default_kernel_size(resolution: int) -> int:
@@ -158,9 +164,12 @@ def _gaussian_taps(kernel_size: int, sigma: float) -> tuple[float, ...]:
     return tuple(w / total for w in weights)
 
 
-def _taps(
-    sizes: tuple[int, int], sigmas: tuple[float, float]
+def blur_taps(
+    kernel_size: int | Sequence[int], sigma: float | Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Vertical and horizontal taps of `gaussian_blur`, after checking its arguments."""
+    sizes = _pair("kernel_size", kernel_size)
+    sigmas = _sigma_pair(kernel_size, sigma)
     taps_y = _gaussian_taps(sizes[0], sigmas[0])
     same = (sizes[0], sigmas[0]) == (sizes[1], sigmas[1])
     return taps_y, taps_y if same else _gaussian_taps(sizes[1], sigmas[1])

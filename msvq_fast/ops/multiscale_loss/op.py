@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from msvq_fast.ops.checks import (
     check_same_device,
     check_same_dtype,
 )
+from msvq_fast.ops.gaussian_blur.op import BORDERS, blur_taps, pyramid_kernel
 from msvq_fast.ops.multiscale_loss import one_pass, reference
-from msvq_fast.ops.multiscale_loss.targets import blurred_targets
+from msvq_fast.ops.multiscale_loss.targets import Blur, blurred_targets
 
 OP = Op(__package__)
 
@@ -33,6 +35,7 @@ def multiscale_loss(
     weights: Sequence[float] | None = None,
     reduction: str = "mean",
     border: str = "reflect",
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compare the running sums of contributions with blurred images (Eq. 5-7).
@@ -49,6 +52,8 @@ def multiscale_loss(
         weights: M factors w_m, coarsest first; None is all ones.
         reduction: ``"mean"`` over the elements of each scale, or ``"sum"`` (Eq. 6 literally).
         border: The blur's border, see `gaussian_blur`.
+        recompute: The kernels' forward writes the gradients too and holds them for the backward;
+            True holds none and runs the pass again.
         backend: ``None`` picks; ``"reference"``, ``"native"`` or ``"triton"`` runs or raises.
 
     Returns:
@@ -56,9 +61,11 @@ def multiscale_loss(
         float32 (float64 for float64 contributions).
 
     Gradient:
-        To every contribution, ``∂L/∂C_i = Σ_{m>=i} 2 w_m (x̂_m - x_m) / count``, found in the
-        forward: one image per contribution is kept, no target, partial sum or difference.
-        Differentiable once, but for ``backend="reference"``.
+        To every contribution, ``∂L/∂C_i = Σ_{m>=i} 2 w_m (x̂_m - x_m) / count``, from the pass
+        that computes the loss. Beyond the inputs and these gradients nothing is held: no target,
+        partial sum or difference. The kernels read the upstream gradient on its device, without
+        waiting for it. Twice differentiable, by way of the definition, where kernels run and with
+        ``backend="reference"``; once elsewhere.
 
     Raises:
         InputError: For shapes, dtypes or devices that differ, no contribution, or an ``x`` that
@@ -66,7 +73,9 @@ def multiscale_loss(
 
     Numerics:
         Targets, sums and the reduction are float32 (float64 for float64 contributions) whatever
-        the dtype of the contributions or autocast.
+        the dtype of the contributions or autocast; kernels add rows in float64. Deterministic, on a
+        CPU for any number of threads. Half-precision gradients are divided by ``count`` after the
+        upstream gradient has multiplied them, so that a loss scale keeps them from vanishing.
     """
     if len(contributions) == 0:
         raise InputError("contributions is empty; expected M >= 1 tensors (B, C, H, W)")
@@ -87,11 +96,87 @@ def multiscale_loss(
         weights = [1.0] * len(contributions)
     if len(weights) != len(contributions):
         raise InputError(f"weights has {len(weights)} values for {len(contributions)} scales")
-    OP.pick(contributions[0], backend=backend)
+    check_choice("border", border, BORDERS)
+    kernel = pyramid_kernel(x, kernel_size, sigma, sigma_rule)
+    taps, _ = blur_taps(*kernel)
+    chosen = OP.pick(contributions, x, taps, border, backend=backend)
+    factors = tuple(float(weight) for weight in weights)
+    blur = (*kernel, sigma_rule, border, backend)
+    if chosen == "reference":
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            if backend == "reference":
+                return _definition(contributions, x, blur, factors, reduction)
+            return one_pass.multiscale_loss(contributions, x, blur, factors, reduction)
+    loss, per_scale = _MultiscaleLoss.apply(
+        x, blur, taps, border, factors, reduction, recompute, chosen, *contributions
+    )
+    return loss, per_scale
+
+
+def _definition(
+    contributions: Sequence[Tensor],
+    x: Tensor,
+    blur: Blur,
+    weights: Sequence[float],
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(contributions[0].dtype)
-    blur = (kernel_size, sigma, sigma_rule, border, backend)
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        if backend == "reference":
-            targets = blurred_targets(x, len(contributions), dtype, blur)
-            return reference.multiscale_loss(contributions, targets, weights, reduction)
-        return one_pass.multiscale_loss(contributions, x, blur, weights, reduction)
+    targets = blurred_targets(x, len(contributions), dtype, blur)
+    return reference.multiscale_loss(contributions, targets, weights, reduction)
+
+
+class _MultiscaleLoss(torch.autograd.Function):
+    """The kernels' one pass; what it stored is finished in place by the first backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        blur: Blur,
+        taps: tuple[float, ...],
+        border: str,
+        weights: tuple[float, ...],
+        reduction: str,
+        recompute: bool,
+        backend: str,
+        *contributions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        factor = 1.0
+        if reduction == "mean":
+            factor = 1 / x.numel() if x.numel() else float("inf")
+        # Gradients of a mean vanish in half precision before a loss scale reaches them.
+        early = factor if contributions[0].dtype == torch.float32 else 1.0
+        wanted = ctx.needs_input_grad[-len(contributions) :]
+        stored = [False] * len(contributions) if recompute else wanted
+        loss, per_scale, grads = OP.kernels[backend].multiscale_loss(
+            contributions, x, taps, border, weights, factor, early, stored
+        )
+        ctx.save_for_backward(x, *contributions)
+        ctx.settings = (blur, taps, border, weights, reduction, backend)
+        ctx.wanted, ctx.factor, ctx.late = wanted, factor, factor / early
+        ctx.grads = None if recompute else grads
+        ctx.mark_non_differentiable(per_scale)
+        ctx.set_materialize_grads(False)
+        return loss, per_scale
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        x, *contributions = ctx.saved_tensors
+        blur, taps, border, weights, reduction, backend = ctx.settings
+        unused = (None,) * (len(ctx.needs_input_grad) - len(contributions))
+        if grad_loss is None:
+            return (*unused, *(None for _ in contributions))
+        kernels = OP.kernels[backend]
+        grads, ctx.grads = ctx.grads, None
+        if torch.is_grad_enabled():  # for a second derivative
+            loss = _definition(contributions, x, blur, weights, reduction)[0]
+            asked = [c for c, w in zip(contributions, ctx.wanted, strict=True) if w]
+            grads = torch.autograd.grad(loss, asked, grad_loss, create_graph=True)
+        elif grads is None:
+            grads = kernels.multiscale_loss_backward(
+                grad_loss, contributions, x, taps, border, weights, ctx.factor, ctx.wanted
+            )
+        else:
+            kernels.scale_(grads, grad_loss, ctx.late)
+        given = iter(grads)
+        return (*unused, *(next(given) if w else None for w in ctx.wanted))

@@ -1,0 +1,269 @@
+"""The one-pass loss of csrc/multiscale_loss: C++ on CPU tensors, CUDA C++ on CUDA tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msvq_fast import _C
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+_BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
+_MAX_SCALES = 4
+
+
+def unsupported(
+    contributions: Sequence[Tensor], x: Tensor, taps: Sequence[float], border: str
+) -> str | None:
+    """Why this call cannot run here, or None."""
+    if x.device.type not in ("cpu", "cuda"):
+        return f"the kernels run on CPU and CUDA tensors, x is on {x.device}"
+    if len(contributions) > _MAX_SCALES:
+        return f"the kernels take up to {_MAX_SCALES} scales, there are {len(contributions)}"
+    if x.dtype not in _TYPES:
+        return f"the kernels take x in float32, float16, bfloat16 or uint8, it is {x.dtype}"
+    dtype = contributions[0].dtype
+    if dtype not in _TYPES:
+        return f"the kernels take float32, float16 or bfloat16, contributions are {dtype}"
+    if x.device.type == "cpu":
+        return None
+    if not hasattr(_C, "multiscale_loss_cuda"):
+        return "msvq_fast._C was built without CUDA (no nvcc was found)"
+    if not torch.compiler.is_compiling() and not _fits(len(contributions), len(taps), border, x):
+        # torch.compile cannot trace the question; there a launch that does not fit raises
+        return f"{len(contributions)} scales of {len(taps)} taps do not fit the GPU's shared memory"
+    if x.shape[1] * x.shape[3] >= 2**31:
+        return "the CUDA kernel takes rows of fewer than 2**31 values"
+    return None
+
+
+def _fits(num_scales: int, taps: int, border: str, x: Tensor) -> bool:
+    properties: Any = torch.cuda.get_device_properties(x.device)  # torch's stubs lack this one
+    room = properties.shared_memory_per_block_optin
+    return bool(_C.multiscale_loss_cuda_fits(num_scales, taps, _BORDERS[border], room))
+
+
+def multiscale_loss(
+    contributions: Sequence[Tensor],
+    x: Tensor,
+    taps: Sequence[float],
+    border: str,
+    weights: Sequence[float],
+    loss_factor: float,
+    grad_factor: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Loss ``()``, the term of every scale ``(M,)`` and the ``wanted`` gradients, from one pass.
+
+    ``loss_factor`` multiplies the sums of squares, ``grad_factor`` the gradients of the sums.
+    """
+    out: tuple[Tensor, Tensor, list[Tensor]] = _forward(
+        list(contributions), x, list(taps), border, list(weights), loss_factor, grad_factor,
+        list(wanted),
+    )  # fmt: skip
+    return out
+
+
+def multiscale_loss_backward(
+    grad_loss: Tensor,
+    contributions: Sequence[Tensor],
+    x: Tensor,
+    taps: Sequence[float],
+    border: str,
+    weights: Sequence[float],
+    grad_factor: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """The ``wanted`` gradients times ``grad_loss ()``, which is read on its device."""
+    out: list[Tensor] = _backward(
+        grad_loss, list(contributions), x, list(taps), border, list(weights), grad_factor,
+        list(wanted),
+    )  # fmt: skip
+    return out
+
+
+def scale_(grads: Sequence[Tensor], grad_loss: Tensor, grad_factor: float) -> None:
+    """Multiply stored gradients by ``grad_loss * grad_factor``; reads none where that is 1."""
+    _scale(list(grads), grad_loss, grad_factor)
+
+
+@torch.library.custom_op(
+    "msvq_fast::multiscale_loss_native", mutates_args=(), device_types=("cpu", "cuda")
+)
+def _forward(
+    contributions: list[Tensor],
+    x: Tensor,
+    taps: list[float],
+    border: str,
+    weights: list[float],
+    loss_factor: float,
+    grad_factor: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    contributions = _dense(contributions)
+    grads = _grads(contributions, wanted)
+    loss = x.new_empty(1 + len(contributions), dtype=torch.float32)
+    cuda = x.device.type == "cuda"
+    partials = x.new_empty(_C.MULTISCALE_LOSS_PARTIALS if cuda else 0, dtype=torch.float64)
+    x = _like(x, contributions[0])
+    _run(
+        _arguments(
+            contributions, x, grads, wanted, taps, border, weights, (loss_factor, grad_factor),
+            0, partials.data_ptr(), loss.data_ptr(),
+        ),
+        x,
+    )  # fmt: skip
+    return loss[0].clone(), loss[1:].clone(), grads
+
+
+@_forward.register_fake
+def _(
+    contributions: list[Tensor],
+    x: Tensor,
+    taps: list[float],
+    border: str,
+    weights: list[float],
+    loss_factor: float,
+    grad_factor: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    terms = x.new_empty(len(contributions), dtype=torch.float32)
+    return terms.new_empty(()), terms, _grads(_dense(contributions), wanted)
+
+
+@torch.library.custom_op(
+    "msvq_fast::multiscale_loss_backward_native", mutates_args=(), device_types=("cpu", "cuda")
+)
+def _backward(
+    grad_loss: Tensor,
+    contributions: list[Tensor],
+    x: Tensor,
+    taps: list[float],
+    border: str,
+    weights: list[float],
+    grad_factor: float,
+    wanted: list[bool],
+) -> list[Tensor]:
+    contributions = _dense(contributions)
+    grads = _grads(contributions, wanted)
+    x = _like(x, contributions[0])
+    _run(
+        _arguments(
+            contributions, x, grads, wanted, taps, border, weights, (1.0, grad_factor),
+            grad_loss.data_ptr(), 0, 0,
+        ),
+        x,
+    )  # fmt: skip
+    return grads
+
+
+@_backward.register_fake
+def _(
+    grad_loss: Tensor,
+    contributions: list[Tensor],
+    x: Tensor,
+    taps: list[float],
+    border: str,
+    weights: list[float],
+    grad_factor: float,
+    wanted: list[bool],
+) -> list[Tensor]:
+    return _grads(_dense(contributions), wanted)
+
+
+@torch.library.custom_op(
+    "msvq_fast::multiscale_loss_scale_native",
+    mutates_args=("grads",),
+    device_types=("cpu", "cuda"),
+)
+def _scale(grads: list[Tensor], grad_loss: Tensor, grad_factor: float) -> None:
+    if grad_loss.device.type == "cpu":
+        scale = grad_factor * float(grad_loss)
+        if scale != 1:
+            for grad in grads:
+                grad.mul_(scale)
+        return
+    arguments = _C.MultiscaleLossArguments(
+        0,
+        _TYPES[grads[0].dtype],
+        [0] * len(grads),
+        [grad.data_ptr() for grad in grads],
+        _TYPES[grads[0].dtype],
+        (1, 1, 1, grads[0].numel()),
+        [1.0],
+        0,
+        [1.0] * len(grads),
+        (1.0, grad_factor),
+        grad_loss.data_ptr(),
+        0,
+        0,
+    )
+    with torch.cuda.device(grad_loss.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _C.multiscale_loss_scale_cuda(arguments, grad_loss.device.index, stream)
+
+
+@_scale.register_fake
+def _(grads: list[Tensor], grad_loss: Tensor, grad_factor: float) -> None:
+    return None
+
+
+def _run(arguments: _C.MultiscaleLossArguments, x: Tensor) -> None:
+    if x.device.type == "cpu":
+        _C.multiscale_loss_cpu(arguments, torch.get_num_threads())
+        return
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _C.multiscale_loss_cuda(arguments, x.device.index, stream)
+
+
+def _arguments(
+    contributions: list[Tensor],
+    x: Tensor,
+    grads: list[Tensor],
+    wanted: list[bool],
+    taps: list[float],
+    border: str,
+    weights: list[float],
+    factors: tuple[float, float],
+    upstream: int,
+    partials: int,
+    loss: int,
+) -> _C.MultiscaleLossArguments:
+    batch, channels, height, width = x.shape
+    planes, inner = (batch * channels, 1) if x.is_contiguous() else (batch, channels)
+    places = iter(grads)
+    return _C.MultiscaleLossArguments(
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        [c.data_ptr() for c in contributions],
+        [next(places).data_ptr() if asked else 0 for asked in wanted],
+        _TYPES[contributions[0].dtype],
+        (planes, height, width, inner),
+        taps,
+        _BORDERS[border],
+        weights,
+        factors,
+        upstream,
+        partials,
+        loss,
+    )
+
+
+def _dense(contributions: list[Tensor]) -> list[Tensor]:
+    """All contiguous or all channels_last, copied where they are not."""
+    last = all(c.is_contiguous(memory_format=torch.channels_last) for c in contributions)
+    return contributions if last else [c.contiguous() for c in contributions]
+
+
+def _like(x: Tensor, contribution: Tensor) -> Tensor:
+    """``x`` in the memory layout of the contributions."""
+    layout = torch.contiguous_format if contribution.is_contiguous() else torch.channels_last
+    return x.contiguous(memory_format=layout)
+
+
+def _grads(contributions: list[Tensor], wanted: list[bool]) -> list[Tensor]:
+    return [torch.empty_like(c) for c, asked in zip(contributions, wanted, strict=True) if asked]
