@@ -7,14 +7,10 @@ import torch
 from parity import assert_close
 from torch import Tensor
 
-from tests.ops.test_multiscale_loss_cuda_on_host import (
-    _C,
-    LAYOUTS,
-    arguments_of,
-    closed_form,
-    inputs,
-)
+from msvq_fast.ops import multiscale_loss
+from tests.ops.loss_cases import LAYOUTS, arguments_of, closed_form, inputs
 
+_C = pytest.importorskip("msvq_fast._C")
 if not hasattr(_C, "multiscale_loss_cuda"):
     pytest.skip("msvq_fast._C was built without CUDA", allow_module_level=True)
 
@@ -72,3 +68,32 @@ def test_types_and_upstream(device: str, dtype: torch.dtype, x_dtype: torch.dtyp
     assert_close("loss", got.cpu(), want, ulps=8)
     for grad, want_grad in zip(grads, want_grads, strict=True):
         assert_close("gradient", grad.cpu(), 65536 * want_grad, ulps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_op(device: str, compiled: bool, recompute: bool, dtype: torch.dtype) -> None:
+    """Forward and backward without waiting for the GPU, also through torch.compile."""
+    torch._dynamo.reset()
+    contributions, x = inputs((2, 3, 64, 80), 3, dtype=dtype)
+    _, want = closed_form(contributions, x, [1.0, 0.5, 2.0], "reflect", 5)
+    given = [c.to(device).requires_grad_() for c in contributions]
+    x, scale = x.to(device), torch.tensor(65536.0, device=device)
+
+    def step() -> tuple[Tensor, ...]:
+        loss, _ = multiscale_loss(
+            given, x, kernel_size=11, weights=[1.0, 0.5, 2.0], recompute=recompute, backend="native"
+        )
+        return torch.autograd.grad(loss * scale, given)
+
+    run = torch.compile(step, backend="aot_eager") if compiled else step
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grads = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for grad, want_grad in zip(grads, want, strict=True):
+        ulps = 16 if dtype == torch.float32 else 1
+        assert_close("gradient", grad.cpu(), 65536 * want_grad, ulps=ulps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from parity import EPS
 from torch import Tensor
@@ -17,7 +19,8 @@ def taps(kernel_size: int, sigma: float | None = None) -> list[float]:
     return (weights / weights.sum()).tolist()
 
 
-def operator(size: int, weights: list[float], border: str) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def operator(size: int, weights: tuple[float, ...], border: str) -> Tensor:
     """The blur of one axis as a dense matrix, by walking every tap from its pixel."""
     radius = len(weights) // 2
     matrix = torch.zeros(size, size, dtype=torch.float64)
@@ -46,7 +49,7 @@ def dense_blur(
     x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool = False
 ) -> Tensor:
     across, along = (
-        operator(n, w, border) for n, w in zip(x.shape[-2:], (taps_y, taps_x), strict=True)
+        operator(n, tuple(w), border) for n, w in zip(x.shape[-2:], (taps_y, taps_x), strict=True)
     )
     if adjoint:
         across, along = across.T, along.T

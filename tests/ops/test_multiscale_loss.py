@@ -128,6 +128,7 @@ def test_compiles_whole() -> None:
         ({"weights": [1.0]}, "weights has 1 values for 2 scales"),
         ({"reduction": "none"}, "reduction='none'"),
         ({"kernel_size": 4}, "kernel_size=4"),
+        ({"border": "mirror"}, "border='mirror'"),
         ({"sigma_rule": "mine"}, "sigma_rule='mine'"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"backend": "triton"}, "cannot run multiscale_loss"),

@@ -11,17 +11,15 @@ from parity import EPS, assert_close
 from torch import Tensor
 
 from msvq_fast.ops.gaussian_blur.op import BORDERS
-from tests.ops.blur_cases import dense_blur, taps
 
 if importlib.util.find_spec("msvq_fast._C") is None:
     pytest.skip("msvq_fast._C is not built", allow_module_level=True)
 
 from msvq_fast import _C
 from msvq_fast.ops.gaussian_blur import native
+from tests.ops.loss_cases import LAYOUTS, WEIGHTS, arguments_of, closed_form, inputs
 
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
 ROOM = 227 << 10  # bytes of shared memory of a block on sm_90
-WEIGHTS = (1.0, 0.5, 2.0, 0.25)
 
 
 class Result(NamedTuple):
@@ -52,62 +50,6 @@ def on_host(
     if not _C.multiscale_loss_cuda_on_host(arguments, blocks, room, reversed_threads):
         raise MemoryError
     return Result(out, grads)
-
-
-def arguments_of(contributions, x, grads, weights, border, radius, factors, *pointers):  # type: ignore[no-untyped-def]
-    batch, channels, height, width = x.shape
-    nchw = x.is_contiguous()
-    return _C.MultiscaleLossArguments(
-        x.data_ptr(),
-        native._TYPES[x.dtype],
-        [c.data_ptr() for c in contributions],
-        [0 if g is None else g.data_ptr() for g in grads],
-        native._TYPES[contributions[0].dtype],
-        (batch * channels if nchw else batch, height, width, 1 if nchw else channels),
-        taps(2 * radius + 1),
-        native._BORDERS[border],
-        weights,
-        factors,
-        *(0 if p is None else p.data_ptr() for p in pointers),
-    )
-
-
-def closed_form(
-    contributions: list[Tensor], x: Tensor, weights: list[float], border: str, radius: int,
-    reduction: str = "mean",
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """Loss and terms, and gradients, in float64 with the blur as a dense operator."""
-    image = x.double() / 127.5 - 1 if x.dtype == torch.uint8 else x.double()
-    targets = [image]
-    for _ in contributions[1:]:
-        size = taps(2 * radius + 1)
-        targets.insert(0, dense_blur(targets[0], size, size, border))
-    partial, differences = torch.zeros_like(image), []
-    for contribution, target in zip(contributions, targets, strict=True):
-        partial = partial + contribution.double()
-        differences.append(partial - target)
-    count = x.numel() if reduction == "mean" else 1
-    terms = torch.stack([d.square().sum() / count for d in differences])
-    loss = (terms * torch.tensor(weights, dtype=torch.float64)).sum()
-    grads = [
-        sum(2 * w * d for w, d in zip(weights[j:], differences[j:], strict=True)) / count
-        for j in range(len(contributions))
-    ]
-    return torch.cat([loss[None], terms]), grads
-
-
-def inputs(
-    shape: tuple[int, ...], scales: int, layout: torch.memory_format = LAYOUTS[0],
-    x_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32,
-) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-    x = torch.randn(shape).to(x_dtype) if x_dtype != torch.uint8 else None
-    if x is None:
-        x = torch.randint(0, 256, shape, dtype=torch.uint8)
-    contributions = [torch.randn(shape).to(dtype) for _ in range(scales)]
-    return (
-        [c.to(memory_format=layout) for c in contributions],
-        x.to(memory_format=layout),
-    )
 
 
 def check(contributions: list[Tensor], x: Tensor, border: str, radius: int, **settings) -> None:  # type: ignore[no-untyped-def]

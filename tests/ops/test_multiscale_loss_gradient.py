@@ -1,0 +1,234 @@
+"""What the multi-scale loss holds for its backward, and every way to differentiate it."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from parity import assert_close
+from torch import Tensor
+
+from msvq_fast.ops import InputError, multiscale_loss
+from msvq_fast.ops.multiscale_loss.op import OP
+from tests.ops.loss_cases import LAYOUTS, WEIGHTS, closed_form, inputs
+
+if "native" not in OP.kernels:
+    pytest.skip(OP.missing["native"], allow_module_level=True)
+
+native = OP.kernels["native"]
+MODES = [False, True]  # recompute
+
+
+def leaves(
+    shape: tuple[int, ...], scales: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], Tensor]:
+    contributions, x = inputs(shape, scales, dtype=dtype)
+    return [c.requires_grad_() for c in contributions], x
+
+
+def held_bytes(contributions: list[Tensor], x: Tensor, **settings: object) -> int:
+    """Bytes that the forward took from torch's allocator and has not given back."""
+    gc.collect()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = multiscale_loss(contributions, x, kernel_size=7, **settings)  # type: ignore[arg-type]
+    del result
+    return sum(event.self_cpu_memory_usage for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_holds_nothing_but_gradients(dtype: torch.dtype, scales: int) -> None:
+    contributions, x = leaves((1, 3, 64, 64), scales, dtype)
+    image, small = contributions[0].nbytes, 256
+    assert 0 <= held_bytes(contributions, x) - scales * image <= small
+    assert 0 <= held_bytes(contributions, x, recompute=True) <= small
+    with torch.no_grad():
+        assert 0 <= held_bytes(contributions, x) <= small
+    # eager holds the differences or the sums, and the targets
+    assert held_bytes(contributions, x, backend="reference") >= scales * image
+
+
+def test_saves_only_its_inputs() -> None:
+    contributions, x = leaves((1, 3, 16, 16), 3)
+    saved: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t)
+    with hooks:
+        multiscale_loss(contributions, x)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, *contributions)}
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_scale(reduction: str, dtype: torch.dtype, recompute: bool) -> None:
+    """Gradients of 1e-8 vanish in float16 unless the scale comes before the rounding."""
+    contributions, x = leaves((1, 3, 64, 64), 3, dtype)
+    weights = [1e-4 * w for w in WEIGHTS[:3]]
+    scale = 65536.0 if reduction == "mean" else 3.0
+    loss, _ = multiscale_loss(
+        contributions, x, kernel_size=7, weights=weights, reduction=reduction, recompute=recompute
+    )
+    _, want = closed_form([c.detach() for c in contributions], x, weights, "reflect", 3, reduction)
+    (loss * scale).backward()
+    ulps = 16 if dtype == torch.float32 else 1
+    for contribution, want_grad in zip(contributions, want, strict=True):
+        assert contribution.grad is not None and contribution.grad.dtype == dtype
+        assert_close("gradient", contribution.grad, scale * want_grad, ulps=ulps)
+
+
+def test_grad_scaler() -> None:
+    weight = torch.ones(1, 3, 32, 32, requires_grad=True)
+    x = torch.rand(1, 3, 32, 32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    loss, _ = multiscale_loss([weight * 0.5, weight.square()], x, kernel_size=5)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    other = weight.detach().double().requires_grad_()
+    loss, _ = multiscale_loss([other * 0.5, other.square()], x.double(), kernel_size=5)
+    loss.backward()
+    assert_close("gradient", weight.grad, other.grad, ulps=16)
+
+
+@pytest.mark.parametrize("recompute", MODES)
+def test_backward_as_often_as_one_likes(recompute: bool) -> None:
+    """The stored gradients are given away once; what came of them does not change later."""
+    contributions, x = leaves((1, 2, 20, 24), 3)
+    loss, _ = multiscale_loss(contributions, x, recompute=recompute)
+    first = torch.autograd.grad(loss, contributions, torch.tensor(3.0), retain_graph=True)
+    kept = [g.clone() for g in first]
+    for factor in (1.0, 0.0, 7.0):
+        more = torch.autograd.grad(loss, contributions, torch.tensor(factor), retain_graph=True)
+        for grad, other in zip(first, more, strict=True):
+            assert (grad * (factor / 3) - other).abs().max() <= 1e-6 * grad.abs().max() * factor
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    loss.backward()
+    loss_again, _ = multiscale_loss(contributions, x, recompute=recompute)
+    loss_again.backward()  # adds to what the first gave
+    for contribution, grad in zip(contributions, first, strict=True):
+        assert_close("gradient", contribution.grad, grad * 2 / 3, ulps=4)
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_the_asked_gradients(layout: torch.memory_format, recompute: bool) -> None:
+    contributions, x = inputs((1, 3, 16, 18), 3, layout)
+    _, want = closed_form(contributions, x, [1.0] * 3, "reflect", 1)
+    for asked in range(8):
+        mine = [c.clone().requires_grad_(bool(asked >> m & 1)) for m, c in enumerate(contributions)]
+        loss, terms = multiscale_loss(mine, x, kernel_size=3, recompute=recompute)
+        assert loss.requires_grad == (asked > 0) and not terms.requires_grad
+        if asked:
+            loss.backward()
+        for contribution, want_grad in zip(mine, want, strict=True):
+            assert (contribution.grad is not None) == contribution.requires_grad
+            if contribution.grad is not None:
+                assert_close("gradient", contribution.grad, want_grad, ulps=16)
+                assert contribution.grad.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("border", ["reflect", "replicate"])
+@pytest.mark.parametrize("recompute", MODES)
+def test_second_gradients(recompute: bool, border: str) -> None:
+    contributions, x = leaves((1, 2, 9, 12), 3)
+    direction = torch.randn(3, *x.shape)
+
+    def seconds(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        mine = [c.detach().to(dtype).requires_grad_() for c in contributions]
+        loss, _ = multiscale_loss(
+            [c.square() for c in mine], x.to(dtype), kernel_size=5, border=border,
+            recompute=recompute, backend=backend,
+        )  # fmt: skip
+        first = torch.autograd.grad(loss * loss, mine, create_graph=True)
+        product = sum((g * v.to(dtype)).sum() for g, v in zip(first, direction, strict=True))
+        return [*first, *torch.autograd.grad(product, mine)]
+
+    for got, want in zip(
+        seconds(torch.float32, "native"), seconds(torch.float64, "reference"), strict=True
+    ):
+        assert_close("gradient", got.detach(), want.detach(), ulps=32)
+
+
+def test_definition_in_float64() -> None:
+    contributions, x = inputs((1, 1, 4, 5), 3)
+    mine = tuple(c.double().requires_grad_() for c in contributions)
+
+    def loss(*mine: Tensor) -> Tensor:
+        return multiscale_loss(mine, x.double(), kernel_size=3, weights=WEIGHTS[:3])[0]
+
+    assert torch.autograd.gradcheck(loss, mine)
+    assert torch.autograd.gradgradcheck(loss, mine)
+
+
+def test_mixed_layouts() -> None:
+    contributions, x = inputs((2, 3, 16, 18), 2)
+    want, want_grads = closed_form(contributions, x, [1.0, 1.0], "reflect", 1)
+    last = [c.to(memory_format=torch.channels_last) for c in contributions]
+    strided = [torch.randn(2, 3, 32, 36)[:, :, ::2, ::2].copy_(c) for c in contributions]
+    for given in (last, [last[0], contributions[1]], strided):
+        mine = [c.detach().requires_grad_() for c in given]
+        for image in (x, x.to(memory_format=torch.channels_last), x.mT.contiguous().mT):
+            loss, terms = multiscale_loss(mine, image, kernel_size=3, backend="native")
+            assert_close("terms", terms, want[1:], ulps=8)
+            for grad, want_grad in zip(torch.autograd.grad(loss, mine), want_grads, strict=True):
+                assert_close("gradient", grad, want_grad, ulps=16)
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole_with_its_backward(dynamic: bool, recompute: bool) -> None:
+    torch._dynamo.reset()
+    contributions, x = leaves((1, 3, 16, 20), 2)
+
+    def step(contributions: list[Tensor], x: Tensor) -> Tensor:
+        loss, terms = multiscale_loss(
+            [c * 2 for c in contributions], x, kernel_size=5, recompute=recompute, backend="native"
+        )
+        return loss * 3 + 0 * terms.sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    got, want = compiled(contributions, x), step(contributions, x)
+    assert torch.equal(got, want)
+    for grad, same in zip(
+        torch.autograd.grad(got, contributions), torch.autograd.grad(want, contributions),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(grad, same)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_registration(layout: str) -> None:
+    contributions, x = inputs((2, 3, 8, 8), 2)
+    if layout == "transposed":
+        contributions = [c.transpose(2, 3) for c in contributions]
+    if layout == "channels_last":
+        contributions = [c.to(memory_format=torch.channels_last) for c in contributions]
+    kernel = ([0.25, 0.5, 0.25], "reflect", [1.0, 0.5])
+    operations = torch.ops.msvq_fast
+    for wanted in ([True, True], [False, True], [False, False]):
+        torch.library.opcheck(
+            operations.multiscale_loss_native.default,
+            (contributions, x, *kernel, 0.5, 0.25, wanted),
+        )
+        torch.library.opcheck(
+            operations.multiscale_loss_backward_native.default,
+            (torch.tensor(2.0), contributions, x, *kernel, 0.5, wanted),
+        )
+    grads = [torch.randn(2, 3) for _ in range(2)]
+    torch.library.opcheck(
+        operations.multiscale_loss_scale_native.default, (grads, torch.tensor(2.0), 0.5)
+    )
+
+
+def test_says_what_it_cannot_run() -> None:
+    contributions, x = inputs((1, 1, 8, 8), 5)
+    with pytest.raises(InputError, match="up to 4 scales, there are 5"):
+        multiscale_loss(contributions, x, backend="native")
+    assert multiscale_loss(contributions, x)[1].shape == (5,)
+    with pytest.raises(InputError, match=r"x in float32.* it is torch.float64"):
+        multiscale_loss(contributions[:2], x.double(), backend="native")
+    with pytest.raises(InputError, match=r"contributions are torch.float64"):
+        multiscale_loss([contributions[0].double()], x, backend="native")
