@@ -157,20 +157,25 @@ inline bool blur_lines(const float* taps, int64_t size, const float* line, int64
 }
 #endif
 
+// Rows of memory of which a pass reads kLanes elements of `bytes` into the cache for every vector
+// that it computes: a burst of reads as long as a strip's row would wait instead of computing.
+struct Ahead {
+  const char* const* rows;
+  int64_t count, bytes;
+};
+
 // Blurs across lines: row t of the result is sum_j taps[j] * lines[t + j], for `vectors` vectors.
-// Reads kT rows from `ahead`, kLanes elements of `bytes` for every vector, into the cache
-// meanwhile: a burst of reads as long as a strip's row would wait for memory instead of computing.
 template <int kT>
 inline void blur_across(const float* taps, int64_t size, const float* const* lines, int64_t vectors,
-                        float* const* out, const char* const* ahead, int64_t bytes) {
+                        float* const* out, const Ahead& ahead) {
   int64_t v = 0;
   const auto run = [&](auto count) __attribute__((always_inline)) {
     constexpr int kU = decltype(count)::value;
     for (; v + kU <= vectors; v += kU) {
       const int64_t at = v * kLanes;
-      if (ahead)
-        for (int t = 0; t < kT; ++t)
-          for (int u = 0; u < kU; ++u) __builtin_prefetch(ahead[t] + (at + u * kLanes) * bytes);
+      for (int64_t t = 0; t < ahead.count; ++t)
+        for (int u = 0; u < kU; ++u)
+          __builtin_prefetch(ahead.rows[t] + (at + u * kLanes) * ahead.bytes);
       correlate<kT, kU>(
           taps, size, [=](int64_t j, int u) { return load(lines[j] + at + u * kLanes); },
           [=](int t, int u, vfloat sum) { store(out[t] + at + u * kLanes, sum); });

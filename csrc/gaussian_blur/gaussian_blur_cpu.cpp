@@ -192,12 +192,12 @@ struct StripBlur {
       ahead[t] = reinterpret_cast<const char*>(
           input(min(row + y.radius + kRows + t, p.height - 1)) + s.pixel * p.inner);
     blur_across<kRows>(y.taps, y.size, lines.data, vectors, out,
-                       s.channels == p.inner ? ahead : nullptr, sizeof(T));
+                       {ahead, s.channels == p.inner ? kRows : 0, sizeof(T)});
     if (collected) {
       const int64_t last = p.height - 1 - row;
-      if (row == 0) blur_across<1>(y.first.data, y.size, lines.data, vectors, out, nullptr, 0);
+      if (row == 0) blur_across<1>(y.first.data, y.size, lines.data, vectors, out, {});
       if (last < count)
-        blur_across<1>(y.last.data, y.size, lines.data + last, vectors, out + last, nullptr, 0);
+        blur_across<1>(y.last.data, y.size, lines.data + last, vectors, out + last, {});
     }
     if (direct) return;
     for (int t = 0; t < count; ++t) write_row(row + t, out[t]);

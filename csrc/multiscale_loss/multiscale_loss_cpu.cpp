@@ -264,7 +264,29 @@ struct StripLoss {
     for (int t = 0; t < kRows; ++t)
       out[t] = line(level, level.done) + t * level.line_stride +
                (level.columns.first - level.origin) * s.channels;
-    blur_across<kRows>(p.taps, size, sources.data, level.vectors, out, nullptr, 0);
+    const char* rows[(2 * kMaxScales + 1) * kRows];
+    blur_across<kRows>(p.taps, size, sources.data, level.vectors, out, ahead(l, rows));
+  }
+
+  // What will be read or written next while level l is blurred vertically: x, or what the rows are
+  // compared with.
+  Ahead ahead(int l, const char** rows) const {
+    int64_t count = 0;
+    const int64_t bytes = p.type == ImageType::float32 ? sizeof(float) : 2;
+    const auto add = [&](const void* tensor, int64_t row, int64_t pixel) {
+      const int64_t at = offset(min(row, p.height - 1), pixel) * bytes;
+      if (tensor && whole) rows[count++] = static_cast<const char*>(tensor) + at;
+    };
+    for (int t = 0; t < kRows; ++t) {
+      if (l == last)
+        for (int m = 0; m <= last; ++m) {
+          add(p.contributions[m], levels[l].done + t, s.pixel);
+          add(p.grads[m], levels[l].done + t, s.pixel);
+        }
+      if (l == 1 && p.x_type == p.type && p.border != Border::circular)
+        add(p.x, levels[0].done + t, levels[0].columns.first);
+    }
+    return {rows, count, bytes};
   }
 
   const float* row_to_read(const void* from, ImageType type, int64_t row, float* staged) const {

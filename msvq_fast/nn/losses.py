@@ -64,6 +64,7 @@ class MultiScaleLoss(nn.Module):
         weights: Sequence[float] | None = None,
         reduction: str = "mean",
         border: str = "reflect",
+        recompute: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -73,6 +74,7 @@ class MultiScaleLoss(nn.Module):
         self.weights = weights
         self.reduction = reduction
         self.border = border
+        self.recompute = recompute
         self.backend = backend
 
     def forward(self, contributions: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,5 +88,6 @@ class MultiScaleLoss(nn.Module):
             weights=self.weights,
             reduction=self.reduction,
             border=self.border,
+            recompute=self.recompute,
             backend=self.backend,
         )
