@@ -58,6 +58,21 @@ def test_native_rounds_low_precision_once(isa: str, dtype: torch.dtype) -> None:
 
 
 @native_only
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("border", BORDERS)
+def test_native_types_for_every_kernel_and_size(border: str, dtype: torch.dtype) -> None:
+    for kernel_size in KERNELS:
+        for shape in (*SHAPES, (1, 1, 192, 256)):
+            x = (torch.rand(shape) * 255).to(dtype)
+            got = native_blur(x, taps(kernel_size), taps(kernel_size), border, False, "")
+            want = dense_blur(x, taps(kernel_size), taps(kernel_size), border)
+            if dtype == torch.uint8:
+                assert (got.double() - want).abs().max() <= 0.5 + 1e-4
+            else:
+                assert_blur_close(got, want, x, ulps=16)
+
+
+@native_only
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
 def test_native_converts_every_value_like_torch(isa: str, dtype: torch.dtype) -> None:
@@ -85,10 +100,11 @@ def test_native_wide_image_many_channels(isa: str, layout: torch.memory_format) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_full_size_image(backend: str) -> None:
+@pytest.mark.parametrize("border", BORDERS)
+def test_full_size_image(border: str, backend: str) -> None:
     x = torch.rand(1, 1, 1024, 1000) * 2 - 1
-    want = dense_blur(x, taps(31, 5.0), taps(31, 5.0), "reflect")
-    assert_blur_close(gaussian_blur(x, 31, 5.0, backend=backend), want, x)
+    want = dense_blur(x, taps(31, 5.0), taps(31, 5.0), border)
+    assert_blur_close(gaussian_blur(x, 31, 5.0, border=border, backend=backend), want, x)
 
 
 @pytest.mark.parametrize("border", BORDERS)

@@ -51,6 +51,15 @@ def test_holds_nothing_but_gradients(dtype: torch.dtype, scales: int) -> None:
     assert held_bytes(contributions, x, backend="reference") >= scales * image
 
 
+def test_recompute_asks_for_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, kernel = [], native.multiscale_loss
+    monkeypatch.setattr(native, "multiscale_loss", lambda *a: (asked.append(a[-1]), kernel(*a))[1])
+    contributions, x = leaves((1, 1, 8, 8), 2)
+    for recompute in MODES:
+        multiscale_loss(contributions, x, recompute=recompute)
+    assert [list(a) for a in asked] == [[True, True], [False, False]]
+
+
 def test_saves_only_its_inputs() -> None:
     contributions, x = leaves((1, 3, 16, 16), 3)
     saved: list[Tensor] = []
