@@ -18,6 +18,7 @@ from msvq_fast.ops.vector_quantize.triton_shapes import (
     block_rows,
     block_width,
     filter_rows,
+    filter_stages,
     variants,
 )
 
@@ -146,7 +147,7 @@ def _search(
         BN=CODES,
         BD=padded,
         num_warps=8,
-        num_stages=3,
+        num_stages=filter_stages(padded),
     )
     triton_search.resolve_codes[(_programs(z),)](
         z,
