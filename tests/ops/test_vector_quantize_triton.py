@@ -1,92 +1,225 @@
-"""The Triton kernels of vector quantization, in Triton's interpreter where there is no GPU."""
+"""vector_quantize in Triton: on a GPU if there is one, else small in Triton's interpreter."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from ops.test_nearest_code import KINDS, make_data
+from ops.test_vector_quantize import layouts
+from parity import assert_close
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from msvq_fast.ops import ema_update_, nearest_code, vector_quantize
+from msvq_fast.ops import InputError, ema_update_, nearest_code, vector_quantize
 from msvq_fast.ops.vector_quantize.op import OP
-from tests.parity import assert_close
+
+if OP.missing.get("triton") is not None:
+    pytest.skip(OP.missing["triton"], allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REASON = OP.why_not("triton", torch.zeros(1, 2, device=DEVICE), torch.zeros(1, 2, device=DEVICE))
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+DTYPES = [
+    dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if OP.why_not(
+        "triton", torch.zeros(1, 1, dtype=dtype, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
+    )
+    is None
+]
+# The interpreter computes with NumPy, which warns where a GPU goes on with Inf and NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 
-def data(kind: str, n: int, k: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
-    z, codebook = torch.randn(n, d), torch.randn(k, d)
-    if kind == "init":
-        codebook = (torch.rand(k, d) * 2 - 1) / k
-    elif kind == "offset":
-        z, codebook = z + 1000, codebook + 1000
-    elif kind == "duplicates":
-        codebook[k // 2 :] = codebook[: k - k // 2].clone()
-    elif kind == "ties":
-        z, codebook = z.round(), codebook.round()
-    elif kind in ("tiny", "huge"):
-        scale = 1e-20 if kind == "tiny" else 1e15
-        z, codebook = z * scale, codebook * scale
-    elif kind == "broken":
-        z[1, 0], z[3, d - 1], codebook[k // 3, 0] = float("nan"), float("inf"), float("nan")
-    return z.to(DEVICE), codebook.to(DEVICE)
+def assert_codes_exact(z, codebook):
+    want = nearest_code(z, codebook, backend="reference").to(DEVICE)
+    z, codebook = z.to(DEVICE), codebook.to(DEVICE)
+    got = nearest_code(z, codebook, backend="triton")
+    wrong = int((got != want).sum())
+    assert wrong == 0, f"{tuple(codebook.shape)}: {wrong} of {len(z)} differ"
+    return z, codebook, want
 
 
-KINDS = ("normal", "init", "offset", "duplicates", "ties", "tiny", "huge", "broken")
+def test_the_types_of_this_device_run():
+    assert torch.float32 in DTYPES and torch.float16 in DTYPES
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("n", "k", "d"), [(70, 257, 64), (33, 7, 9)])
-def test_codes_are_exact(kind: str, n: int, k: int, d: int) -> None:
-    z, codebook = data(kind, n, k, d)
-    want = nearest_code(z, codebook, backend="reference")
-    assert torch.equal(nearest_code(z, codebook, backend="triton"), want)
+def test_codes_are_exact(kind, dtype):
+    assert_codes_exact(*make_data(kind, 66, 130, 8, dtype))
 
 
-@pytest.mark.parametrize(("n", "k", "d"), [(0, 3, 4), (1, 1, 1), (5, 2, 65), (17, 256, 128)])
-def test_codes_of_awkward_sizes(n: int, k: int, d: int) -> None:
-    z, codebook = data("normal", n, k, d)
-    for x in (z, z.half()):
-        want = nearest_code(x, codebook, backend="reference")
-        assert torch.equal(nearest_code(x, codebook, backend="triton"), want)
+@pytest.mark.parametrize(
+    ("k", "d"),
+    ((1, 8), (2, 64), (7, 1), (255, 63), (256, 65), (257, 128), (1000, 16), (1024, 32), (8192, 64)),
+)
+def test_codes_are_exact_at_awkward_sizes(k, d):
+    for kind in ("normal", "init"):
+        assert_codes_exact(*make_data(kind, 65, k, d))
 
 
-@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
-def test_outputs_and_gradient(layout: torch.memory_format) -> None:
+def test_codes_are_exact_in_many_tiles():
+    assert_codes_exact(*make_data("normal", 20, 16384, 8))
+
+
+def test_wide_codes():
+    assert_codes_exact(*make_data("normal", 40, 70, 200))
+
+
+def test_rows_between_two_codes():
+    # Rows on the bisector of a pair of codes, moved off it by a few units in the last place.
+    codebook = torch.randn(64, 16)
+    first, second = torch.randint(64, (2, 300))
+    middle = (codebook[first].double() + codebook[second].double()) / 2
+    step = (codebook[first] - codebook[second]).double()
+    for distance in (1e-7, 1e-5, 1e-3):
+        z = (middle + step * torch.randn(300, 1).double() * distance).float()
+        assert_codes_exact(z, codebook)
+
+
+def test_order_of_d_decides_the_tie():
+    # 2**54 + 1.96 + 1.96 is 2**54 in that order, and more if the small squares come first.
+    z = torch.zeros(5, 3)
+    codebook = torch.tensor([[2.0**27, 1.4, 1.4], [2.0**27, 0.0, 0.0]])
+    assert assert_codes_exact(z, codebook)[2].tolist() == [0] * 5
+    assert assert_codes_exact(z, codebook.flip(1))[2].tolist() == [1] * 5
+
+
+def test_ties_take_the_lowest_index():
+    codebook = torch.randn(300, 8)
+    codebook[[5, 37, 299]] = codebook[2].clone()
+    codebook[250] = codebook[0].clone()  # a pair, in different tiles
+    assert_codes_exact(codebook[[2, 5, 37, 299, 250, 0]], codebook)
+
+
+def test_non_finite_rows_and_codes():
+    codebook = torch.randn(40, 8)
+    z = codebook[[7, 8, 9, 10, 11]].clone()
+    codebook[8, 3], codebook[9, 0], codebook[0, 1] = math.nan, math.inf, -math.inf
+    z[3, 2], z[4, 7] = math.nan, -math.inf
+    z, codebook, codes = assert_codes_exact(z, codebook)
+    assert codes[3:].tolist() == [0, 0]
+    out = vector_quantize(z, codebook, backend="triton")
+    assert not out.commitment_loss.isfinite()
+    assert out.code_counts.sum() == 3 and out.code_counts[0] == 0
+    assert torch.equal(out.z_q, codebook[codes])
+    assert out.code_sums.isfinite().all()
+    assert nearest_code(z, codebook * math.nan, backend="triton").tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_layout_gives_the_same(dtype):
     codebook = torch.randn(11, 6, device=DEVICE)
-    x = torch.randn(2, 6, 5, 7, device=DEVICE).contiguous(memory_format=layout)
-    mine, truth = x.clone().requires_grad_(), x.double().requires_grad_()
-    got = vector_quantize(mine, codebook, dim=1, backend="triton")
-    want = vector_quantize(truth, codebook.double(), dim=1, backend="reference")
-    assert torch.equal(got.codes, want.codes) and torch.equal(got.code_counts, want.code_counts)
-    assert torch.equal(got.z_q.double(), want.z_q) and got.z_q.stride() == mine.stride()
-    assert_close("loss", got.commitment_loss, want.commitment_loss)
-    assert_close("sums", got.code_sums, want.code_sums)
-    weight = torch.randn_like(x)
-    ((got.z_q * weight).sum() + 3 * got.commitment_loss).backward()
-    ((want.z_q * weight.double()).sum() + 3 * want.commitment_loss).backward()
-    assert mine.grad is not None and truth.grad is not None
-    assert_close("grad_z", mine.grad, truth.grad)
-    again = vector_quantize(x, codebook, dim=1, backend="triton")
-    assert torch.equal(again.code_sums, got.code_sums)
+    for name, z, dim in layouts(dtype):
+        z = z.to(DEVICE).requires_grad_()
+        rows = z.detach().movedim(dim, -1)
+        out = vector_quantize(z, codebook, dim=dim, backend="triton")
+        want = nearest_code(rows, codebook, backend="reference")
+        assert torch.equal(out.codes, want), name
+        assert torch.equal(nearest_code(z, codebook, dim=dim, backend="triton"), want), name
+        z_q = codebook[want].movedim(-1, dim).to(dtype)
+        assert torch.equal(out.z_q, z_q) and out.z_q.dtype == dtype, name
+        if name != "expanded":  # an expanded tensor has no layout to keep
+            assert out.z_q.stride() == torch.empty_like(z).stride(), name
+        assert torch.equal(out.code_counts, want.reshape(-1).bincount(minlength=11)), name
+        sums = torch.zeros(11, 6, dtype=torch.float64, device=DEVICE)
+        sums.index_add_(0, want.reshape(-1), rows.reshape(-1, 6).double())
+        assert_close(f"{name} sums", out.code_sums, sums)
+        upstream = torch.randn_like(z)
+        three = torch.tensor(3.0, device=DEVICE)
+        (grad,) = torch.autograd.grad([out.z_q, out.commitment_loss], [z], [upstream, three])
+        error = z.detach().double() - codebook[want].movedim(-1, dim).double()
+        assert_close(f"{name} loss", out.commitment_loss, 0.25 * error.square().mean())
+        want_grad = upstream.double() + 3 * 0.25 * 2 / z.numel() * error
+        assert_close(f"{name} grad", grad, want_grad, ulps=2)
 
 
-def test_broken_latents_are_left_out() -> None:
-    z, codebook = data("broken", 20, 9, 8)
-    got = vector_quantize(z, codebook, backend="triton")
-    want = vector_quantize(z, codebook, backend="reference")
-    assert torch.equal(got.codes, want.codes) and torch.equal(got.code_counts, want.code_counts)
-    assert not got.commitment_loss.isfinite() and got.code_sums.isfinite().all()
+@pytest.mark.parametrize("shape", ((0, 4), (2, 4, 0, 3)))
+def test_empty(shape):
+    z = torch.randn(shape, device=DEVICE, requires_grad=True)
+    out = vector_quantize(z, torch.randn(5, 4, device=DEVICE), dim=1, backend="triton")
+    assert out.z_q.shape == shape and out.codes.numel() == 0
+    assert out.commitment_loss == 0
+    assert out.code_counts.tolist() == [0] * 5 and out.code_sums.abs().sum() == 0
+    (out.commitment_loss + out.z_q.sum()).backward()
+    assert z.grad.shape == shape
 
 
-def test_ema_update_is_the_references() -> None:
-    counts = torch.tensor([0, 3, 5], device=DEVICE)
-    state = [torch.randn(3, 4), torch.rand(3) + 1, torch.randn(3, 4)]
-    sums = torch.randn(3, 4, device=DEVICE) * counts[:, None]
-    mine = [t.to(DEVICE).clone() for t in state]
-    truth = [t.to(DEVICE).double() for t in state]
-    ema_update_(*mine, counts, sums, backend="triton")
-    ema_update_(*truth, counts, sums.double(), backend="reference")
-    for name, got, want in zip(("codebook", "mass", "sums"), mine, truth, strict=True):
-        assert_close(name, got, want)
-    assert torch.equal(mine[0][0], state[0][0].to(DEVICE))  # no latent: bit for bit
+def test_a_popular_code_is_summed_in_parts_and_repeats_bit_for_bit():
+    z = torch.randn(3000, 4, device=DEVICE) + 100
+    codebook = torch.randn(6, 4, device=DEVICE)
+    codebook[3] = 100
+    runs = [vector_quantize(z, codebook, backend="triton") for _ in range(2)]
+    assert runs[0].code_counts.tolist() == [0, 0, 0, 3000, 0, 0]
+    assert_close("sums", runs[0].code_sums[3], z.double().sum(0), ulps=32)
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("laplace_eps", (0.0, 0.5))
+@pytest.mark.parametrize("threshold", (0.0, 0.5, 3.0))
+def test_ema_update(laplace_eps, threshold):
+    codebook, fresh = torch.randn(2, 70, 3, device=DEVICE)
+    state = [codebook, 10 * torch.rand(70, device=DEVICE), codebook.clone()]
+    state[1][1] = 0.1
+    fresh[5, 1] = math.nan
+    truth, mass = [t.double() for t in state], state[1].clone()
+    counts = torch.randint(0, 3, (70,), device=DEVICE)
+    sums = torch.randn(70, 3, device=DEVICE) * counts[:, None]
+    options = {"laplace_eps": laplace_eps, "restart_below": threshold, "decay": 0.9}
+    restart = fresh if threshold else None
+    before = codebook.clone()
+    ema_update_(*state, counts, sums, **options, restart_vectors=restart, backend="triton")
+    options |= {"restart_vectors": restart, "backend": "reference"}
+    ema_update_(*truth, counts, sums.double(), **options)
+    for got, want in zip(state, truth, strict=True):
+        assert_close("state", got, want)
+    kept = (counts == 0) & (0.9 * mass > threshold)
+    assert kept.any() and torch.equal(codebook[kept], before[kept])
+
+
+def test_opcheck():
+    z, codebook = torch.randn(10, 4, device=DEVICE), torch.randn(5, 4, device=DEVICE)
+    ops = torch.ops.msvq_fast
+    torch.library.opcheck(ops.nearest_code_triton, (z, codebook, 1))
+    torch.library.opcheck(ops.vector_quantize_triton, (z, codebook, 1, 0.25))
+    codes = nearest_code(z, codebook, backend="triton")
+    one = torch.ones((), device=DEVICE)
+    args = (z, one, z, codes, codebook, 1, 0.25)
+    torch.library.opcheck(ops.vector_quantize_backward_triton, args)
+    counts = torch.ones(5, dtype=torch.int64, device=DEVICE)
+    mass = torch.ones(5, device=DEVICE)
+    args = (codebook, mass, codebook.clone(), counts, codebook.clone(), 0.9, 0.0, 0.0, None)
+    torch.library.opcheck(ops.ema_update_triton, args)
+
+
+def test_compiles_in_one_graph():
+    codebook = torch.randn(12, 4, device=DEVICE)
+
+    def step(z):
+        out = vector_quantize(z, codebook, dim=1, backend="triton")
+        return out.z_q.sum() * 2 + out.commitment_loss, out.codes, out.code_sums
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for batch in (6, 7, 9):
+        z = torch.randn(batch, 4, 5, 3, device=DEVICE, requires_grad=True)
+        twin = z.detach().clone().requires_grad_()
+        loss, codes, sums = compiled(z)
+        want_loss, want_codes, want_sums = step(twin)
+        loss.backward()
+        want_loss.backward()
+        assert torch.equal(codes, want_codes) and torch.equal(sums, want_sums)
+        torch.testing.assert_close(z.grad, twin.grad)
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1
+
+
+def test_unsupported_calls_say_why():
+    z, codebook = torch.zeros(3, 300, device=DEVICE), torch.zeros(2, 300, device=DEVICE)
+    with pytest.raises(InputError, match="D up to 256"):
+        nearest_code(z, codebook, backend="triton")
+    with pytest.raises(InputError, match="float32 codebook"):
+        nearest_code(z[:, :2], codebook[:, :2].double(), backend="triton")

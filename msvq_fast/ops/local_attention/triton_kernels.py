@@ -29,6 +29,8 @@ from msvq_fast.ops.local_attention.windows import Windows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_CHANNELS = 128
+# Read once, as by the kernels; torch.compile cannot trace the reading.
+_INTERPRETED: bool = triton.knobs.runtime.interpret
 _SCALES = 4  # of one launch of the forward
 _WHOLE = 2**28 + 1  # a window that covers any grid, one constant for all of them
 _SMALL = 256  # queries of a grid that few large tiles cover best
@@ -45,12 +47,11 @@ def unsupported(
     windows: Windows,
 ) -> str | None:
     """Why this call cannot run here, or None."""
-    interpreted = triton.knobs.runtime.interpret
-    if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
+    if q.device.type != "cuda" and not (_INTERPRETED and q.device.type == "cpu"):
         return f"the Triton kernel runs on CUDA tensors, q is on {q.device}"
     if q.dtype not in _DTYPES:
         return f"the Triton kernel takes float32, bfloat16 or float16, q is {q.dtype}"
-    if interpreted and q.dtype == torch.bfloat16:
+    if _INTERPRETED and q.dtype == torch.bfloat16:
         return "Triton's interpreter has no bfloat16 products"
     if q.shape[3] > _MOST_CHANNELS:
         return f"the Triton kernel takes heads of at most {_MOST_CHANNELS}, q has {q.shape[3]}"

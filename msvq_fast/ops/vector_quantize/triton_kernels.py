@@ -18,6 +18,7 @@ from msvq_fast.ops.vector_quantize.triton_shapes import (
     block_rows,
     block_width,
     filter_rows,
+    filter_stages,
     variants,
 )
 
@@ -31,17 +32,18 @@ __all__ = [
 ]
 
 _MOST_WIDTH = 256
+# Read once, as by the kernels; torch.compile cannot trace the reading.
+_INTERPRETED: bool = triton.knobs.runtime.interpret
 _PARTIAL_SUMS = 4096  # a popular code's rows are summed in as many parts as fit
 
 
 def unsupported(z: Tensor, codebook: Tensor) -> str | None:
     """Why this call cannot run here, or None."""
-    interpreted = triton.knobs.runtime.interpret
-    if z.device.type != "cuda" and not (interpreted and z.device.type == "cpu"):
+    if z.device.type != "cuda" and not (_INTERPRETED and z.device.type == "cpu"):
         return f"the Triton kernel runs on CUDA tensors, z is on {z.device}"
     if z.dtype not in DTYPES:
         return f"the Triton kernel takes float32, float16 or bfloat16, z is {z.dtype}"
-    if interpreted and z.dtype == torch.bfloat16:
+    if _INTERPRETED and z.dtype == torch.bfloat16:
         return "Triton's interpreter does not round bfloat16 as a GPU does"
     if codebook.dtype != torch.float32:
         return f"the Triton kernel takes a float32 codebook, it is {codebook.dtype}"
@@ -145,7 +147,7 @@ def _search(
         BN=CODES,
         BD=padded,
         num_warps=8,
-        num_stages=3,
+        num_stages=filter_stages(padded),
     )
     triton_search.resolve_codes[(_programs(z),)](
         z,
@@ -231,7 +233,7 @@ def _vector_quantize(
         keys, order = torch.sort(keys, stable=True)
         limits = torch.arange(num_codes + 1, dtype=torch.int32, device=z.device)
         bounds = torch.searchsorted(keys, limits)  # (K + 1,)
-        splits = max(1, min(64, _PARTIAL_SUMS // num_codes))
+        splits = max(1, min(64, _PARTIAL_SUMS // num_codes, count // 1024))
         parts = codebook.new_empty(num_codes, splits, width)
         triton_outputs.code_sums[(num_codes, splits)](
             z,

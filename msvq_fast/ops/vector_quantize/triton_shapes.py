@@ -9,7 +9,16 @@ import torch
 from msvq_fast.ops.backend import KernelVariant
 from msvq_fast.ops.vector_quantize import triton_outputs, triton_search
 
-__all__ = ["CODES", "DTYPES", "STEPS", "block_rows", "block_width", "filter_rows", "variants"]
+__all__ = [
+    "CODES",
+    "DTYPES",
+    "STEPS",
+    "block_rows",
+    "block_width",
+    "filter_rows",
+    "filter_stages",
+    "variants",
+]
 
 DTYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 CODES = 64  # of a tile of the filter
@@ -43,9 +52,14 @@ def filter_rows(padded: int) -> int:
     return 32 if padded > 128 else 64
 
 
+def filter_stages(padded: int) -> int:
+    """Tiles of codes in flight; wide ones leave no registers for the addresses of three."""
+    return 2 if padded > 128 else 3
+
+
 def block_rows(padded: int) -> int:
     """Rows of a block of the elementwise kernels: their addresses take most registers."""
-    return 1024 // padded
+    return 512 // padded
 
 
 def variants() -> list[KernelVariant]:
@@ -60,7 +74,7 @@ def variants() -> list[KernelVariant]:
     move = triton_outputs.move_codebook
     for width in (16, 64, 256):
         for smooth in (False, True):
-            flags = {"LAPLACE": smooth, "RESTART": smooth, "BK": 1024 // width, "BD": width}
+            flags = {"LAPLACE": smooth, "RESTART": smooth, "BK": block_rows(width), "BD": width}
             label = f"d{width}" + " laplace restart" * smooth
             out.append(_variant(move, label, "*fp32", flags))
     return out
@@ -82,6 +96,7 @@ def _variants(label: str, z: str, width: int, dense: bool) -> list[KernelVariant
             z,
             {**filter_sizes, **one},
             num_warps=8,
+            num_stages=filter_stages(width),
             tensor_cores=True,
         ),
         _variant(search.resolve_codes, label, z, {**STEPS, **one}, fp_fusion=False),
