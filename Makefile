@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/demo
 
-.PHONY: build demo test check test-gpu kernels-check bench format clean
+.PHONY: build demo test check test-gpu kernels-check bench bench-gpu format clean
 
 build: $(VENV)/.built
 
@@ -53,6 +53,12 @@ kernels-check: $(VENV)/.built
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# Like test-gpu, with the Python at hand; under nine minutes, and every row is kept as soon as it is
+# timed. ARGS="--only TEXT", "--resume", "--budget SECONDS", "--out DIR", "--list".
+bench-gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -u benchmarks/device/run.py $(ARGS)
 
 format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .

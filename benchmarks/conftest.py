@@ -8,30 +8,16 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import machine
 import pytest
 import torch
 
-SCHEMA = 1
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "opencv-python-headless",
-    "kornia",
-    "faiss-cpu",
-    "vector-quantize-pytorch",
-)
 _results: dict[str, list[dict[str, Any]]] = {}
 
 
@@ -100,58 +86,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     folder = session.config.getoption("--save-results")
     if not folder:
         return
-    machine = describe_machine()
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
+    described = machine.describe_machine()
+    slug = machine.slug(described["cpu"])
     Path(folder).mkdir(parents=True, exist_ok=True)
     for suite, results in _results.items():
         record = {
-            "schema": SCHEMA,
+            "schema": machine.SCHEMA,
             "suite": suite,
-            "commit": _commit(),
+            "commit": machine.commit(),
             "date": datetime.date.today().isoformat(),
             "device": "cpu",
-            "machine": machine,
-            "versions": _versions(),
+            "machine": described,
+            "versions": machine.versions(),
             "results": results,
         }
         path = Path(folder) / f"{suite}--{slug}--cpu.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def describe_machine() -> dict[str, Any]:
-    """CPU model, cores and the instruction set in use."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8"))
-        model = found[1] if found else model
-    try:
-        from msvq_fast._C import cpu_isas
-
-        isa = cpu_isas()[-1]
-    except ImportError:
-        isa = "none: the extension is not built"
-    return {
-        "cpu": re.sub(r"\((R|TM)\)", "", model),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": isa,
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip() or "unknown"

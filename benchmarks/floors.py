@@ -6,18 +6,23 @@ from typing import NamedTuple
 
 
 class Device(NamedTuple):
-    """What a device reaches on large sizes: a copy, and a half-precision matrix product."""
+    """What a device reaches on large sizes: a copy, matrix products in half and full precision."""
 
     name: str
     bytes_per_s: float
     flops_per_s: float
+    float32_flops_per_s: float
 
-    def floor(self, moved_bytes: float, flops: float) -> float:
-        """Seconds: the larger of the two."""
-        return max(moved_bytes / self.bytes_per_s, flops / self.flops_per_s)
+    def floor(self, moved_bytes: float, flops: float, float32_flops: float = 0.0) -> float:
+        """Seconds: the largest of the three."""
+        return max(
+            moved_bytes / self.bytes_per_s,
+            flops / self.flops_per_s,
+            float32_flops / self.float32_flops_per_s,
+        )
 
 
-H200 = Device("H200", 4.3e12, 790e12)
+H200 = Device("H200", 4.3e12, 790e12, 60e12)
 
 
 def search_cost(n: int, k: int, d: int, itemsize: int) -> tuple[float, float]:

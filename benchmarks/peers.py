@@ -12,12 +12,13 @@ from torch import Tensor
 
 Measure = Callable[..., None]  # the fixture of benchmarks/conftest.py
 Blur = Callable[[], Tensor]
+Attention = Callable[[], Tensor]
 Search = Callable[[], Tensor]
 
 
 def torch_separable_blur(x: Tensor, size: int, sigma: float) -> Blur:
     """Two depthwise convolutions over reflect padding: what kornia runs."""
-    taps, channels = _taps(size, sigma), x.shape[1]
+    taps, channels = _taps(x, size, sigma), x.shape[1]
     rows = taps.view(1, 1, 1, size).expand(channels, 1, 1, size)
     columns = taps.view(1, 1, size, 1).expand(channels, 1, size, 1)
 
@@ -31,7 +32,7 @@ def torch_separable_blur(x: Tensor, size: int, sigma: float) -> Blur:
 
 def torch_dense_blur(x: Tensor, size: int, sigma: float) -> Blur:
     """One depthwise convolution with size² taps: what torchvision runs."""
-    taps, channels = _taps(size, sigma), x.shape[1]
+    taps, channels = _taps(x, size, sigma), x.shape[1]
     kernel = torch.outer(taps, taps).expand(channels, 1, size, size)
     return lambda: F.conv2d(F.pad(x, [size // 2] * 4, mode="reflect"), kernel, groups=channels)
 
@@ -78,19 +79,27 @@ def addmm_search(z: Tensor, codebook: Tensor) -> Search:
     return search
 
 
+def flash_kmeans_search(z: Tensor, codebook: Tensor) -> Search:
+    """Its assignment kernel; codes are in the latents' dtype, as it requires."""
+    package = pytest.importorskip("flash_kmeans.assign_euclid_triton")
+    rows, codes = z[None], codebook.to(z.dtype)[None]
+    squares = rows.float().square().sum(-1)
+    return lambda: package.euclid_assign_triton(rows, codes, squares)[0]
+
+
 def vector_quantize_pytorch_step(z: Tensor, codebook: Tensor) -> Callable[[], None]:
     """Forward, backward and EMA update of ``z (N, D)``, which requires a gradient."""
     package = pytest.importorskip("vector_quantize_pytorch")
     size, width = codebook.shape
     quantizer = package.VectorQuantize(
         dim=width, codebook_size=size, decay=0.99, commitment_weight=0.25
-    )
+    ).to(z.device)
     upstream = torch.randn_like(z)
 
     def step() -> None:
         z.grad = None
         z_q, _, loss = quantizer(z[None])
-        torch.autograd.backward([z_q[0], loss.sum()], [upstream, torch.ones(())])
+        torch.autograd.backward([z_q[0], loss.sum()], [upstream, torch.ones_like(loss.sum())])
 
     return step
 
@@ -106,7 +115,7 @@ def sdpa_masked_attention(
         rows = torch.arange(q.shape[2])[:, None].expand_as(index)
         mask[rows[inside], index[inside]] = True
         masks.append(mask)
-    mask = torch.cat(masks, dim=1)
+    mask = torch.cat(masks, dim=1).to(q.device)
 
     def attend() -> Tensor:
         key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
@@ -120,6 +129,7 @@ def gathered_attention(
 ) -> Callable[[], Tensor]:
     """The windows gathered by an index into ``(N, k²)`` copies of keys and values (unfold)."""
     windows = [_window_index(grids, kernels, n) for n in range(len(grids))]
+    windows = [(index.to(q.device), inside.to(q.device)) for index, inside in windows]
     inside = torch.cat([w for _, w in windows], dim=1)
 
     def attend() -> Tensor:
@@ -130,6 +140,38 @@ def gathered_attention(
         return (weights[..., None, :] @ near)[..., 0, :]
 
     return attend
+
+
+def flex_attention(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    grids: list[tuple[int, int]],
+    kernels: list,
+    block: int = 128,
+) -> Attention:
+    """FlexAttention, compiled, over two scales with a block mask, which is not timed."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    if q.requires_grad and q.device.type == "cpu":
+        pytest.skip("FlexAttention has no backward on the CPU")
+    (h, w), (height, width) = grids
+    coarse, (kernel, own_kernel) = h * w, kernels
+
+    def near(y: Tensor, x: Tensor, cell_y: Tensor, cell_x: Tensor, size: int) -> Tensor:
+        return ((y - cell_y).abs() <= size // 2) & ((x - cell_x).abs() <= size // 2)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        y, x, own = query // width, query % width, key - coarse
+        above = near(y * h // height, x * w // width, key // w, key % w, kernel) & (own < 0)
+        beside = near(y, x, own // width, own % width, own_kernel) & (own >= 0) & (own != query)
+        return above | beside
+
+    tokens = height * width
+    mask = flex.create_block_mask(
+        visible, None, None, tokens, coarse + tokens, device=q.device.type, BLOCK_SIZE=block
+    )
+    attend = torch.compile(flex.flex_attention)
+    return lambda: attend(q, torch.cat(keys, dim=2), torch.cat(values, dim=2), block_mask=mask)
 
 
 def _window_index(grids: list[tuple[int, int]], kernels: list, n: int) -> tuple[Tensor, Tensor]:
@@ -146,7 +188,7 @@ def _window_index(grids: list[tuple[int, int]], kernels: list, n: int) -> tuple[
     return index, inside
 
 
-def _taps(size: int, sigma: float) -> Tensor:
+def _taps(x: Tensor, size: int, sigma: float) -> Tensor:
     j = torch.arange(size, dtype=torch.float64) - size // 2
     taps = torch.exp(-0.5 * (j / sigma) ** 2)
-    return (taps / taps.sum()).float()
+    return (taps / taps.sum()).to(x)

@@ -29,7 +29,15 @@ def test_schema(path: Path) -> None:
     if record["suite"] == "demo":
         assert record["evaluation"]["reconstructions"] and record["validation"]
         return
-    assert record["results"]
+    if record["device"] == "cuda":
+        assert {"gpu", "ceilings"} <= record["machine"].keys()
+        for missing in record["missing"]:
+            assert missing["kind"] in ("skipped", "error", "dropped")
+            assert missing["group"] and missing["name"] and missing["reason"]
+            assert "\n" not in missing["reason"]
+        for result in record["results"]:
+            assert result["extra"]["peak_bytes"] >= 0 and result["extra"]["wall_s"] > 0
+    assert record["results"] or record["missing"]
     for result in record["results"]:
         for key, kind in RESULT.items():
             assert isinstance(result[key], kind), key

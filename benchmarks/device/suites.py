@@ -1,0 +1,21 @@
+"""All rows, the important ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from device import attention, images, quantizer, training
+from device.rows import Row
+
+SUITES = ("vector_quantize", "gaussian_blur", "multiscale_loss", "local_attention", "training")
+
+
+def all_rows() -> list[Row]:
+    """Stable order of rank: our rows of the headline shapes, then their peers, then the rest."""
+    found = [*quantizer.rows(), *images.rows(), *attention.rows(), *training.rows()]
+    return sorted(found, key=lambda row: row.rank)
+
+
+def select(ids: Iterable[str]) -> list[Row]:
+    by_id = {row.id: row for row in all_rows()}
+    return [by_id[i] for i in ids]

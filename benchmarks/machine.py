@@ -1,0 +1,83 @@
+"""What a result file says of its machine, its packages and its commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "opencv-python-headless",
+    "kornia",
+    "faiss-cpu",
+    "flash-kmeans",
+    "vector-quantize-pytorch",
+)
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU model, cores and the instruction set in use."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8"))
+        model = found[1] if found else model
+    try:
+        from msvq_fast._C import cpu_isas
+
+        isa = cpu_isas()[-1]
+    except ImportError:
+        isa = "none: the extension is not built"
+    return {
+        "cpu": re.sub(r"\((R|TM)\)", "", model),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": isa,
+    }
+
+
+def describe_gpu() -> dict[str, Any]:
+    """The CUDA device beside the CPU that drives it."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+    }
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
