@@ -137,8 +137,8 @@ def variants():
     out = {b: {} for b in COMPILED if b != "native"}
     if "native" in COMPILED:
         isas = OP.kernels["native"]._C.cpu_isas()
-        out |= {isa: {"isa": isa, "matrix_unit": False} for isa in isas}
-        out |= {"matrix unit": {"matrix_unit": True}}
+        out |= {isa: {"isa": isa, "filter": 0} for isa in isas}
+        out |= {"bfloat16": {"filter": 1}, "split bfloat16": {"filter": 2}}
     return out
 
 
