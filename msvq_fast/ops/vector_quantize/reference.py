@@ -112,11 +112,11 @@ def ema_update_(
         total = cluster_size.sum()
         num_codes = codebook.shape[0]
         mass = (cluster_size + laplace_eps) / (total + num_codes * laplace_eps) * total
-    codebook.copy_(torch.where(hit[:, None], code_sums_ema / mass[:, None], codebook))
+    torch.where(hit[:, None], code_sums_ema / mass[:, None], codebook, out=codebook)
     if restart_vectors is not None:
         fresh = restart_vectors.to(codebook.dtype)
         dead = (cluster_size < restart_below) & fresh.isfinite().all(dim=1)
         start_mass = max(1.0, restart_below)
-        codebook.copy_(torch.where(dead[:, None], fresh, codebook))
-        code_sums_ema.copy_(torch.where(dead[:, None], fresh * start_mass, code_sums_ema))
+        torch.where(dead[:, None], fresh, codebook, out=codebook)
+        torch.where(dead[:, None], fresh * start_mass, code_sums_ema, out=code_sums_ema)
         cluster_size.masked_fill_(dead, start_mass)
