@@ -1,4 +1,4 @@
-"""Result files keep one schema, and README says what they hold."""
+"""Result files keep one schema, and README and docs say what they hold."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def test_schema(path: Path) -> None:
     if record["suite"] == "demo":
         assert record["evaluation"]["reconstructions"] and record["validation"]
         return
+    if record["suite"] == "mismatches":
+        for result in record["results"]:
+            assert result["group"].split(",")[0] in record["data"] and result["name"]
+            assert 0 <= result["wrong_codes"] <= result["of"]
+            assert result["wrong_codes"] == 0 or result["name"] != "msvq_fast"
+        return
     if record["device"] == "cuda":
         assert {"gpu", "ceilings"} <= record["machine"].keys()
         for missing in record["missing"]:
@@ -44,8 +50,9 @@ def test_schema(path: Path) -> None:
         assert result["median_s"] > 0 and result["iqr_s"] >= 0 and isinstance(result["extra"], dict)
 
 
-def test_readme_is_made_of_them() -> None:
+@pytest.mark.parametrize("page", ("README.md", "docs/vector_quantize.md"))
+def test_pages_are_made_of_them(page: str) -> None:
     import readme
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.render(text) == text, "run python benchmarks/readme.py"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert readme.render(text, page) == text, "run python benchmarks/readme.py"
