@@ -102,7 +102,7 @@ def test_cached_path_equals_full_path(grids, kernels, decoding: str) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("grid", [(12, 12), (5, 9), (9, 4)])
+@pytest.mark.parametrize("grid", [(12, 12), (5, 9), (9, 4), (19, 20)])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_wavefront_equals_sequential_bit_for_bit(grid, kernel: int) -> None:
     grids = ((3, 3), grid)
@@ -127,9 +127,20 @@ def test_wavefront_needs_few_steps() -> None:
     config = PriorConfig(grids=((1, 1), (128, 128)), kernels=(1, 7), **SMALL)
     model = AutoregressivePrior(config).scale_model(1)
     table = fronts(model, True)
-    assert table.shape == (509, 43)
+    assert table.shape == (509, 48)  # 43 cells at most, in tiles of 16
     cells = table[table < 128 * 128]
     assert torch.equal(cells.sort().values, torch.arange(128 * 128))
+
+
+def test_a_token_costs_the_same_on_any_large_grid() -> None:
+    for side, slots in ((8, 8), (32, 16), (128, 16)):
+        config = PriorConfig(grids=((1, 1), (side, side)), kernels=(1, 3), **SMALL)
+        model = AutoregressivePrior(config).scale_model(1)
+        one, front = fronts(model, False), fronts(model, True)
+        assert one.shape == (side * side, slots) and front.shape[1] % slots == 0
+        assert ((one < side * side).sum(1) == 1).all()
+        places = (front < side * side).nonzero()[:, 1] % slots
+        assert torch.equal(places, front[front < side * side] // side % slots)
 
 
 @pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
