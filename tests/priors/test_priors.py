@@ -199,6 +199,35 @@ def test_maskgit_frequencies_match_exact_conditionals(order: str) -> None:
     chi_square(observed, (p[0][:, None] * p[1]).flatten() * count)
 
 
+def test_guided_frequencies_match_exact_conditionals() -> None:
+    """One pass with guidance w: the logits are ``(1 + w)`` with the label less ``w`` without."""
+    model = prior(MaskGITPrior, ((1, 2),), num_codes=3, num_classes=2)
+    count, w = 20000, 1.5
+    labels = torch.ones(count, dtype=torch.int64)
+    settings = {"steps": 1, "guidance": w}
+    drawn = sample(model, count, seed=1, labels=labels, settings=settings)[0].flatten(1)
+    scale = model.scale_model(0)
+    masks = torch.full((1, 2), 3)
+    with torch.no_grad():
+        labelled = scale(scale.embed(masks, labels[:1]), scale.context([], labels[:1]))[0]
+        plain = scale(scale.embed(masks), scale.context([]))[0]
+    p = ((1 + w) * labelled - w * plain).double().softmax(-1)
+    assert not torch.allclose(p, plain.double().softmax(-1), atol=0.05)
+    observed = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
+    chi_square(observed, (p[0][:, None] * p[1]).flatten() * count)
+
+
+def test_halton_order_visits_every_cell_and_spreads() -> None:
+    # Radical inverses in bases 2 and 3: (1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9).
+    assert halton_rank((4, 6)).argsort()[:4].tolist() == [2 * 6 + 2, 6 + 4, 3 * 6, 2]
+    for grid in ((8, 8), (5, 7), (1, 3)):
+        rank = halton_rank(grid)
+        assert torch.equal(rank.sort().values, torch.arange(grid[0] * grid[1]))
+    first = halton_rank((16, 16)).view(16, 16) < 64
+    quarters = [first[y : y + 8, x : x + 8].sum() for y in (0, 8) for x in (0, 8)]
+    assert all(14 <= count <= 18 for count in quarters)
+
+
 def test_maskgit_two_passes_match_exact_conditionals() -> None:
     """Halton order fixes which cell is first, so two passes are the chain rule."""
     model = prior(MaskGITPrior, ((1, 2),), num_codes=3)
