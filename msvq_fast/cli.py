@@ -113,9 +113,10 @@ def _run(command: _Command, config: Any) -> int:
     except KeyboardInterrupt:
         return _fail("stopped", 130)
     except RuntimeError as error:
+        from msvq_fast.training.distributed import LostProcessError
         from msvq_fast.training.window import TrainingError
 
-        if not isinstance(error, TrainingError):
+        if not isinstance(error, (TrainingError, LostProcessError)):
             raise
         return _fail(str(error), 1)
     return result if isinstance(result, int) else 0

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from msvq_fast.cli import main
-from msvq_fast.models import from_pretrained
+from msvq_fast.models import MEMORY_MODES, from_pretrained
 from msvq_fast.training import loop
 from msvq_fast.training.checkpoint import checkpoint_path, find_model, list_checkpoints, read_state
 from msvq_fast.training.interrupt import StopSignals
@@ -78,6 +76,32 @@ def test_memory_modes_train_alike(
     assert train(tmp_path / "plain", *options) == 0
     assert train(tmp_path / memory, f"--memory={memory}", "--strips=2", *options) == 0
     plain, other = (losses(read_metrics(tmp_path / name)) for name in ("plain", memory))
+    assert other == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+def test_compiled_is_the_same_training(
+    tmp_path: Path,
+    train: Train,
+    read_metrics: ReadMetrics,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: str,
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    options = (f"--memory={memory}", "--strips=2", "--steps=3", "--log_every=1")
+    assert train(tmp_path / "plain", *options) == 0
+    assert not graphs
+    assert train(tmp_path / "compiled", "--compile", *options) == 0
+    assert graphs
+    plain, other = (losses(read_metrics(tmp_path / name)) for name in ("plain", "compiled"))
     assert other == pytest.approx(plain, rel=1e-4)
 
 
@@ -211,60 +235,6 @@ def test_an_unreadable_image_is_named_and_counted(
     assert train(tmp_path / "out", f"--data={data}", "--steps=5") == 0
     printed = capsys.readouterr().out
     assert printed.count(str(broken)) == 1 and "skipped image 1 of 10" in printed
-
-
-WORKER = """
-import sys, torch
-from msvq_fast.training import loop
-from msvq_fast.cli import main
-torch.set_num_threads(1)
-close = loop._Run.close
-def closing(run):
-    torch.save(run.model.state_dict(), sys.argv[1])
-    close(run)
-loop._Run.close = closing
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-def test_two_processes_train_as_one(
-    tmp_path: Path,
-    train: Train,
-    train_command: Callable[..., list[str]],
-    read_metrics: ReadMetrics,
-) -> None:
-    options = ("--steps=4", "--log_every=1", "--model.restart_below=0.1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    command = train_command(tmp_path / "two", *options, "--batch_size=2")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path / f"{rank}.pt"), *command],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    printed = [process.communicate(timeout=100)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
-    assert printed[1] == "", "only the first process speaks"
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, tensor in ranks[0].items():
-        assert torch.equal(tensor, ranks[1][name]), name
-    assert train(tmp_path / "one", *options) == 0
-    two, one = losses(read_metrics(tmp_path / "two")), losses(read_metrics(tmp_path / "one"))
-    assert two == pytest.approx(one, rel=1e-3)
-    assert two[0] == pytest.approx(one[0], rel=1e-6)
 
 
 def test_codes_out_of_use_are_reported_once(
