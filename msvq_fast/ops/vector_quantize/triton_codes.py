@@ -1,49 +1,125 @@
-"""The codebook as the Triton filter reads it; all on the device, for K x D values."""
+"""The codebook as the Triton filter reads it: centred, scaled, in half precision; two launches."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import triton
+import triton.language as tl
 
-import torch
-from torch import Tensor
-
-__all__ = ["PackedCodes", "pack_codes"]
-
-_FAR = 1e30  # score of no code
+__all__ = ["measure_codes", "pack_codes"]
 
 
-class PackedCodes(NamedTuple):
-    """The codebook as the filter reads it."""
+@triton.jit
+def load_codes(codebook_ptr, first, num_codes, width, BK: tl.constexpr, BD: tl.constexpr):
+    """Codes ``first ...`` in float64, 0 for one that is not finite, and which are there."""
+    slots = first + tl.arange(0, BK)
+    d = tl.arange(0, BD)
+    mask = (slots < num_codes)[:, None] & (d < width)[None, :]
+    codes = tl.load(
+        codebook_ptr + slots.to(tl.int64)[:, None] * width + d[None, :], mask=mask, other=0.0
+    )  # (BK, BD)
+    finite = tl.sum(tl.where(tl.abs(codes) <= 3.4028234e38, 0, 1), 1) == 0
+    codes = tl.where(finite[:, None], codes, 0.0).to(tl.float64)
+    return codes, (slots < num_codes) & finite
 
-    mean: Tensor  # (BD,)
-    half: Tensor  # (slots, BD) float16, centred and scaled by a power of two
-    seeds: Tensor  # (slots,) half the squared norms
-    bounds: Tensor  # (4,) scale, largest norm, largest rounded norm, largest rounding error
+
+@triton.jit(do_not_specialize=["num_codes"])
+def measure_codes(
+    codebook_ptr,
+    part_ptr,  # (tiles, 3, BD) float64: sum, lowest and highest value of every d
+    finite_ptr,  # (tiles,) how many codes are finite
+    counter_ptr,  # (2,) set to 0 for the filter
+    num_codes,
+    width,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """What the mean and the scale of the codebook need, of one tile of ``BN`` codes."""
+    tile = tl.program_id(0)
+    d = tl.arange(0, BD)
+    total = tl.zeros((BD,), tl.float64)
+    low = tl.full((BD,), float("inf"), tl.float64)
+    high = tl.full((BD,), float("-inf"), tl.float64)
+    number = 0
+    for first in range(0, BN, BK):
+        codes, there = load_codes(codebook_ptr, tile * BN + first, num_codes, width, BK, BD)
+        total += tl.sum(codes, 0)
+        low = tl.minimum(low, tl.min(tl.where(there[:, None], codes, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(there[:, None], codes, float("-inf")), 0))
+        number += tl.sum(there.to(tl.int32), 0)
+    at = part_ptr + tile.to(tl.int64) * 3 * BD + d
+    tl.store(at, total)
+    tl.store(at + BD, low)
+    tl.store(at + 2 * BD, high)
+    tl.store(finite_ptr + tile, number)
+    if tile == 0:
+        tl.store(counter_ptr + tl.arange(0, 2), tl.zeros((2,), tl.int32))
 
 
-def pack_codes(codebook: Tensor, tile: int, block_width: int) -> PackedCodes:
-    """Centre, scale and round the codebook for tiles of ``tile`` codes of ``block_width``."""
-    num_codes, width = codebook.shape
-    slots = (num_codes + tile - 1) // tile * tile
-    finite = codebook.isfinite().all(dim=1, keepdim=True)  # (K, 1)
-    exact = codebook.double().where(finite, 0)
-    mean = (exact.sum(dim=0) / finite.sum().clamp_min(1)).float()
-    centred = (exact - mean.double()).where(finite, 0)  # (K, D)
+@triton.jit(do_not_specialize=["num_codes", "tiles"])
+def pack_codes(
+    codebook_ptr,
+    part_ptr,
+    finite_ptr,
+    mean_ptr,  # (BD,)
+    scale_ptr,  # (1,) a power of two
+    half_ptr,  # (tiles * BN, BD) float16
+    seed_ptr,  # (tiles * BN,) half the squared norms, 1e30 where there is no finite code
+    norm_ptr,  # (3, tiles) largest norm, rounded norm and rounding error of a tile
+    num_codes,
+    width,
+    tiles,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Centre, scale and round one tile; mean and scale are worked out by every program alike."""
+    tile = tl.program_id(0)
+    d = tl.arange(0, BD)
+    total = tl.zeros((BD,), tl.float64)
+    low = tl.full((BD,), float("inf"), tl.float64)
+    high = tl.full((BD,), float("-inf"), tl.float64)
+    number = 0
+    for first in range(0, tiles, BK):
+        others = first + tl.arange(0, BK)
+        there = others < tiles
+        mask = there[:, None] & (d < BD)[None, :]
+        at = part_ptr + others.to(tl.int64)[:, None] * 3 * BD + d[None, :]
+        total += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+        low = tl.minimum(low, tl.min(tl.load(at + BD, mask=mask, other=float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.load(at + 2 * BD, mask=mask, other=float("-inf")), 0))
+        number += tl.sum(tl.load(finite_ptr + others, mask=there, other=0), 0)
+    mean = (total / tl.maximum(number, 1).to(tl.float64)).to(tl.float32)
+    centre = mean.to(tl.float64)
+    far = tl.maximum(high - centre, centre - low)
+    largest = tl.max(tl.where((d < width) & (number > 0), far, 0.0), 0)
+    largest = tl.where(largest > 0, largest, 1.0)
+    largest = tl.minimum(tl.maximum(largest, 1.1754943508222875e-38), 8.507059173023462e37)
     # The power of two at or below the largest value: its exponent bits alone.
-    largest = centred.abs().amax()
-    largest = largest.where(largest > 0, 1).clamp(2.0**-126, 2.0**126)
-    scale = 1 / (largest.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-    centred = centred * scale
-    rounded = centred.half()
-    square = centred.square().sum(dim=1)
-    half_square = rounded.double().square().sum(dim=1)
-    error_square = (centred - rounded.double()).square().sum(dim=1)
-    norms = torch.stack([square, half_square, error_square]).amax(dim=1).sqrt()
-    bounds = torch.cat([scale[None], norms * (1 + 1e-6) + 1e-30]).float()
-    half = rounded.new_zeros(slots, block_width)
-    half[:num_codes, :width] = rounded
-    seeds = mean.new_full((slots,), _FAR)
-    seeds[:num_codes] = (0.5 * square).float().where(finite[:, 0], _FAR)
-    padded_mean = mean.new_zeros(block_width)
-    padded_mean[:width] = mean
-    return PackedCodes(padded_mean, half, seeds, bounds)
+    exponent = largest.to(tl.int64, bitcast=True) & 0x7FF0000000000000
+    scale = 1.0 / exponent.to(tl.float64, bitcast=True)
+    if tile == 0:
+        tl.store(mean_ptr + d, mean)
+        tl.store(scale_ptr, scale.to(tl.float32))
+
+    norm = tl.zeros((BK,), tl.float64)
+    half_norm = tl.zeros((BK,), tl.float64)
+    error = tl.zeros((BK,), tl.float64)
+    for first in range(0, BN, BK):
+        slots = tile * BN + first + tl.arange(0, BK)
+        codes, there = load_codes(codebook_ptr, tile * BN + first, num_codes, width, BK, BD)
+        codes = (
+            tl.where(there[:, None] & (d < width)[None, :], codes - centre[None, :], 0.0) * scale
+        )
+        half = codes.to(tl.float32).to(tl.float16)
+        rounded = half.to(tl.float32).to(tl.float64)
+        square = tl.sum(codes * codes, 1)
+        norm = tl.maximum(norm, square)
+        half_norm = tl.maximum(half_norm, tl.sum(rounded * rounded, 1))
+        error = tl.maximum(error, tl.sum((codes - rounded) * (codes - rounded), 1))
+        tl.store(half_ptr + slots.to(tl.int64)[:, None] * BD + d[None, :], half)
+        tl.store(seed_ptr + slots, tl.where(there, 0.5 * square, 1e30).to(tl.float32))
+    at = norm_ptr + tile
+    tl.store(at, (tl.sqrt(tl.max(norm, 0)) * (1 + 1e-6) + 1e-30).to(tl.float32))
+    tl.store(at + tiles, (tl.sqrt(tl.max(half_norm, 0)) * (1 + 1e-6) + 1e-30).to(tl.float32))
+    tl.store(at + 2 * tiles, (tl.sqrt(tl.max(error, 0)) * (1 + 1e-6) + 1e-30).to(tl.float32))

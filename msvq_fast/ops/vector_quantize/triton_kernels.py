@@ -8,13 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from msvq_fast.ops.vector_quantize import triton_outputs, triton_search
+from msvq_fast.ops.vector_quantize import triton_codes, triton_outputs, triton_search
 from msvq_fast.ops.vector_quantize.layout import row_strides
-from msvq_fast.ops.vector_quantize.triton_codes import pack_codes
 from msvq_fast.ops.vector_quantize.triton_shapes import (
     CODES,
     DTYPES,
     STEPS,
+    block_codes,
     block_rows,
     block_width,
     filter_rows,
@@ -120,19 +120,41 @@ def _search(
     """Fill ``codes``: the filter, then float64 for the rows that it lists."""
     num_codes, width = codebook.shape
     count = codes.numel()
-    packed = pack_codes(codebook, CODES, block_width(width))
-    tiles = packed.seeds.numel() // CODES
-    other = codes.new_empty(count, dtype=torch.int32)
-    pending = torch.empty_like(other)
-    counters = other.new_zeros(2)
     padded = block_width(width)
     rows = filter_rows(padded)
+    tiles = triton.cdiv(num_codes, CODES)
+    sizes = {"BN": CODES, "BK": block_codes(padded), "BD": padded}
+    other = codes.new_empty(count, dtype=torch.int32)
+    pending = torch.empty_like(other)
+    counters, finite = other.new_empty(2), other.new_empty(tiles)
+    totals = codebook.new_empty(tiles, 3, padded, dtype=torch.float64)
+    mean, scale, norms = (codebook.new_empty(size) for size in (padded, 1, 3 * tiles))
+    half = codebook.new_empty(tiles * CODES, padded, dtype=torch.float16)
+    seeds = codebook.new_empty(tiles * CODES)
+    triton_codes.measure_codes[(tiles,)](
+        codebook, totals, finite, counters, num_codes, width, **sizes
+    )
+    triton_codes.pack_codes[(tiles,)](
+        codebook,
+        totals,
+        finite,
+        mean,
+        scale,
+        half,
+        seeds,
+        norms,
+        num_codes,
+        width,
+        tiles,
+        **sizes,
+    )
     triton_search.filter_codes[(triton.cdiv(count, rows),)](
         z,
-        packed.mean,
-        packed.half,
-        packed.seeds,
-        packed.bounds,
+        mean,
+        half,
+        seeds,
+        scale,
+        norms,
         codes,
         other,
         pending,

@@ -14,6 +14,16 @@ def row_offsets(rows, inner, stride_outer, stride_inner):
     return (rows // inner) * stride_outer + (rows % inner) * stride_inner
 
 
+@triton.jit
+def largest_of(values_ptr, count, BLOCK: tl.constexpr):
+    """The largest of ``count`` values >= 0."""
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, count, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(values_ptr + at, mask=at < count, other=0.0))
+    return tl.max(largest, 0)
+
+
 # Neither N nor K may choose the code that is compiled.
 @triton.jit(do_not_specialize=["count", "tiles", "id_mask"])
 def filter_codes(
@@ -21,7 +31,8 @@ def filter_codes(
     mean_ptr,  # (BD,)
     half_ptr,  # (tiles * BN, BD) float16 codes, centred and scaled
     seed_ptr,  # (tiles * BN,) half their squared norms
-    bound_ptr,  # scale, largest norm, largest rounded norm, largest rounding error
+    scale_ptr,  # (1,)
+    norm_ptr,  # (3, tiles) largest norm, rounded norm and rounding error of every tile
     codes_ptr,
     other_ptr,
     pending_ptr,
@@ -54,10 +65,7 @@ def filter_codes(
         other=0.0,
     ).to(tl.float32)  # (BM, BD)
     finite = tl.sum(tl.where(tl.abs(z) <= 3.4028234e38, 0, 1), 1) == 0
-    scale = tl.load(bound_ptr)
-    code_norm = tl.load(bound_ptr + 1)
-    half_norm = tl.load(bound_ptr + 2)
-    code_error = tl.load(bound_ptr + 3)
+    scale = tl.load(scale_ptr)
     x = (z - tl.load(mean_ptr + d)[None, :]) * scale
     x = tl.where((d < width)[None, :], x, 0.0)
     largest = tl.max(tl.abs(x), 1)
@@ -84,6 +92,9 @@ def filter_codes(
         second = tl.minimum(second, tl.maximum(best, score))
         best = tl.minimum(best, score)
 
+    code_norm = largest_of(norm_ptr, tiles, BN)
+    half_norm = largest_of(norm_ptr + tiles, tiles, BN)
+    code_error = largest_of(norm_ptr + 2 * tiles, tiles, BN)
     # What separates a score from its exact value, see ARCHITECTURE.md.
     both = row_norm * unit + code_norm
     dot_error = row_error * code_norm + (row_norm + row_error) * code_error

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from msvq_fast.ops.backend import KernelVariant
-from msvq_fast.ops.vector_quantize import triton_outputs, triton_search
+from msvq_fast.ops.vector_quantize import triton_codes, triton_outputs, triton_search
 
 __all__ = [
     "CODES",
     "DTYPES",
     "STEPS",
+    "block_codes",
     "block_rows",
     "block_width",
     "filter_rows",
@@ -32,6 +33,8 @@ _TYPES = {
     "other_ptr": "*i32",
     "pending_ptr": "*i32",
     "counter_ptr": "*i32",
+    "finite_ptr": "*i32",
+    "part_ptr": "*fp64",
     "key_ptr": "*i32",
     "factor": "fp32",
     "decay": "fp32",
@@ -57,6 +60,11 @@ def filter_stages(padded: int) -> int:
     return 2 if padded > 128 else 3
 
 
+def block_codes(padded: int) -> int:
+    """Codes of a step of the kernels that pack a tile, in float64."""
+    return min(CODES, 1024 // padded)
+
+
 def block_rows(padded: int) -> int:
     """Rows of a block of the elementwise kernels: their addresses take most registers."""
     return 512 // padded
@@ -71,6 +79,10 @@ def variants() -> list[KernelVariant]:
             for dense in (True, False):
                 label = f"{name} d{width}" + ("" if dense else " strided")
                 out += _variants(label, pointer, width, dense)
+    for width in (16, 32, 64, 128, 256):
+        flags = {"BN": CODES, "BK": block_codes(width), "BD": width}
+        for kernel in (triton_codes.measure_codes, triton_codes.pack_codes):
+            out.append(_variant(kernel, f"d{width}", "*fp32", flags))
     move = triton_outputs.move_codebook
     for width in (16, 64, 256):
         for smooth in (False, True):
