@@ -17,10 +17,10 @@ from msvq_fast.ops.local_attention.layout import (
 )
 from msvq_fast.ops.local_attention.triton_shapes import (
     DTYPES,
-    ROWS,
     WIDTHS,
     is_small,
     launch,
+    step_rows,
     tile_side,
     variants,
 )
@@ -149,7 +149,7 @@ def _local_attention_backward(
     delta = torch.empty_like(lse)
     launch(
         "delta_kernel",
-        call.planes * triton.cdiv(call.tokens, ROWS),
+        call.planes * triton.cdiv(call.tokens, step_rows(call.width)),
         (*_tokens(out), *_tokens(grad_out), delta, call.heads, call.width // 8, call.tokens),
         q.dtype,
         call.width,
@@ -263,7 +263,7 @@ class _Call:
     def over_offsets(self, n: int, inputs: tuple[Any, ...], sums: tuple[Tensor, Tensor]) -> Tensor:
         """The gradient of the bias of one scale, float32."""
         key, value, table, *sides = self._scale(n)
-        splits = min(_SPLITS, self.batch * triton.cdiv(self.tokens, ROWS))
+        splits = min(_SPLITS, self.batch * triton.cdiv(self.tokens, step_rows(self.width)))
         parts = self.q.new_empty((*table.shape, splits), dtype=torch.float32)  # one per program
         arguments = (
             *inputs, *key, *value, table, *sums, parts, self.batch,

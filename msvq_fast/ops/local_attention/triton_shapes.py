@@ -18,7 +18,6 @@ from msvq_fast.ops.local_attention.triton_windows import POINTER
 
 DTYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 WIDTHS = (16, 32, 64, 128)
-ROWS = 64  # queries of a step of the elementwise kernels
 _FLOAT32 = ("lse", "before", "delta", "parts")
 
 
@@ -44,6 +43,11 @@ def block_width(width: int) -> int:
     return next(size for size in WIDTHS if width <= size)
 
 
+def step_rows(width: int) -> int:
+    """Queries of a step of the elementwise kernels: 16 channels a thread."""
+    return 2048 // block_width(width)
+
+
 def is_small(dtype: torch.dtype, width: int, grid: tuple[int, int], biased: bool) -> bool:
     """Whether few large tiles cover a grid best: one for 8 x 8 tokens, whatever the windows."""
     return dtype != torch.float32 and width <= 64 and grid[0] * grid[1] <= 256 and not biased
@@ -64,7 +68,7 @@ def _shape(name: str, half: bool, width: int, small: bool, biased: bool) -> Shap
             return Shape(8, 32, 8 if name == "query_kernel" and width == 64 else 4)
         return Shape(4, 16, 2 if width == 128 or (biased and width == 64) else 1)
     if name == "query_kernel":
-        return Shape(4, 16, 4 if width == 32 else 8)
+        return Shape(4, 16, 2 if width == 32 else 8)
     return Shape(4, 16, 8 if width == 128 else 4)
 
 
@@ -84,7 +88,7 @@ def _launches() -> dict[tuple[str, torch.dtype, int, bool, bool], Launch]:
                     key = (name, dtype, width, small, biased)
                     table[key] = Launch(kernel, constants, warps, half)
             for kernel in (delta_kernel, bias_kernel):
-                constants = {"DP": width, "BLOCK": ROWS}
+                constants = {"DP": width, "BLOCK": step_rows(width)}
                 key = (kernel.__name__, dtype, width, False, False)
                 table[key] = Launch(kernel, constants, 4, False)
     return table
