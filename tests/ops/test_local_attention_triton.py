@@ -91,6 +91,11 @@ def test_float16(width):
     compare(inputs, [(5, 3), (10, 6)], [3, 5], {}, ulps=2)
 
 
+def test_float32_of_128_channels():
+    inputs = make_inputs([(2, 3), (4, 5)], heads=1, width=128, dtype=torch.float32)
+    compare(inputs, [(2, 3), (4, 5)], [1, 3], {})
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (6, 3)])
 def test_grouped_heads_and_scale(heads, kv_heads):
     inputs = make_inputs([(1, 2), (2, 4)], batch=2, heads=heads, kv_heads=kv_heads)
