@@ -114,10 +114,13 @@ def launch(
 ) -> None:
     """Run a kernel in the configuration of `LAUNCHES` for tensors of this kind; there is no other.
 
-    Pointers are aligned to 16 bytes and strides and widths to 8 elements, as the kernels assume.
+    Pointers are aligned to 16 bytes, as in the check; the first argument is a tensor.
     """
     made = LAUNCHES[name, dtype, block_width(width), small, biased]
-    made.kernel[(programs,)](*arguments, **made.constants, num_warps=made.num_warps, num_stages=1)
+    with torch.cuda.device_of(arguments[0]):
+        made.kernel[(programs,)](
+            *arguments, **made.constants, num_warps=made.num_warps, num_stages=1
+        )
 
 
 def variants() -> list[KernelVariant]:
