@@ -36,6 +36,77 @@ def quantize_cost(n: int, k: int, d: int, itemsize: int) -> tuple[float, float]:
     return moved + n * d * itemsize + k * (d * 4 + 8), flops
 
 
+def attention_bytes(
+    tokens: int, coarse: int, planes: int, d: int, itemsize: int, *, backward: bool
+) -> int:
+    """Bytes of one call of `local_attention`, each tensor once.
+
+    Forward: Q, K, V of ``tokens`` and K, V of ``coarse`` tokens in, O and a float32 a query out.
+    Backward: those and dO in, dQ, dK, dV out.
+    """
+    own, other = tokens * d * itemsize, coarse * d * itemsize
+    if backward:
+        return planes * (8 * own + 4 * other + 4 * tokens)
+    return planes * (4 * own + 2 * other + 4 * tokens)
+
+
+def keys_evaluated(side: int, cells: int, kernel: int, tile: int, block: int) -> float:
+    """Keys per query that square tiles work out: their halo in whole steps, clipped at the border.
+
+    The mean over ``side x side`` queries whose keys lie on ``cells x cells``.
+    """
+    radius, total = kernel // 2, 0
+    spans = []
+    for top in range(0, side, tile):
+        bottom = min(top + tile, side) - 1
+        low = max((2 * top + 1) * cells // (2 * side) - radius, 0)
+        high = min((2 * bottom + 1) * cells // (2 * side) + radius, cells - 1)
+        spans.append((bottom - top + 1, high - low + 1))
+    for rows, height in spans:
+        for columns, width in spans:
+            total += rows * columns * -(-height * width // block) * block
+    return total / side**2
+
+
+def keys_seen(side: int, cells: int, kernel: int) -> float:
+    """The mean number of keys in the clipped window of a query."""
+    radius, total = kernel // 2, 0
+    for y in range(side):
+        centre = (2 * y + 1) * cells // (2 * side)
+        total += min(centre + radius, cells - 1) - max(centre - radius, 0) + 1
+    return (total / side) ** 2
+
+
+def attention_table(tile: int, block: int) -> str:
+    """Predicted floors of local attention as a Markdown table, for tiles of the halo kernels."""
+    lines = [
+        "B = 16, 8 heads, bfloat16, a coarse 32 x 32 scale with 3 x 3 windows, own token excluded. "
+        f"Memory: every tensor once at {H200.bytes_per_s / 1e12:g} TB/s, in µs. Keys of a query: "
+        f"those in its windows, and those that tiles of {tile} x {tile} queries work out in steps "
+        f"of {block}. These are predictions; nothing here was timed.",
+        "",
+        "| grid | window | d | forward | backward | keys in windows | keys worked out | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for side in (64, 128):
+        for kernel in (5, 7, 9):
+            seen = keys_seen(side, side, kernel) - 1 + keys_seen(side, 32, 3)
+            evaluated = sum(
+                keys_evaluated(side, cells, k, tile, block)
+                for cells, k in ((side, kernel), (32, 3))
+            )
+            for d in (32, 64, 128):
+                times = [
+                    1e6 * attention_bytes(side**2, 1024, 128, d, 2, backward=b) / H200.bytes_per_s
+                    for b in (False, True)
+                ]
+                lines.append(
+                    f"| {side} x {side} | {kernel} x {kernel} | {d} | {times[0]:.0f} | "
+                    f"{times[1]:.0f} | {seen:.1f} | {evaluated:.1f} | {evaluated / seen:.1f} |"
+                )
+    return "\n".join(lines)
+
+
 def table() -> str:
     """Predicted floors of the quantizer as a Markdown table."""
     lines = [

@@ -50,6 +50,7 @@ class Compiled(NamedTuple):
     stack: int = 0
     shared: int = 0
     tensor_cores: str = ""
+    loop: int = 0
     claims_tensor_cores: bool = False
     error: str = ""
 
@@ -122,9 +123,25 @@ def compile_variant(index: int, arch: int) -> list[Compiled]:
             stack=usage["STACK"],
             spills=len(re.findall(r"\b(?:LDL|STL)\b", text)),
             shared=made.metadata.shared,
+            loop=_inner_loop(text),
             tensor_cores=", ".join(f"{count} {name}" for name, count in sorted(found.items())),
         )
     ]
+
+
+def _inner_loop(sass: str) -> int:
+    """Instructions of the smallest loop with products in it, or 0 if there is none."""
+    lines = [
+        (int(at, 16), code) for at, code in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", sass)
+    ]
+    sizes = []
+    for at, code in lines:
+        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", code)
+        if target and int(target[1], 16) < at:
+            body = [code for where, code in lines if int(target[1], 16) <= where <= at]
+            if any(re.search(r"MMA|FFMA", code) for code in body):
+                sizes.append(len(body))
+    return min(sizes, default=0)
 
 
 def _option_names() -> set[str]:
@@ -218,7 +235,7 @@ def table(rows: list[Compiled], architectures: list[int]) -> str:
     for source, kernels in grouped.items():
         parts.append(
             f"## {source}\n\n| kernel | launch | registers, {names} | shared KiB | spills "
-            "| tensor cores |\n|---|---|---|---|---|---|"
+            "| tensor cores | loop |\n|---|---|---|---|---|---|---|"
         )
         for (_, name), by_arch in kernels.items():
             made = [by_arch.get(arch) for arch in architectures]
@@ -227,6 +244,7 @@ def table(rows: list[Compiled], architectures: list[int]) -> str:
                 [f"{r.shared / 1024:.3g}" if r and not r.error else "-" for r in made],
                 [str(r.spills) if r and not r.error else "-" for r in made],
                 [(r.tensor_cores if r else "") or "-" for r in made],
+                [str((r.loop if r else 0) or "-") for r in made],
             )
             joined = " | ".join(" / ".join(cell) for cell in cells)
             launch = next(iter(by_arch.values())).settings
@@ -239,10 +257,21 @@ def document(rows: list[Compiled], architectures: list[int]) -> str:
         "# What the compilers make of the GPU kernels\n\n"
         f"Made by `make kernels-check` with {_compilers()}; no GPU was used. Figures are for "
         f"{', '.join(f'sm_{arch}' for arch in architectures)} in that order. Spills are local "
-        "loads and stores in the machine code (Triton) or bytes (CUDA); the check fails on any.\n\n"
+        "loads and stores in the machine code (Triton) or bytes (CUDA); the check fails on any. "
+        "Loop is the instructions of the smallest loop with products in it.\n\n"
         f"{table(rows, architectures) or 'There is no GPU kernel yet.'}\n\n"
-        f"## Predicted floors of the quantizer on an {floors.H200.name}\n\n{floors.table()}\n"
+        f"## Predicted floors of the quantizer on an {floors.H200.name}\n\n{floors.table()}\n\n"
+        f"## Predicted floors of local attention on an {floors.H200.name}\n\n"
+        f"{floors.attention_table(*_halo_tile())}\n"
     )
+
+
+def _halo_tile() -> tuple[int, int]:
+    """Side of a tile and keys of a step of the attention's forward on a large grid."""
+    for variant in load(ROOT / "msvq_fast/ops/local_attention/triton_kernels.py").variants():
+        if variant.name == "forward_kernel bfloat16 d32":
+            return variant.constants["T"], variant.constants["BLOCK"]
+    raise LookupError("no variant of this name: forward_kernel bfloat16 d32")
 
 
 def _compilers() -> str:

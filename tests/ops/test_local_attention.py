@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from attention_cases import CASES, bias_sizes, run
@@ -59,6 +62,54 @@ def test_grouped_heads_and_scale(heads, kv_heads, backend):
         assert_close("value", got, want, ulps=64)
         for i, (grad, want_grad) in enumerate(zip(grads, want_grads, strict=True)):
             assert_close(f"grad of leaf {i}", grad, want_grad, ulps=64)
+
+
+def drawn(seed):
+    """One setting out of all ratios, windows, borders, orders, scales, head groups and widths."""
+    draw = random.Random(seed)
+    own = draw.choice([1, 2, 3, 5, 7, 8, 13]), draw.choice([1, 2, 3, 5, 7, 8, 13])
+    grids = [own]
+    for _ in range(draw.choice([0, 1, 2, 3])):
+        ratio = draw.choice([1, 2, 3, 4, 8, 1.3])
+        grids.insert(0, tuple(max(1, round(side / ratio)) for side in grids[0]))
+    kernels = [draw.choice([1, 3, 5, 7, 15]) for _ in grids]
+    options = {"border": draw.choice(["clip", "shift"]), "include_self": draw.random() < 0.5}
+    if options["border"] == "clip":
+        options["order"] = draw.choice(["bidirectional", "raster"])
+    heads, kv_heads = draw.choice([(1, 1), (2, 1), (4, 2), (8, 1)])
+    return grids, kernels, options, heads, kv_heads, draw.choice([16, 32, 64, 128])
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("seed", range(60))
+def test_any_setting(seed, backend):
+    grids, kernels, options, heads, kv_heads, width = drawn(seed)
+    inputs = make_inputs(grids, heads=heads, kv_heads=kv_heads, width=width)
+    want, want_grads = run(local_attention, inputs, grids, kernels, options, backend="reference")
+    got, grads = run(local_attention, inputs, grids, kernels, options, backend=backend)
+    assert_close("value", got, want, ulps=64)
+    for i, (grad, want_grad) in enumerate(zip(grads, want_grads, strict=True)):
+        if want_grad.abs().max() < 1e-12:  # a lone key has weight 1 whatever the query
+            assert grad.abs().max() < 1e-12
+        else:
+            assert_close(f"grad of leaf {i}", grad, want_grad, ulps=64)
+
+
+def far_apart(t):
+    """The same batch of two as a view of memory that 32 bits cannot address."""
+    memory = torch.from_numpy(np.zeros(2**31 + t[0].numel(), np.float16))  # free until touched
+    return memory.as_strided(t.shape, (2**31, *t.stride()[1:])).copy_(t)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_offsets_past_32_bits(backend):
+    grids = [(2, 2), (3, 4)]
+    q, keys, values, _ = make_inputs(grids, batch=2, dtype=torch.float16)
+    options = {"grids": grids, "kernels": [1, 3], "backend": backend}
+    with torch.no_grad():
+        want = local_attention(q, keys, values, **options)
+        moved = [far_apart(q), [keys[0], far_apart(keys[1])], [values[0], far_apart(values[1])]]
+        assert torch.equal(local_attention(*moved, **options), want)
 
 
 def counts(grids, kernels, **options):

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from msvq_fast.ops.local_attention.triton_forward import halo
 from msvq_fast.ops.local_attention.triton_windows import (
+    FAR,
     LOG2E,
+    NOWHERE,
+    bias_places,
+    choose,
+    divide,
+    head_of,
+    inside,
     inverse_window,
+    kernel,
+    load_bias,
     load_tokens,
-    scores,
+    pack,
+    products,
+    reciprocal,
     store_tokens,
     tile_positions,
     window,
+    window_length,
 )
 
 
-@triton.jit
+@kernel
 def delta_kernel(
-    out, o_b, o_h, o_n,
-    grad_out, g_b, g_h, g_n,
-    delta, heads, tokens,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    out, o_b: tl.int64, o_h, o_n,
+    grad_out, g_b: tl.int64, g_h, g_n,
+    delta, heads, d, tokens,
+    DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``dO·O`` of every query."""
     blocks = tl.cdiv(tokens, BLOCK)
@@ -29,160 +41,210 @@ def delta_kernel(
     b, head = plane // heads, plane % heads
     index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     there = index < tokens
-    o = load_tokens(out + b * o_b + head * o_h, index, there, o_n, D, DP).to(tl.float32)
-    g = load_tokens(grad_out + b * g_b + head * g_h, index, there, g_n, D, DP).to(tl.float32)
+    o = load_tokens(head_of(out, b, o_b, head, o_h), index, there, o_n, d, DP).to(tl.float32)
+    g = load_tokens(head_of(grad_out, b, g_b, head, g_h), index, there, g_n, d, DP).to(tl.float32)
     tl.store(delta + plane * tokens + index, tl.sum(o * g, 1), mask=there)
 
 
-@triton.jit(do_not_specialize=["height", "width", "h", "w", "tiles_x", "tiles"])
+@kernel
 def query_kernel(
-    q, q_b, q_h, q_n,
-    grad_out, g_b, g_h, g_n,
-    key, k_b, k_h, k_n,
-    value, v_b, v_h, v_n,
-    bias, lse, delta, sums,
-    grad_q, r_b, r_h, r_n,
-    heads, group, height, width, h, w, tiles_x, tiles, scale,
-    KERNEL: tl.constexpr, BIAS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    OWN: tl.constexpr, RASTER: tl.constexpr, SELF: tl.constexpr, SHIFT: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    q, q_b: tl.int64, q_h, q_n,
+    grad_out, g_b: tl.int64, g_h, g_n,
+    grad_q, r_b: tl.int64, r_h, r_n,
+    lse, delta, before,
+    k0, k0_b: tl.int64, k0_h, k0_n, v0, v0_b: tl.int64, v0_h, v0_n, b0, h0, w0, r0, s0,
+    k1, k1_b: tl.int64, k1_h, k1_n, v1, v1_b: tl.int64, v1_h, v1_n, b1, h1, w1, r1, s1,
+    k2, k2_b: tl.int64, k2_h, k2_n, v2, v2_b: tl.int64, v2_h, v2_n, b2, h2, w2, r2, s2,
+    k3, k3_b: tl.int64, k3_h, k3_n, v3, v3_b: tl.int64, v3_h, v3_n, b3, h3, w3, r3, s3,
+    heads, group, d, height, width, tiles_x, tiles, side, scale,
+    first, own, raster, include_self, shift, resume, last,
+    BIAS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One scale's part of the gradients of a tile of queries, summed over scales in ``sums``."""
+    """The gradients of a region of queries; scales and sums over launches as in the forward."""
     program = tl.program_id(0)
     plane = (program // tiles).to(tl.int64)
     b, head = plane // heads, plane % heads
     kv = head // group
-    q_y, q_x, there, top, left = tile_positions(program % tiles, tiles_x, height, width, T)
-    bottom = tl.minimum(top + T, height) - 1
-    right = tl.minimum(left + T, width) - 1
-    index = q_y * width + q_x
-    query = load_tokens(q + b * q_b + head * q_h, index, there, q_n, D, DP)
-    grad = load_tokens(grad_out + b * g_b + head * g_h, index, there, g_n, D, DP)
-    log = tl.load(lse + plane * height * width + index, mask=there, other=0.0)
-    log = tl.where(log == float("-inf"), 0.0, log) * LOG2E
-    mean = tl.load(delta + plane * height * width + index, mask=there, other=0.0)
-    key += b * k_b + kv * k_h
-    value += b * v_b + kv * v_h
-    sums += plane * height * width * D
-    _, y0, _ = window(top, height, h, KERNEL, SHIFT)
-    _, _, y1 = window(bottom, height, h, KERNEL, SHIFT)
-    _, x0, _ = window(left, width, w, KERNEL, SHIFT)
-    _, _, x1 = window(right, width, w, KERNEL, SHIFT)
-    if OWN and RASTER:
-        y1 = tl.minimum(y1, bottom)
-    across = x1 - x0 + 1
-    count = (y1 - y0 + 1) * across
-    acc = tl.zeros([T * T, DP], tl.float32)
-    if not FIRST:
-        acc = load_tokens(sums, index, there, D, D, DP)
-    for start in range(0, count, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        exists = j < count
-        k_y = tl.where(exists, y0 + j // across, -1)
-        k_x = x0 + j % across
-        keys = load_tokens(key, k_y * w + k_x, exists, k_n, D, DP)
-        values = load_tokens(value, k_y * w + k_x, exists, v_n, D, DP)
-        s = scores(
-            tl.dot(query, tl.trans(keys), input_precision="ieee"), scale * LOG2E, bias, head,
-            q_y[:, None], q_x[:, None], k_y[None, :], k_x[None, :], height, width, h, w,
-            KERNEL, BIAS, OWN, RASTER, SELF, SHIFT,
-        )  # fmt: skip
-        p = tl.exp2(s - log[:, None])
-        dp = tl.dot(grad, tl.trans(values), input_precision="ieee")
-        ds = p * (dp - mean[:, None])
-        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
-    if LAST:
-        store_tokens(grad_q + b * r_b + head * r_h, index, there, r_n, acc * scale, D, DP)
-    else:
-        store_tokens(sums, index, there, D, acc, D, DP)
+    query_base = head_of(q, b, q_b, head, q_h)
+    upstream_base = head_of(grad_out, b, g_b, head, g_h)
+    grad_base = head_of(grad_q, b, r_b, head, r_h)
+    tokens = height * width
+    lse += plane * tokens
+    delta += plane * tokens
+    before += plane * tokens * d * 8
+    by_height, by_width = reciprocal(2 * height), reciprocal(2 * width)
+    region_y = program % tiles // tiles_x * side * T
+    region_x = program % tiles % tiles_x * side * T
+    for tile in range(side * side):
+        top, left = region_y + tile // side * T, region_x + tile % side * T
+        bottom, right = tl.minimum(top + T, height) - 1, tl.minimum(left + T, width) - 1
+        q_y, q_x, there = tile_positions(top, left, height, width, T)
+        place = q_y * width + q_x
+        old = there & (place < resume * tokens)
+        query = load_tokens(query_base, place, there, q_n, d, DP)
+        upstream = load_tokens(upstream_base, place, there, g_n, d, DP)
+        log = tl.load(lse + place, mask=there, other=0.0)
+        log = tl.where(log == float("-inf"), 0.0, log) * LOG2E
+        mean = tl.load(delta + place, mask=there, other=0.0)
+        acc = load_tokens(before, place, old, d, d, DP)
+        for n in range(first, 4):
+            h, w = choose(n, h0, h1, h2, h3), choose(n, w0, w1, w2, w3)
+            radius = choose(n, r0, r1, r2, r3)
+            key = head_of(
+                choose(n, k0, k1, k2, k3), b, choose(n, k0_b, k1_b, k2_b, k3_b),
+                kv, choose(n, k0_h, k1_h, k2_h, k3_h),
+            )  # fmt: skip
+            value = head_of(
+                choose(n, v0, v1, v2, v3), b, choose(n, v0_b, v1_b, v2_b, v3_b),
+                kv, choose(n, v0_h, v1_h, v2_h, v3_h),
+            )  # fmt: skip
+            k_n, v_n = choose(n, k0_n, k1_n, k2_n, k3_n), choose(n, v0_n, v1_n, v2_n, v3_n)
+            is_own = (n == 3) & (own != 0)
+            ordered = is_own & (raster != 0)
+            y_from, x_from, across, count = halo(
+                top, left, bottom, right, height, width, by_height, by_width,
+                h, w, radius, shift, ordered,
+            )  # fmt: skip
+            count = tl.where((top < height) & (left < width), count, 0)
+            c_y, y0, y1 = window(q_y, height, by_height, h, radius, window_length(radius, h, shift))
+            c_x, x0, x1 = window(q_x, width, by_width, w, radius, window_length(radius, w, shift))
+            low, high, here = pack(y0, x0), pack(y1, x1), pack(q_y, q_x)
+            alone = is_own & (raster == 0) & (include_self == 0)
+            hidden = tl.where(ordered, here + include_self, tl.where(alone, here, NOWHERE))
+            more = tl.where(ordered, FAR, 0)
+            if BIAS:
+                size = choose(n, s0, s1, s2, s3)
+                table = choose(n, b0, b1, b2, b3)
+                centre = bias_places(c_y, c_x, size, size // 2)
+            by_across = reciprocal(across)
+            for start in range(0, count, BLOCK):
+                j = start + tl.arange(0, BLOCK)
+                k_y, k_x = divide(j, across, by_across)
+                exists = j < count
+                k_y += y_from
+                k_x += x_from
+                index = k_y * w + k_x
+                at = tl.where(exists, pack(k_y, k_x), -1)
+                keys = load_tokens(key, index, exists, k_n, d, DP)
+                seen = inside(low[:, None], high[:, None], hidden[:, None], more, at[None, :])
+                s = products(query, keys) * (scale * LOG2E)
+                if BIAS:
+                    places = bias_places(k_y, k_x, size, 0)
+                    s += load_bias(table, head, size, centre[:, None], places[None, :], seen)
+                p = tl.where(seen, tl.exp2(s - log[:, None]), 0.0)
+                values = load_tokens(value, index, exists, v_n, d, DP)
+                dp = products(upstream, values)
+                ds = p * (dp - mean[:, None])
+                acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
+        store_tokens(grad_base, place, there & (place < last * tokens), r_n, acc * scale, d, DP)
+        store_tokens(before, place, there & (place < (1 - last) * tokens), d, acc, d, DP)
 
 
-@triton.jit(do_not_specialize=["height", "width", "h", "w", "tiles_x", "tiles"])
+@kernel
 def key_kernel(
-    q, q_b, q_h, q_n,
-    grad_out, g_b, g_h, g_n,
-    key, k_b, k_h, k_n,
-    value, v_b, v_h, v_n,
+    q, q_b: tl.int64, q_h, q_n,
+    grad_out, g_b: tl.int64, g_h, g_n,
+    key, k_b: tl.int64, k_h, k_n,
+    value, v_b: tl.int64, v_h, v_n,
     bias, lse, delta,
-    grad_key, r_b, r_h, r_n,
-    grad_value, u_b, u_h, u_n,
-    heads, group, height, width, h, w, tiles_x, tiles, scale,
-    KERNEL: tl.constexpr, BIAS: tl.constexpr,
-    OWN: tl.constexpr, RASTER: tl.constexpr, SELF: tl.constexpr, SHIFT: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    grad_key, r_b: tl.int64, r_h, r_n,
+    grad_value, u_b: tl.int64, u_h, u_n,
+    heads, group, d, height, width, h, w, radius, size, tiles_x, tiles, scale,
+    own, raster, include_self, shift,
+    BIAS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values, over query heads and inverse windows."""
     program = tl.program_id(0)
     plane = (program // tiles).to(tl.int64)
     kv_heads = heads // group
     b, kv = plane // kv_heads, plane % kv_heads
-    k_y, k_x, there, top, left = tile_positions(program % tiles, tiles_x, h, w, T)
-    bottom = tl.minimum(top + T, h) - 1
-    right = tl.minimum(left + T, w) - 1
+    top, left = program % tiles // tiles_x * T, program % tiles % tiles_x * T
+    bottom, right = tl.minimum(top + T, h) - 1, tl.minimum(left + T, w) - 1
+    k_y, k_x, there = tile_positions(top, left, h, w, T)
     index = k_y * w + k_x
-    keys = load_tokens(key + b * k_b + kv * k_h, index, there, k_n, D, DP)
-    values = load_tokens(value + b * v_b + kv * v_h, index, there, v_n, D, DP)
-    k_y = tl.where(there, k_y, -1)
-    y0, y1 = inverse_window(top, bottom, height, h, KERNEL, SHIFT)
-    x0, x1 = inverse_window(left, right, width, w, KERNEL, SHIFT)
-    if OWN and RASTER:
-        y0 = tl.maximum(y0, top)
-    across = x1 - x0 + 1
+    keys = load_tokens(head_of(key, b, k_b, kv, k_h), index, there, k_n, d, DP)
+    values = load_tokens(head_of(value, b, v_b, kv, v_h), index, there, v_n, d, DP)
+    y_length, x_length = window_length(radius, h, shift), window_length(radius, w, shift)
+    # The queries that see a key are a rectangle, none of them past the border.
+    y0, y1 = inverse_window(k_y, k_y, height, h, radius, y_length)
+    x0, x1 = inverse_window(k_x, k_x, width, w, radius, x_length)
+    y1 = tl.where(there, y1, -1)
+    low, high, here = pack(y0, x0), pack(y1, x1), pack(k_y, k_x)
+    ordered = (own != 0) & (raster != 0)
+    alone = (own != 0) & (raster == 0) & (include_self == 0)
+    hidden = tl.where(ordered, -1, tl.where(alone, here, NOWHERE))
+    more = tl.where(ordered, here + 1 - include_self, 0)
+    y_from, y_to = inverse_window(top, bottom, height, h, radius, y_length)
+    x_from, x_to = inverse_window(left, right, width, w, radius, x_length)
+    y_from = tl.where(ordered, tl.maximum(y_from, top), y_from)
     # No query may have its centre near these cells if the grid is finer than the queries'.
-    count = tl.maximum(y1 - y0 + 1, 0) * tl.maximum(across, 0)
+    across = tl.maximum(x_to - x_from + 1, 0)
+    count = tl.maximum(y_to - y_from + 1, 0) * across
     across = tl.maximum(across, 1)
+    by_across = reciprocal(across)
+    if BIAS:
+        by_height, by_width = reciprocal(2 * height), reciprocal(2 * width)
+        places = bias_places(k_y, k_x, size, 0)
     acc_key = tl.zeros([T * T, DP], tl.float32)
     acc_value = tl.zeros([T * T, DP], tl.float32)
     for member in range(group):
         head = kv * group + member
+        query = head_of(q, b, q_b, head, q_h)
+        upstream = head_of(grad_out, b, g_b, head, g_h)
         query_plane = (b * heads + head) * height * width
         for start in range(0, count, BLOCK):
             j = start + tl.arange(0, BLOCK)
+            q_y, q_x = divide(j, across, by_across)
             exists = j < count
-            q_y = y0 + j // across
-            q_x = x0 + j % across
+            q_y += y_from
+            q_x += x_from
             place = q_y * width + q_x
-            queries = load_tokens(q + b * q_b + head * q_h, place, exists, q_n, D, DP)
-            grads = load_tokens(grad_out + b * g_b + head * g_h, place, exists, g_n, D, DP)
+            at = tl.where(exists, pack(q_y, q_x), -1)
+            queries = load_tokens(query, place, exists, q_n, d, DP)
+            grads = load_tokens(upstream, place, exists, g_n, d, DP)
             log = tl.load(lse + query_plane + place, mask=exists, other=0.0)
             log = tl.where(log == float("-inf"), 0.0, log) * LOG2E
             mean = tl.load(delta + query_plane + place, mask=exists, other=0.0)
-            s = scores(
-                tl.dot(keys, tl.trans(queries), input_precision="ieee"), scale * LOG2E, bias, head,
-                q_y[None, :], q_x[None, :], tl.where(exists[None, :], k_y[:, None], -1),
-                k_x[:, None], height, width, h, w, KERNEL, BIAS, OWN, RASTER, SELF, SHIFT,
-            )  # fmt: skip
-            p = tl.exp2(s - log[None, :])
+            seen = inside(low[:, None], high[:, None], hidden[:, None], more[:, None], at[None, :])
+            s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
+            if BIAS:
+                c_y, _, _ = window(q_y, height, by_height, h, radius, y_length)
+                c_x, _, _ = window(q_x, width, by_width, w, radius, x_length)
+                centre = bias_places(c_y, c_x, size, size // 2)
+                s += load_bias(bias, head, size, centre[None, :], places[:, None], seen)
+            p = tl.where(seen, tl.exp2(s - log[None, :]), 0.0)
             acc_value = tl.dot(p.to(grads.dtype), grads, acc_value, input_precision="ieee")
             dp = tl.dot(values, tl.trans(grads), input_precision="ieee")
             ds = p * (dp - mean[None, :])
             acc_key = tl.dot(ds.to(queries.dtype), queries, acc_key, input_precision="ieee")
-    store_tokens(grad_key + b * r_b + kv * r_h, index, there, r_n, acc_key * scale, D, DP)
-    store_tokens(grad_value + b * u_b + kv * u_h, index, there, u_n, acc_value, D, DP)
+    key_base = head_of(grad_key, b, r_b, kv, r_h)
+    value_base = head_of(grad_value, b, u_b, kv, u_h)
+    store_tokens(key_base, index, there, r_n, acc_key * scale, d, DP)
+    store_tokens(value_base, index, there, u_n, acc_value, d, DP)
 
 
-@triton.jit(do_not_specialize=["height", "width", "h", "w"])
+@kernel
 def bias_kernel(
-    q, q_b, q_h, q_n,
-    grad_out, g_b, g_h, g_n,
-    key, k_b, k_h, k_n,
-    value, v_b, v_h, v_n,
+    q, q_b: tl.int64, q_h, q_n,
+    grad_out, g_b: tl.int64, g_h, g_n,
+    key, k_b: tl.int64, k_h, k_n,
+    value, v_b: tl.int64, v_h, v_n,
     bias, lse, delta, parts,
-    batch, heads, group, height, width, h, w, scale, splits,
-    KERNEL: tl.constexpr,
-    OWN: tl.constexpr, RASTER: tl.constexpr, SELF: tl.constexpr, SHIFT: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    batch, heads, group, d, height, width, h, w, radius, size, splits, scale,
+    own, raster, include_self, shift,
+    DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One offset's bias gradient of one head, of every ``splits``-th block of queries."""
-    SIZE: tl.constexpr = 2 * KERNEL - 1 if SHIFT else KERNEL
     program = tl.program_id(0)
     split = program % splits
-    offset = program // splits % (SIZE * SIZE)
-    head = (program // splits // (SIZE * SIZE)).to(tl.int64)
+    offset = program // splits % (size * size)
+    head = (program // splits // (size * size)).to(tl.int64)
     kv = head // group
-    dy = offset // SIZE - SIZE // 2
-    dx = offset % SIZE - SIZE // 2
-    add = tl.load(bias + head * SIZE * SIZE + offset).to(tl.float32) * LOG2E
+    dy = offset // size - size // 2
+    dx = offset % size - size // 2
+    add = tl.load(bias + head * size * size + offset).to(tl.float32) * LOG2E
+    y_length, x_length = window_length(radius, h, shift), window_length(radius, w, shift)
+    by_height, by_width, across = reciprocal(2 * height), reciprocal(2 * width), reciprocal(width)
     tokens = height * width
     blocks = tl.cdiv(tokens, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -190,22 +252,19 @@ def bias_kernel(
         b = (work // blocks).to(tl.int64)
         place = work % blocks * BLOCK + tl.arange(0, BLOCK)
         exists = place < tokens
-        q_y = place // width
-        q_x = place % width
-        c_y, y0, y1 = window(q_y, height, h, KERNEL, SHIFT)
-        c_x, x0, x1 = window(q_x, width, w, KERNEL, SHIFT)
+        q_y, q_x = divide(place, width, across)
+        c_y, y0, y1 = window(q_y, height, by_height, h, radius, y_length)
+        c_x, x0, x1 = window(q_x, width, by_width, w, radius, x_length)
         k_y = c_y + dy
         k_x = c_x + dx
+        index = k_y * w + k_x
         seen = exists & (k_y >= y0) & (k_y <= y1) & (k_x >= x0) & (k_x <= x1)
-        if OWN:
-            if RASTER:
-                seen = seen & (k_y * w + k_x <= place)
-            if not SELF:
-                seen = seen & (k_y * w + k_x != place)
-        queries = load_tokens(q + b * q_b + head * q_h, place, seen, q_n, D, DP)
-        grads = load_tokens(grad_out + b * g_b + head * g_h, place, seen, g_n, D, DP)
-        keys = load_tokens(key + b * k_b + kv * k_h, k_y * w + k_x, seen, k_n, D, DP)
-        values = load_tokens(value + b * v_b + kv * v_h, k_y * w + k_x, seen, v_n, D, DP)
+        seen &= index <= tl.where((own != 0) & (raster != 0), place, FAR)
+        seen &= index != tl.where((own != 0) & (include_self == 0), place, NOWHERE)
+        queries = load_tokens(head_of(q, b, q_b, head, q_h), place, seen, q_n, d, DP)
+        grads = load_tokens(head_of(grad_out, b, g_b, head, g_h), place, seen, g_n, d, DP)
+        keys = load_tokens(head_of(key, b, k_b, kv, k_h), index, seen, k_n, d, DP)
+        values = load_tokens(head_of(value, b, v_b, kv, v_h), index, seen, v_n, d, DP)
         plane = (b * heads + head) * tokens
         log = tl.load(lse + plane + place, mask=seen, other=0.0) * LOG2E
         mean = tl.load(delta + plane + place, mask=seen, other=0.0)

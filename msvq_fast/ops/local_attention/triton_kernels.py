@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,33 +9,31 @@ import torch
 import triton
 from torch import Tensor
 
-from msvq_fast.ops.backend import KernelVariant
 from msvq_fast.ops.local_attention.layout import (
     empty_grads,
     empty_lse,
     empty_tokens,
     flatten,
-    rows,
 )
-from msvq_fast.ops.local_attention.triton_backward import (
-    bias_kernel,
-    delta_kernel,
-    key_kernel,
-    query_kernel,
+from msvq_fast.ops.local_attention.triton_shapes import (
+    DTYPES,
+    WIDTHS,
+    is_small,
+    launch,
+    step_rows,
+    tile_side,
+    variants,
 )
-from msvq_fast.ops.local_attention.triton_forward import forward_kernel
 from msvq_fast.ops.local_attention.windows import Windows
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_CHANNELS = 128
+__all__ = ["local_attention", "local_attention_backward", "unsupported", "variants"]
+
 # Read once, as by the kernels; torch.compile cannot trace the reading.
 _INTERPRETED: bool = triton.knobs.runtime.interpret
-_SCALES = 4  # of one launch of the forward
-_WHOLE = 2**28 + 1  # a window that covers any grid, one constant for all of them
-_SMALL = 256  # queries of a grid that few large tiles cover best
-_ROWS = 64  # queries of a step of the elementwise kernels
-_POINTERS = ("q", "out", "grad_out", "key", "value", "bias", "grad_q", "grad_key", "grad_value")
+_SCALES = 4  # of one launch
+_MOST_SIDE = 2**15  # a packed position has 15 bits for a coordinate
 _SPLITS = 64  # programs per bias offset
+_FULL = 2048  # programs that fill any GPU
 
 
 def unsupported(
@@ -49,12 +46,16 @@ def unsupported(
     """Why this call cannot run here, or None."""
     if q.device.type != "cuda" and not (_INTERPRETED and q.device.type == "cpu"):
         return f"the Triton kernel runs on CUDA tensors, q is on {q.device}"
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         return f"the Triton kernel takes float32, bfloat16 or float16, q is {q.dtype}"
     if _INTERPRETED and q.dtype == torch.bfloat16:
         return "Triton's interpreter has no bfloat16 products"
-    if q.shape[3] > _MOST_CHANNELS:
-        return f"the Triton kernel takes heads of at most {_MOST_CHANNELS}, q has {q.shape[3]}"
+    if q.shape[3] > WIDTHS[-1]:
+        return f"the Triton kernel takes heads of at most {WIDTHS[-1]}, q has {q.shape[3]}"
+    # One comparison a side: torch.compile would compile again for another order of the sides.
+    for h, w in (windows.query_grid, *windows.grids):
+        if h >= _MOST_SIDE or w >= _MOST_SIDE:
+            return f"the Triton kernel takes grids of less than {_MOST_SIDE} a side, not {h} x {w}"
     return None
 
 
@@ -107,35 +108,11 @@ def _local_attention(
     out, lse = empty_tokens(q), empty_lse(q)
     if q.numel() == 0:
         return out, lse
-    q, keys, values = rows(q), [*map(rows, keys)], [*map(rows, values)]
-    tables = [None if b is None else b.contiguous() for b in bias]
-    batch, heads, _, width = q.shape
-    grid, scales = _scales(sizes, tables)
-    own, raster, include_self, shift = rules
-    tile, block, warps = _tile(q.dtype, width, grid)
-    tiles, across = _tiles(grid, tile)
-    before = lse
-    for start in range(0, len(keys), _SCALES):
-        part = range(start, min(start + _SCALES, len(keys)))
-        last = part[-1] == len(keys) - 1
-        result = out if last else torch.empty(q.shape, dtype=torch.float32, device=q.device)
-        # The last slot is always used; the empty ones come first.
-        slots = [-1] * (_SCALES - len(part)) + list(part)
-        arguments: list[Any] = []
-        for n in slots:
-            k, v, table = (keys[n], values[n], tables[n]) if n >= 0 else (q, q, None)
-            h, w = scales[n][:2] if n >= 0 else (1, 1)
-            arguments += [*_tokens(k), *_tokens(v), q if table is None else table, h, w]
-        forward_kernel[(batch * heads * tiles,)](
-            *_tokens(q), *_tokens(result), lse, before, *arguments,
-            heads, heads // keys[0].shape[1], *grid, across, tiles, scale,
-            *(scales[n][2] if n >= 0 else 0 for n in slots),
-            *(n >= 0 and tables[n] is not None for n in slots),
-            FIRST=start == 0, OWN=own and last, RASTER=raster, SELF=include_self, SHIFT=shift,
-            **_shape(width, tile, block), num_warps=warps, num_stages=1,
-        )  # fmt: skip
-        before = result
-    return out, lse
+    call = _Call(q, keys, values, bias, sizes, rules, scale)
+    result = _room_for(out)
+    for part in call.parts:
+        call.over_queries("forward_kernel", (*_tokens(call.q), *_tokens(result), lse), part)
+    return _finished(out, result), lse
 
 
 @_local_attention.register_fake
@@ -167,57 +144,28 @@ def _local_attention_backward(
     grads = empty_grads(q, keys, values, bias)
     if q.numel() == 0:
         return [g.zero_() for g in grads]
-    q, keys, values = rows(q), [*map(rows, keys)], [*map(rows, values)]
-    grad_out, out = rows(grad_out), rows(out)
-    tables = [None if b is None else b.contiguous() for b in bias]
-    batch, heads, tokens, width = q.shape
-    kv_heads = keys[0].shape[1]
-    grid, scales = _scales(sizes, tables)
-    own, raster, include_self, shift = rules
-    tile, block, warps = _tile(q.dtype, width, grid)
-    tiles, across = _tiles(grid, tile)
-    last = len(keys) - 1
+    call = _Call(q, keys, values, bias, sizes, rules, scale)
+    grad_out, out = _vectors(grad_out), _vectors(out)
     delta = torch.empty_like(lse)
-    delta_kernel[(batch * heads * triton.cdiv(tokens, _ROWS),)](
-        *_tokens(out), *_tokens(grad_out), delta, heads, tokens,
-        D=width, DP=_padded(width), BLOCK=_ROWS,
-    )  # fmt: skip
-    sums = torch.empty(q.shape, dtype=torch.float32, device=q.device) if last > 0 else delta
-    tables_of_grads = iter(grads[1 + 2 * len(keys) :])
-    for n, (key, value, table) in enumerate(zip(keys, values, tables, strict=True)):
-        h, w, kernel = scales[n]
-        rules_n = {
-            "OWN": own and n == last,
-            "RASTER": raster,
-            "SELF": include_self,
-            "SHIFT": shift,
-        }
-        inputs = (*_tokens(q), *_tokens(grad_out), *_tokens(key), *_tokens(value))
-        numbers = (q if table is None else table, lse, delta)
-        sides = (heads, heads // kv_heads, *grid, h, w)
-        query_kernel[(batch * heads * tiles,)](
-            *inputs, *numbers, sums, *_tokens(grads[0]), *sides, across, tiles, scale,
-            KERNEL=kernel, BIAS=table is not None, FIRST=n == 0, LAST=n == last, **rules_n,
-            **_shape(width, tile, block), num_warps=warps, num_stages=1,
-        )  # fmt: skip
-        key_tiles, key_across = _tiles((h, w), tile)
-        key_kernel[(batch * kv_heads * key_tiles,)](
-            *inputs, *numbers, *_tokens(grads[1 + n]), *_tokens(grads[2 + last + n]),
-            *sides, key_across, key_tiles, scale,
-            KERNEL=kernel, BIAS=table is not None, **rules_n,
-            **_shape(width, tile, block), num_warps=_key_warps(warps), num_stages=1,
-        )  # fmt: skip
+    launch(
+        "delta_kernel",
+        call.planes * triton.cdiv(call.tokens, step_rows(call.width)),
+        (*_tokens(out), *_tokens(grad_out), delta, call.heads, call.width // 8, call.tokens),
+        q.dtype,
+        call.width,
+    )
+    inputs = (*_tokens(call.q), *_tokens(grad_out))
+    results = [*map(_room_for, grads[: 1 + 2 * len(keys)])]
+    for part in call.parts:
+        call.over_queries("query_kernel", (*inputs, *_tokens(results[0]), lse, delta), part)
+    tables = iter(grads[1 + 2 * len(keys) :])
+    for n, table in enumerate(call.tables):
+        rooms = (results[1 + n], results[1 + len(keys) + n])
+        call.over_keys(n, inputs, (lse, delta), rooms)
         if table is not None:
-            grad_table = next(tables_of_grads)
-            splits = min(_SPLITS, batch * triton.cdiv(tokens, _ROWS))
-            parts = torch.empty(
-                (*table.shape, splits), dtype=torch.float32, device=q.device
-            )  # every program writes its own
-            bias_kernel[(parts.numel(),)](
-                *inputs, *numbers, parts, batch, *sides, scale, splits,
-                KERNEL=kernel, **rules_n, D=width, DP=_padded(width), BLOCK=_ROWS,
-            )  # fmt: skip
-            grad_table.copy_(parts.sum(-1))
+            next(tables).copy_(call.over_offsets(n, inputs, (lse, delta)))
+    for grad, result in zip(grads, results, strict=False):
+        _finished(grad, result)
     return grads
 
 
@@ -237,115 +185,150 @@ def _(
     return empty_grads(q, keys, values, bias)
 
 
-def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time: every head width, type, window and rule that differs."""
-    result = []
-    for dtype in _DTYPES:
-        for width in (16, 32, 64, 128):
-            for kernel in (3, 5, 7, 9):
-                result += _variants(dtype, width, kernel, (64, 64))
-        for width in (20, 32, 64):
-            result += _variants(dtype, width, 5, (8, 8))
-        result += _variants(dtype, 32, 5, (64, 64), raster=True)
-        result += _variants(dtype, 32, 5, (64, 64), shift=True)
-        result += _variants(dtype, 32, 5, (64, 64), bias=True)
-        result += _variants(dtype, 32, _WHOLE, (64, 64))
-    return result
+class _Call:
+    """The arguments of one call as the kernels take them, and the launches over them."""
 
-
-def _variants(
-    dtype: torch.dtype,
-    width: int,
-    kernel: int,
-    grid: tuple[int, int],
-    *,
-    raster: bool = False,
-    shift: bool = False,
-    bias: bool = False,
-) -> list[KernelVariant]:
-    """The kernels of one call with a coarse 3 x 3 window and an own one, and of its backward."""
-    tile, block, warps = _tile(dtype, width, grid)
-    rules = {"OWN": True, "RASTER": raster, "SELF": False, "SHIFT": shift}
-    shape = _shape(width, tile, block)
-    plain = {"D": width, "DP": _padded(width), "BLOCK": _ROWS}
-    one = {"KERNEL": kernel, "BIAS": bias, **rules, **shape}
-    windows = {"K0": 0, "K1": 0, "K2": 3, "K3": kernel, "B0": False, "B1": False, "B2": False}
-    kernels: list[tuple[Any, dict[str, Any], int, bool]] = [
-        (forward_kernel, {**windows, "B3": bias, "FIRST": True, **rules, **shape}, warps, True),
-        (query_kernel, {**one, "FIRST": False, "LAST": True}, warps, True),
-        (key_kernel, one, _key_warps(warps), True),
-        (delta_kernel, plain, 4, False),
-    ]
-    if bias:
-        kernels.append((bias_kernel, {"KERNEL": kernel, **rules, **plain}, 4, False))
-    label = f"{str(dtype).removeprefix('torch.')} d{width} k{kernel} {grid[0]}x{grid[1]}"
-    label += " raster" * raster + " shift" * shift + " bias" * bias
-    return [
-        KernelVariant(
-            name=f"{function.__name__} {label}",
-            kernel=function,
-            signature={name: _type(name, dtype, constants) for name in function.arg_names},
-            constants=constants,
-            num_warps=num_warps,
-            num_stages=1,
-            tensor_cores=dots and dtype != torch.float32,
+    def __init__(
+        self,
+        q: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        bias: list[Tensor | None],
+        sizes: list[int],
+        rules: list[bool],
+        scale: float,
+    ) -> None:
+        self.q, self.keys, self.values = (
+            _vectors(q),
+            [*map(_vectors, keys)],
+            [*map(_vectors, values)],
         )
-        for function, constants, num_warps, dots in kernels
-    ]
+        self.tables = [
+            None if b is None else b.clone(memory_format=torch.contiguous_format) for b in bias
+        ]
+        self.batch, self.heads, self.tokens, self.width = self.q.shape
+        self.planes = self.batch * self.heads
+        self.group = self.heads // keys[0].shape[1]
+        self.grid = (sizes[0], sizes[1])
+        self.scales = [(sizes[i], sizes[i + 1], sizes[i + 2]) for i in range(2, len(sizes), 3)]
+        self.own, self.raster, self.include_self, self.shift = map(int, rules)
+        self.scale = scale
+        self.small = is_small(q.dtype, self.width, self.grid, any(b is not None for b in bias))
+        count = len(keys)
+        self.parts = [range(i, min(i + _SCALES, count)) for i in range(0, count, _SCALES)]
+        """Scales of each launch over queries."""
+        self.sums = q.new_empty(self.q.shape, dtype=torch.float32) if count > _SCALES else None
+
+    def over_queries(self, name: str, tensors: tuple[Any, ...], part: range) -> None:
+        """Launch a kernel over tiles of queries for some of the scales."""
+        # The last slot is always used; the empty ones come first.
+        slots = [part[-1]] * (_SCALES - len(part)) + list(part)
+        last = part[-1] == len(self.keys) - 1
+        tile = tile_side(name, self.q.dtype, self.width, self.small)
+        side = 2
+        if self.small or self.planes * _cells(self.grid, 2 * tile)[0] < _FULL:
+            side = 1
+        tiles, across = _cells(self.grid, side * tile)
+        arguments = (
+            *tensors,
+            tensors[-1] if self.sums is None else self.sums,
+            *(item for n in slots for item in self._slot(n)),
+            self.heads, self.group, self.width // 8, *self.grid, across, tiles, side, self.scale,
+            _SCALES - len(part), self.own and last, self.raster, self.include_self, self.shift,
+            int(part[0] > 0), int(last),
+        )  # fmt: skip
+        biased = any(self.tables[n] is not None for n in part)
+        self._launch(name, self.planes * tiles, arguments, self.small, biased)
+
+    def over_keys(
+        self,
+        n: int,
+        inputs: tuple[Any, ...],
+        sums: tuple[Tensor, Tensor],
+        grads: tuple[Tensor, Tensor],
+    ) -> None:
+        """Launch the gradients of the keys and values of one scale."""
+        h, w, _ = self.scales[n]
+        small = self.small and min(h, w) > 4
+        tiles, across = _cells((h, w), tile_side("key_kernel", self.q.dtype, self.width, small))
+        key, value, table, *sides = self._scale(n)
+        arguments = (
+            *inputs, *key, *value, table, *sums, *_tokens(grads[0]), *_tokens(grads[1]),
+            self.heads, self.group, self.width // 8, *self.grid, *sides, across, tiles, self.scale,
+            *self._rules(n),
+        )  # fmt: skip
+        programs = self.planes // self.group * tiles
+        self._launch("key_kernel", programs, arguments, small, self.tables[n] is not None)
+
+    def over_offsets(self, n: int, inputs: tuple[Any, ...], sums: tuple[Tensor, Tensor]) -> Tensor:
+        """The gradient of the bias of one scale, float32."""
+        key, value, table, *sides = self._scale(n)
+        splits = min(_SPLITS, self.batch * triton.cdiv(self.tokens, step_rows(self.width)))
+        parts = self.q.new_empty((*table.shape, splits), dtype=torch.float32)  # one per program
+        arguments = (
+            *inputs, *key, *value, table, *sums, parts, self.batch,
+            self.heads, self.group, self.width // 8, *self.grid, *sides, splits, self.scale,
+            *self._rules(n),
+        )  # fmt: skip
+        self._launch("bias_kernel", parts.numel(), arguments)
+        return parts.sum(-1)
+
+    def _launch(
+        self,
+        name: str,
+        programs: int,
+        arguments: tuple[Any, ...],
+        small: bool = False,
+        biased: bool = False,
+    ) -> None:
+        launch(name, programs, arguments, self.q.dtype, self.width, small, biased)
+
+    def _rules(self, n: int) -> tuple[int, ...]:
+        own = int(self.own and n == len(self.keys) - 1)
+        return own, self.raster, self.include_self, self.shift
+
+    def _scale(self, n: int) -> tuple[Any, ...]:
+        """Keys, values, bias, h, w, radius and size of the bias of a scale."""
+        table = self.tables[n]
+        h, w, kernel = self.scales[n]
+        radius = min(kernel // 2, _MOST_SIDE)  # covers every grid
+        size = 0 if table is None else table.shape[-1]
+        place = self.q if table is None else table
+        return _tokens(self.keys[n]), _tokens(self.values[n]), place, h, w, radius, size
+
+    def _slot(self, n: int) -> tuple[Any, ...]:
+        key, value, *rest = self._scale(n)
+        return (*key, *value, *rest)
 
 
-def _type(name: str, dtype: torch.dtype, constants: dict[str, Any]) -> str:
-    """The Triton type of an argument of any of the kernels."""
-    if name in constants:
-        return "constexpr"
-    if name in ("lse", "before", "delta", "sums", "parts"):
-        return "*fp32"
-    if name == "scale":
-        return "fp32"
-    if name in _POINTERS or re.fullmatch(r"[kvb]\d", name):
-        return {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    return "i32"
+def _cells(grid: tuple[int, int], side: int) -> tuple[int, int]:
+    """The number of squares of ``side`` that cover a grid, and how many lie side by side."""
+    across = triton.cdiv(grid[1], side)
+    return triton.cdiv(grid[0], side) * across, across
 
 
-def _scales(
-    sizes: list[int], tables: list[Tensor | None]
-) -> tuple[tuple[int, int], list[tuple[int, int, int]]]:
-    """The queries' grid, and (h, w, kernel) of every scale as the kernels are specialised to it."""
-    scales = []
-    for n, table in enumerate(tables):
-        h, w, kernel = sizes[2 + 3 * n : 5 + 3 * n]
-        covers = kernel >= 2 * max(h, w) - 1
-        scales.append((h, w, _WHOLE if covers and table is None else kernel))
-    return (sizes[0], sizes[1]), scales
+def _vectors(t: Tensor) -> Tensor:
+    """``t`` where the kernels can read eight channels at a time, else a copy, padded with zeros."""
+    *strides, step = t.stride()
+    aligned = all(size % 8 == 0 for size in (*strides, t.shape[3])) and t.data_ptr() % 16 == 0
+    if aligned and step == 1:
+        return t
+    copy = t.new_zeros((*t.shape[:3], t.shape[3] + -t.shape[3] % 8))
+    copy[..., : t.shape[3]] = t
+    return copy
 
 
-def _tile(dtype: torch.dtype, width: int, grid: tuple[int, int]) -> tuple[int, int, int]:
-    """Side of a tile, keys of a step and warps: the most that fits the registers."""
-    if dtype == torch.float32:
-        return 4, 16, 4 if width <= 32 else 8
-    if grid[0] * grid[1] <= _SMALL and width <= 64:
-        return 8, 32, 4
-    return 4, 32, 1 if width <= 64 else 2
+def _room_for(result: Tensor) -> Tensor:
+    """Where the kernels can write ``result``: itself, or a padded tensor; see `_finished`."""
+    if result.shape[3] % 8 == 0:
+        return result
+    return result.new_empty((*result.shape[:3], result.shape[3] + -result.shape[3] % 8))
 
 
-def _key_warps(warps: int) -> int:
-    """Warps of the key gradients, which keep two sums in place of one."""
-    return min(4 * warps, 8)
-
-
-def _tiles(grid: tuple[int, int], tile: int) -> tuple[int, int]:
-    """The number of tiles of a grid, and how many lie side by side."""
-    across = triton.cdiv(grid[1], tile)
-    return triton.cdiv(grid[0], tile) * across, across
-
-
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-def _shape(width: int, tile: int, block: int) -> dict[str, int]:
-    return {"D": width, "DP": _padded(width), "T": tile, "BLOCK": block}
+def _finished(result: Tensor, written: Tensor) -> Tensor:
+    return result if written is result else result.copy_(written[..., : result.shape[3]])
 
 
 def _tokens(t: Tensor) -> tuple[Tensor, int, int, int]:
-    return t, t.stride(0), t.stride(1), t.stride(2)
+    """A tensor and its strides in vectors of eight channels."""
+    return t, t.stride(0) // 8, t.stride(1) // 8, t.stride(2) // 8

@@ -1,24 +1,66 @@
-"""The geometry of the windows and the weights of a tile, shared by the Triton kernels."""
+"""The geometry of the windows and the weights of a tile, shared by the Triton kernels.
+
+Window sizes, borders and orders are numbers at run time: one compiled kernel serves them all. What
+a pair of a query and a key needs is worked out per query and per key, outside the loop over pairs;
+`inside` is all that is left in it.
+"""
 
 from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
 
+# Everything else that is not a constant is a number.
+POINTER = re.compile(r"q|out|key|value|bias|grad_\w+|[kvb]\d|lse|before|delta|parts")
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A Triton kernel that is not compiled again for numbers that are 1 or divide by 16."""
+    names = inspect.signature(function).parameters
+    numbers = [name for name in names if name.islower() and not POINTER.fullmatch(name)]
+    return triton.jit(do_not_specialize=numbers)(function)
+
+
 LOG2E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(2**31 - 1)  # at or past every packed position
+NOWHERE = tl.constexpr(-(2**31))
 
 
 @triton.jit
-def window(position, size, cells, KERNEL: tl.constexpr, SHIFT: tl.constexpr):
-    """Along one axis, the centre cell of queries and the first and last cell that they see."""
-    centre = ((2 * position + 1) * cells) // (2 * size)
-    if SHIFT:
-        length = tl.minimum(KERNEL, cells)
-        low = tl.maximum(tl.minimum(centre - KERNEL // 2, cells - length), 0)
-        high = low + length - 1
-    else:
-        low = tl.maximum(centre - KERNEL // 2, 0)
-        high = tl.minimum(centre + KERNEL // 2, cells - 1)
+def reciprocal(divisor):
+    """What `divide` multiplies with in place of a division."""
+    return tl.full([], 0xFFFFFFFF, tl.uint32) // divisor.to(tl.uint32)
+
+
+@triton.jit
+def divide(x, divisor, inverse):
+    """Quotient and rest of ``0 <= x < 2**31``, exact: the product is at most one too small."""
+    quotient = tl.umulhi(x.to(tl.uint32), inverse).to(tl.int32)
+    rest = x - quotient * divisor
+    short = rest >= divisor
+    return tl.where(short, quotient + 1, quotient), tl.where(short, rest - divisor, rest)
+
+
+@triton.jit
+def window_length(radius, cells, shift):
+    """Cells along an axis that a window always has: one if it is clipped at the border."""
+    return tl.where(shift != 0, tl.minimum(2 * radius + 1, cells), 1)
+
+
+@triton.jit
+def window(position, size, inverse, cells, radius, length):
+    """Along one axis, the centre cell of queries and the first and last cell that they see.
+
+    ``inverse`` is the `reciprocal` of ``2 * size``.
+    """
+    centre, _ = divide((2 * position + 1) * cells, 2 * size, inverse)
+    low = tl.maximum(tl.minimum(centre - radius, cells - length), 0)
+    high = tl.minimum(tl.maximum(centre + radius, length - 1), cells - 1)
     return centre, low, high
 
 
@@ -30,94 +72,104 @@ def first_query(cell, size, cells):
 
 
 @triton.jit
-def inverse_window(first, last, size, cells, KERNEL: tl.constexpr, SHIFT: tl.constexpr):
+def inverse_window(first, last, size, cells, radius, length):
     """The first and last query along an axis that see any of the cells ``first..last``."""
-    low = first - KERNEL // 2
-    high = last + KERNEL // 2
-    if SHIFT:
-        length = tl.minimum(KERNEL, cells)
-        low = tl.where(first < length, 0, low)
-        high = tl.where(last >= cells - length, cells - 1, high)
-    low = tl.maximum(low, 0)
-    high = tl.minimum(high, cells - 1)
+    low = tl.maximum(tl.where(first < length, 0, first - radius), 0)
+    high = tl.minimum(tl.where(last >= cells - length, cells - 1, last + radius), cells - 1)
     return first_query(low, size, cells), tl.minimum(first_query(high + 1, size, cells), size) - 1
 
 
 @triton.jit
-def scores(
-    dots,
-    scale_log2,
-    bias,
-    head,
-    q_y,
-    q_x,
-    k_y,
-    k_x,
-    height,
-    width,
-    h,
-    w,
-    KERNEL: tl.constexpr,
-    BIAS: tl.constexpr,
-    OWN: tl.constexpr,
-    RASTER: tl.constexpr,
-    SELF: tl.constexpr,
-    SHIFT: tl.constexpr,
-):
-    """Scores in base 2 from the dot products of queries and keys; ``-inf`` where unseen.
+def pack(y, x):
+    """A position in one number, in raster order; -1 is none."""
+    return y * 65536 + x
 
-    The positions broadcast to the shape of ``dots``; a key in row -1 does not exist.
+
+@triton.jit
+def inside(low, high, start, length, position):
+    """Which positions lie in which rectangle and not among ``start .. start + length``.
+
+    All are packed. A coordinate has 15 bits and one to spare, which a difference sets if it is
+    negative: two subtractions compare both coordinates with both bounds.
     """
-    c_y, y0, y1 = window(q_y, height, h, KERNEL, SHIFT)
-    c_x, x0, x1 = window(q_x, width, w, KERNEL, SHIFT)
-    seen = (k_y >= y0) & (k_y <= y1) & (k_x >= x0) & (k_x <= x1)
-    if OWN:
-        order = (k_y - q_y) * w + (k_x - q_x)
-        if RASTER:
-            seen = seen & (order <= 0)
-        if not SELF:
-            seen = seen & (order != 0)
-    result = dots * scale_log2
-    if BIAS:
-        SIZE: tl.constexpr = 2 * KERNEL - 1 if SHIFT else KERNEL
-        offset = (k_y - c_y + SIZE // 2) * SIZE + (k_x - c_x + SIZE // 2)
-        table = bias + head * SIZE * SIZE
-        result += tl.load(table + offset, mask=seen, other=0.0).to(tl.float32) * LOG2E
-    return tl.where(seen, result, float("-inf"))
+    outside = ((position - low) | (high - position)) & -2147450880  # bits 31 and 15
+    return (outside == 0) & ((position - start).to(tl.uint32) > length.to(tl.uint32))
 
 
 @triton.jit
-def load_tokens(base, index, there, stride, D: tl.constexpr, DP: tl.constexpr):
-    """The tokens ``index`` as ``(tokens, DP)``; zeros for those not ``there`` and past ``D``."""
+def load_bias(bias, head, size, query, key, seen):
+    """The relative bias of pairs in base 2; ``size`` 0 has none. See `bias_places`."""
+    table, offset = bias + head * size * size, key - query
+    there = seen & (offset.to(tl.uint32) < (size * size).to(tl.uint32))
+    return tl.load(table + offset, mask=there, other=0.0).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def bias_places(y, x, size, middle):
+    """What keys at ``(y, x)`` (and, with ``middle``, queries centred there) add to the offset."""
+    return (y - middle) * size + x - middle
+
+
+@triton.jit
+def load_tokens(base, index, there, stride, d, DP: tl.constexpr):
+    """The tokens ``index`` as ``(tokens, DP)``; zeros for those not ``there`` and past ``d``."""
     channel = tl.arange(0, DP)
-    mask = there[:, None]
-    if D != DP:
-        mask = mask & (channel < D)[None, :]
-    return tl.load(
-        base + index.to(tl.int64)[:, None] * stride + channel[None, :], mask=mask, other=0.0
-    )
+    mask = there[:, None] & (channel < d * 8)[None, :]
+    start = base + index.to(tl.int64)[:, None] * (stride * 8)
+    return tl.load(start + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tokens(base, index, there, stride, x, D: tl.constexpr, DP: tl.constexpr):
+def store_tokens(base, index, there, stride, x, d, DP: tl.constexpr):
     """The reverse of `load_tokens`, rounded to the type of ``base``."""
     channel = tl.arange(0, DP)
-    mask = there[:, None]
-    if D != DP:
-        mask = mask & (channel < D)[None, :]
-    tl.store(
-        base + index.to(tl.int64)[:, None] * stride + channel[None, :],
-        x.to(base.dtype.element_ty),
-        mask=mask,
-    )
+    mask = there[:, None] & (channel < d * 8)[None, :]
+    start = base + index.to(tl.int64)[:, None] * (stride * 8)
+    tl.store(start + channel[None, :], x.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def tile_positions(tile, tiles_x, height, width, T: tl.constexpr):
-    """Row, column and existence of the ``T * T`` tokens of a tile; its first row and column."""
+def products(a, b):
+    """The dot products of all tokens of ``a`` and ``b``, both ``(tokens, channels)``.
+
+    In float32 a thread keeps whole tokens; a quarter of 128 channels at a time does not spill.
+    """
+    if a.dtype == tl.float32 and a.shape[1] == 128:
+        a0, a1, a2, a3 = quarters(a)
+        b0, b1, b2, b3 = quarters(b)
+        result = tl.dot(a0, tl.trans(b0), input_precision="ieee")
+        result = tl.dot(a1, tl.trans(b1), result, input_precision="ieee")
+        result = tl.dot(a2, tl.trans(b2), result, input_precision="ieee")
+        return tl.dot(a3, tl.trans(b3), result, input_precision="ieee")
+    else:
+        return tl.dot(a, tl.trans(b), input_precision="ieee")
+
+
+@triton.jit
+def quarters(x):
+    """Every fourth channel of ``(tokens, channels)``, four times."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)))
+    a, b = tl.split(even)
+    c, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def head_of(base, b, stride_b, head, stride_h):
+    """Where the tokens of one head begin."""
+    return base + b * stride_b * 8 + head * stride_h * 8
+
+
+@triton.jit
+def tile_positions(top, left, height, width, T: tl.constexpr):
+    """Row, column and existence of the ``T * T`` tokens of a tile."""
     m = tl.arange(0, T * T)
-    top = tile // tiles_x * T
-    left = tile % tiles_x * T
     y = top + m // T
     x = left + m % T
-    return y, x, (y < height) & (x < width), top, left
+    return y, x, (y < height) & (x < width)
+
+
+@triton.jit
+def choose(n, a, b, c, d):
+    """The ``n``-th of four."""
+    return tl.where(n < 2, tl.where(n == 0, a, b), tl.where(n == 2, c, d))

@@ -56,8 +56,8 @@ def filter_rows(padded: int) -> int:
 
 
 def filter_stages(padded: int) -> int:
-    """Tiles of codes in flight; wide ones leave no registers for the addresses of three."""
-    return 2 if padded > 128 else 3
+    """Tiles of codes in flight; wide ones leave no registers for the addresses of more than one."""
+    return 1 if padded > 128 else 3
 
 
 def block_codes(padded: int) -> int:
