@@ -20,7 +20,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from msvq_fast import __version__
 from msvq_fast.training import config as configs
-from msvq_fast.training import prior_config
+from msvq_fast.training import prior_config, share_config
 
 
 class _Command(NamedTuple):
@@ -67,6 +67,12 @@ _COMMANDS = {
         "run_sample",
         "Draw images from a prior, coarse to fine, as a PNG grid.",
     ),
+    "export": _Command(
+        share_config.ExportConfig,
+        "msvq_fast.training.export",
+        "run_export",
+        "Write encode and decode as ONNX or torch.export files and compare them with the model.",
+    ),
     "info": _Command(
         configs.InfoConfig,
         "msvq_fast.training.info",
@@ -79,8 +85,8 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``msvq`` and return its exit code.
 
-    0 is success, 1 a training that broke down, 2 bad input, 128 plus its number a signal. Errors
-    are one line on stderr.
+    0 is success, 1 a training that broke down or an export that disagrees, 2 bad input, 128 plus
+    its number a signal. Errors are one line on stderr.
     """
     arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
     try:
@@ -97,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: _Command, config: Any) -> int:
     from torch import OutOfMemoryError
 
-    from msvq_fast.ops.checks import InputError
+    from msvq_fast.ops.checks import InputError, WorkError
 
     try:
         result = getattr(importlib.import_module(command.module), command.function)(config)
@@ -112,11 +118,7 @@ def _run(command: _Command, config: Any) -> int:
         return _fail(f"{reason}; lower batch_size and raise accumulate as much", 1)
     except KeyboardInterrupt:
         return _fail("stopped", 130)
-    except RuntimeError as error:
-        from msvq_fast.training.window import TrainingError
-
-        if not isinstance(error, TrainingError):
-            raise
+    except WorkError as error:
         return _fail(str(error), 1)
     return result if isinstance(result, int) else 0
 

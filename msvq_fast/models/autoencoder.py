@@ -198,6 +198,22 @@ class Autoencoder(nn.Module, ABC):
             z_d = self._condition(m, self._lookup(m, codes[m]))
         return codes
 
+    def latents(self, x: Tensor, codes: Sequence[Tensor]) -> list[Tensor]:
+        """z_e,m ``(B, D, h_m, w_m)`` of images before they are quantized, coarse to fine.
+
+        Args:
+            x: Images ``(B, 3, H, W)`` in [-1, 1].
+            codes: M grids ``(B, h_m, w_m)`` int64; scale m is computed given those below m.
+        """
+        self._check_image(x)
+        self._check_codes(codes, whole=True)
+        found: list[Tensor] = []
+        z_d = None
+        for m, feature in enumerate(self._features(x)):
+            found.append(self._latent(m, feature, z_d))
+            z_d = self._condition(m, self._lookup(m, codes[m]))
+        return found
+
     def decode(self, codes: Sequence[Tensor], upto: int | None = None) -> Tensor:
         """Images ``(B, 3, H, W)`` of code grids, linear output near [-1, 1].
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from msvq_fast.metrics import perplexity, usage
 from msvq_fast.models import MSVQVAEOutput
+from msvq_fast.ops.checks import WorkError
 from msvq_fast.training.distributed import World, all_reduce_
 
 _NEVER = 2**53  # more steps than any run has
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line for people."""
+class TrainingError(WorkError):
+    """Training cannot go on."""
 
 
 def check_weights(model: nn.Module, step: int) -> None:

@@ -1,0 +1,24 @@
+"""What hands a trained model to others is told. Free of torch, as training/config.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class ExportConfig:
+    """What ``msvq export`` writes; every file is compared with PyTorch before it is put there.
+
+    Attributes:
+        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+        out: Folder for encode, decode and export.json.
+        format: onnx for ONNX Runtime and others; torch for ``torch.export.load``, which needs
+            torch alone.
+        size: Side of the square images in pixels; None is the model's resolution.
+    """
+
+    checkpoint: str
+    out: str
+    format: Literal["onnx", "torch"] = "onnx"
+    size: int | None = None
