@@ -73,6 +73,12 @@ _COMMANDS = {
         "run_export",
         "Write encode and decode as ONNX or torch.export files and compare them with the model.",
     ),
+    "push": _Command(
+        share_config.PushConfig,
+        "msvq_fast.training.push",
+        "run_push",
+        "Upload a trained model and its model card to the hub.",
+    ),
     "info": _Command(
         configs.InfoConfig,
         "msvq_fast.training.info",

@@ -22,3 +22,21 @@ class ExportConfig:
     out: str
     format: Literal["onnx", "torch"] = "onnx"
     size: int | None = None
+
+
+@dataclass
+class PushConfig:
+    """What ``msvq push`` uploads: weights, configuration and a model card.
+
+    Attributes:
+        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+        repo: Repository ``owner/name`` of the hub, made if missing.
+        private: Of a repository that is made.
+        results: results.json of an evaluation for the card's table; None takes
+            evaluation/results.json inside ``checkpoint`` if it is of the same weights.
+    """
+
+    checkpoint: str
+    repo: str
+    private: bool = False
+    results: str | None = None
