@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from msvq_fast import __version__
+from msvq_fast.training import compare_config, prior_config, share_config
 from msvq_fast.training import config as configs
-from msvq_fast.training import prior_config, share_config
 
 
 class _Command(NamedTuple):
@@ -41,7 +41,13 @@ _COMMANDS = {
         configs.EvaluateConfig,
         "msvq_fast.training.evaluate",
         "run_evaluate",
-        "Measure MSE, PSNR, SSIM and codebook usage of a trained model.",
+        "Measure MSE, PSNR, SSIM, LPIPS, rFID and codebook usage of a trained model.",
+    ),
+    "compare": _Command(
+        compare_config.CompareConfig,
+        "msvq_fast.training.compare",
+        "run_compare",
+        "Train MS-VQVAE and VQ-VAE 2 over seeds and print the paper's table.",
     ),
     "reconstruct": _Command(
         configs.ReconstructConfig,

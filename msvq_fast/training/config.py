@@ -190,10 +190,20 @@ class EvaluateConfig:
         crop: All tiles of every image, or one from its centre.
         batch_size: Tiles at a time.
         limit: Most images, evenly spread over the split; None takes all.
+        samples: Folder of generated images to compare with ``data`` as a set, in place of a
+            checkpoint: FD, KID and IS.
+        lpips_weights: File or folder with the features of torchvision's alexnet, vgg16 or
+            squeezenet1_1 and the heads of the lpips package; None leaves LPIPS out.
+        extractor: Network of the distances between sets: inception gives FID, KID and IS,
+            efflite0 the stand-ins FD-EffLite0, KID-EffLite0 and IS-EffLite0, which are no FID;
+            None is inception where ``inception_weights`` is given, else none.
+        inception_weights: File of the FID Inception that pytorch-fid and torch-fidelity publish.
+        efflite0_weights: File of EfficientNet-Lite0; None takes that of the extra ``eff``.
+        force_fd: Report the Fréchet distance of fewer images than twice the features' width too.
         device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
     """
 
-    checkpoint: str
+    checkpoint: str | None = None
     data: str = "builtin:photos"
     split: Literal["train", "val", "all"] = "val"
     out: str = "runs/evaluate"
@@ -202,6 +212,12 @@ class EvaluateConfig:
     crop: Literal["tiles", "center"] = "tiles"
     batch_size: int = 8
     limit: int | None = None
+    samples: str | None = None
+    lpips_weights: str | None = None
+    extractor: Literal["inception", "efflite0"] | None = None
+    inception_weights: str | None = None
+    efflite0_weights: str | None = None
+    force_fd: bool = False
     device: str = "auto"
 
 
