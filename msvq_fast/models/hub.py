@@ -131,7 +131,7 @@ def local_folder(source: str | Path) -> Path:
 def _measured(results: dict[str, Any]) -> str:
     """The table of an evaluation: a row per scale."""
     settings, quality = results["settings"], results["reconstructions"]
-    shown = {name: column for name, column in _COLUMNS.items() if name in quality[0]}
+    shown = {name: column for name, column in _COLUMNS.items() if quality[0].get(name) is not None}
     lines = [
         f"{results['images']} images of {settings['size']} px, values in [0, 1], with msvq_fast "
         f"{settings['versions']['msvq_fast']}.",
@@ -148,6 +148,17 @@ def _measured(results: dict[str, Any]) -> str:
         ]
         cells += [f"{book['usage']:.1f} %", f"{book['perplexity']:.1f}"]
         lines.append(f"| {book['scale']} | {' | '.join(cells)} |")
+    if (whole := results.get("reconstructed_set")) is not None:
+        suffix = whole["suffix"]
+        figures = [f"KID{suffix} {whole['kid']:.5f}"]
+        if whole["fd"] is not None:
+            figures.insert(0, f"{f'FD{suffix}' if suffix else 'FID'} {whole['fd']:.3f}")
+        lines += [
+            "",
+            f"{', '.join(figures)} of {whole['images']} reconstructions against "
+            f"{whole['originals']} originals ({whole['extractor']}, weights "
+            f"{whole['sha256'][:16]}).",
+        ]
     return "\n".join(lines)
 
 

@@ -82,6 +82,22 @@ def test_the_card_states_what_was_saved_and_measured(saved: Path, tmp_path: Path
     assert "| 0 | - | - | - |" in card, "VQ-VAE 2 has no reconstruction of scale 0 alone"
 
 
+def test_the_card_names_the_network_behind_a_distance(saved: Path, tmp_path: Path) -> None:
+    results = evaluate(saved)
+    whole = {"suffix": "-Eff", "extractor": "EffLite0", "sha256": "ab" * 32, "images": 9}
+    results["reconstructed_set"] = {**whole, "originals": 12, "fd": None, "kid": 0.25}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    model = from_pretrained(saved)
+    model.save_pretrained(tmp_path / "a", results=path)
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "\nKID-Eff 0.25000 of 9 reconstructions against 12 originals (EffLite0" in card
+    results["reconstructed_set"].update(fd=1.5, suffix="")
+    path.write_text(json.dumps(results))
+    model.save_pretrained(tmp_path / "a", results=path)
+    assert "\nFID 1.500, KID 0.25000 of 9" in (tmp_path / "a" / "README.md").read_text()
+
+
 def test_figures_of_other_weights_are_refused(saved: Path, tmp_path: Path) -> None:
     evaluate(saved)
     model = from_pretrained(saved)
