@@ -88,6 +88,11 @@ class TrainConfig:
             run, and 0 with constant.
         min_lr_fraction: Where cosine ends, as a fraction of ``lr``.
         grad_clip: Largest global gradient norm; 0 is off.
+        perceptual_weight: Factor of LPIPS between reconstruction and image; 0 is off (the paper).
+        lpips_weights: As for ``msvq evaluate``; needed with ``perceptual_weight``.
+        gan: Also train against a patch discriminator, as VQGAN does; off in the paper.
+        gan_weight: Factor of its adaptive weight.
+        gan_start: Optimiser steps before it joins.
         precision: bf16 is autocast; auto is bf16 on CUDA and fp32 elsewhere.
         channels_last: Memory format of the convolutions; auto is on for CUDA.
         compile: Run the model through torch.compile; with another memory mode than default its
@@ -128,6 +133,11 @@ class TrainConfig:
     warmup_epochs: float | None = None
     min_lr_fraction: float = 0.1
     grad_clip: float = 0.0
+    perceptual_weight: float = 0.0
+    lpips_weights: str | None = None
+    gan: bool = False
+    gan_weight: float = 0.8
+    gan_start: int = 10_000
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto", "on", "off"] = "auto"
     compile: bool = False
@@ -288,6 +298,9 @@ _LEAST: dict[str, int] = {
     "accumulate": 1,
     "warmup_epochs": 0,
     "grad_clip": 0,
+    "perceptual_weight": 0,
+    "gan_weight": 0,
+    "gan_start": 0,
     "resize": 1,
     "repeat": 1,
     "strips": 1,

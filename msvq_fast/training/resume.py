@@ -95,6 +95,8 @@ def check_same_run(
         model_config: The model asked for now.
         processes: How many there are now.
     """
+    # A checkpoint of an earlier version lacks later options, which it ran with as they default.
+    state = {**state, "config": {**TrainConfig().to_dict(), **state["config"]}}
     before = {**state["config"], **state["model_config"], "processes": state.get("world_size", 1)}
     now = {**config.to_dict(), **describe_model(model_config), "processes": processes}
     # The model's own fields say more than the changes to its preset.
