@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/demo
 
-.PHONY: build demo test check test-gpu kernels-check bench bench-gpu format clean
+.PHONY: build demo docs test check test-gpu kernels-check bench bench-gpu format clean
 
 build: $(VENV)/.built
 
@@ -41,6 +41,11 @@ check: $(VENV)/.tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+# The site, in build/site.
+docs: $(VENV)/.tools
+	PYTHONPATH=.:benchmarks $(BIN)/python benchmarks/pages.py
+	$(BIN)/python -m mkdocs build --strict
 
 # On a machine with a GPU, with the Python at hand: no network, no environment, no installation.
 test-gpu:

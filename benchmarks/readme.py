@@ -38,11 +38,11 @@ def speed_tables() -> str:
     for path in sorted(RESULTS.glob("*--cpu.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["suite"] not in ("demo", "priors"):  # priors: benchmarks/NOTES.md
-            parts.append(_speed_table(record))
+            parts.append(speed_table(record))
     return "\n\n".join(parts)
 
 
-def _speed_table(record: dict[str, Any]) -> str:
+def speed_table(record: dict[str, Any]) -> str:
     machine, versions = record["machine"], record["versions"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in record["results"]:
