@@ -45,6 +45,12 @@ def list_checkpoints(out: Path) -> list[Path]:
     return sorted(path for path in found if path.name[len(_PREFIX) :].isdigit())
 
 
+def name_last(out: Path) -> str:
+    """Say in words which checkpoint of a run is the last."""
+    found = list_checkpoints(out)
+    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint yet"
+
+
 def save_checkpoint(
     out: Path,
     *,

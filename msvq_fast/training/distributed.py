@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,9 @@ def join(device: str) -> Iterator[World]:
     try:
         yield World(rank, size, chosen)
     finally:
+        # gloo's threads let go of the last tensors under the interpreter's lock. What destroys the
+        # group may hold that lock while it waits for these threads: they go first.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
@@ -129,8 +133,8 @@ def gradient_sync(wrapped: nn.Module, wanted: bool) -> contextlib.AbstractContex
     return wrapped.no_sync()
 
 
-def all_reduce_statistics(statistics: Sequence[tuple[Tensor, ...]], world: World) -> None:
-    """Combine all scales' code statistics over the processes, in place, in one call.
+def start_reducing(statistics: Sequence[tuple[Tensor, ...]], world: World) -> Callable[[], None]:
+    """Begin to combine all scales' code statistics over the processes, in one call.
 
     Counts and sums are summed, in float64, so that counts stay exact. Of the vectors at which codes
     would restart, code k takes that of process ``k % size``. Every process gets the same bits.
@@ -138,18 +142,27 @@ def all_reduce_statistics(statistics: Sequence[tuple[Tensor, ...]], world: World
     Args:
         statistics: Per scale counts ``(K,)``, sums ``(K, D)`` and maybe restart vectors ``(K, D)``.
         world: The processes.
+
+    Returns:
+        Waits for the result and writes it into ``statistics``; until then other work may go on.
     """
     if world.size == 1:
-        return
+        return lambda: None
     for _, _, *restart in statistics:
         for vectors in restart:
             owner = torch.arange(len(vectors), device=vectors.device) % world.size
             vectors[owner != world.rank] = 0
     tensors = [tensor for scale in statistics for tensor in scale]
     packed = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
-    dist.all_reduce(packed)
-    for tensor, total in zip(tensors, packed.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(total.view_as(tensor))
+    work = dist.all_reduce(packed, async_op=True)
+
+    def finish() -> None:
+        work.wait()
+        parts = packed.split([t.numel() for t in tensors])
+        for tensor, total in zip(tensors, parts, strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    return finish
 
 
 def all_reduce_(tensor: Tensor, world: World, *, smallest: bool = False) -> Tensor:

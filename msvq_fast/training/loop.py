@@ -17,9 +17,10 @@ from msvq_fast import models
 from msvq_fast.data import ImageDataset, batches, batches_per_epoch, list_images, to_float
 from msvq_fast.models import MSVQVAEConfig
 from msvq_fast.ops.checks import InputError
-from msvq_fast.training import checkpoint, distributed
+from msvq_fast.training import checkpoint, distributed, resume
 from msvq_fast.training.config import TrainConfig
 from msvq_fast.training.distributed import World
+from msvq_fast.training.failure import explain
 from msvq_fast.training.image_losses import ImageLosses
 from msvq_fast.training.interrupt import StopSignals
 from msvq_fast.training.optimizer import (
@@ -31,9 +32,8 @@ from msvq_fast.training.optimizer import (
     warmup_steps,
 )
 from msvq_fast.training.progress import MetricsFile, open_display
-from msvq_fast.training.resume import check_same_run, choose_checkpoint, describe_model
 from msvq_fast.training.validation import load_tiles, validate
-from msvq_fast.training.window import TrainingError, Window, check_weights
+from msvq_fast.training.window import Window, check_weights
 
 DEFAULT_EPOCHS = 250  # §4 of the paper
 _DEFAULT_CROPS = 1024  # crops of an epoch where ``repeat`` is not given
@@ -47,7 +47,7 @@ def run_train(config: TrainConfig) -> int:
 
     Raises:
         InputError: For settings that cannot work, before anything is written.
-        TrainingError: If the loss is no longer finite.
+        TrainingError: If the loss is no longer finite, or another process ended.
         OSError: If the run's folder cannot be written.
     """
     config.check()
@@ -79,12 +79,12 @@ class _Run:
         self._find_data()
         self._plan()
         start = distributed.first_decides(
-            lambda: choose_checkpoint(config, lambda text: print(text, flush=True)), world
+            lambda: resume.choose_checkpoint(config, lambda text: print(text, flush=True)), world
         )
         state: dict[str, Any] = {"step": 0, "best": None}
         if start is not None:
             state = checkpoint.read_state(start)
-            check_same_run(start, state, config, model_config, world.size)
+            resume.check_same_run(start, state, config, model_config, world.size)
         self.step: int = state["step"]
         self.best: dict[str, Any] | None = state["best"]
         if self.step >= self.total_steps and config.resume != "auto":
@@ -203,11 +203,8 @@ class _Run:
         if self.step:
             done = "; nothing is left to train" if self.step >= self.total_steps else ""
             self.display.message(f"going on after step {self.step}{done}")
-            if state.get("images", files) != files:
-                self.display.message(
-                    f"warning: the data had {state['images']} images and has {files} now, so the "
-                    "order of the crops is another"
-                )
+            for change in resume.describe_changes(state, self.config, files, self.world.size):
+                self.display.message(f"warning: {change}")
 
     def close(self) -> None:
         """Give the terminal back and close the files."""
@@ -231,11 +228,11 @@ class _Run:
                         if stop:
                             self.display.message(f"stopped after step {self.step}, saved")
                             return 128 + stop
-        except TrainingError as error:
-            good = checkpoint.list_checkpoints(self.out)
-            where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint yet"
-            remedy = "--betas=[0.5,0.9]" if is_unstable(self.betas) else "a lower lr"
-            raise TrainingError(f"{error}; {where}; try {remedy}") from None
+        except RuntimeError as error:
+            told = explain(error, self.step + 1, self.out, self.betas, self.world)
+            if told is None:
+                raise
+            raise told from error
         return 0
 
     def _epoch(self, done: int) -> Generator[Tensor, None, None]:
@@ -255,16 +252,19 @@ class _Run:
         accumulate = self.config.accumulate
         for micro in range(accumulate):
             x = self._to_device(next(stream))
-            with distributed.gradient_sync(self.wrapped, micro == accumulate - 1):
+            last = micro == accumulate - 1
+            with distributed.gradient_sync(self.wrapped, last):
                 with torch.autocast(
                     self.world.device.type,
                     dtype=self.autocast_dtype,
                     enabled=self.autocast_dtype is not None,
                 ):
                     out = self.wrapped(x)
+                if last:  # all codes are found: their statistics travel during the backward
+                    finish = distributed.start_reducing(self.model.code_statistics(), self.world)
                 self.losses.backward(out, x, self.step, micro, accumulate)
             self.window.add(out, self.step + 1)
-        distributed.all_reduce_statistics(self.model.code_statistics(), self.world)
+        finish()
         if self.config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         for group in self.optimizer.param_groups:
@@ -389,7 +389,7 @@ class _Run:
                 "images": len(self.dataset.paths),
                 "world_size": self.world.size,
                 "config": self.config.to_dict(),
-                "model_config": describe_model(self.model_config),
+                "model_config": resume.describe_model(self.model_config),
             },
         )
         checkpoint.prune_checkpoints(

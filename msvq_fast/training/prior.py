@@ -328,9 +328,7 @@ class _Run:
         checkpoint.prune_checkpoints(self.out, keep_last=self.config.keep_last, best_step=best)
 
     def _not_finite(self, what: str) -> str:
-        good = checkpoint.list_checkpoints(self.out)
-        where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint yet"
-        return f"{what}; {where}; try a lower lr"
+        return f"{what}; {checkpoint.name_last(self.out)}; try a lower lr"
 
 
 def _digest(tokens: Tokens) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ def _newest_good(run: Path, say: Callable[[str], None]) -> Path:
     raise InputError(f"no checkpoint of {run} can be used: {problem}")
 
 
+# How the images of a step are shared out; their product may not change.
+_SHARES = ("processes", "batch_size", "accumulate")
+
+
 def check_same_run(
     path: Path,
     state: dict[str, Any],
@@ -97,10 +102,58 @@ def check_same_run(
     """
     # A checkpoint of an earlier version lacks later options, which it ran with as they default.
     state = {**state, "config": {**TrainConfig().to_dict(), **state["config"]}}
-    before = {**state["config"], **state["model_config"], "processes": state.get("world_size", 1)}
-    now = {**config.to_dict(), **describe_model(model_config), "processes": processes}
+    shares = _shares(state["config"], state.get("world_size", 1))
+    now_shares = _shares(config.to_dict(), processes)
+    before = {**state["config"], **state["model_config"], **shares}
+    now = {**config.to_dict(), **describe_model(model_config), **now_shares}
     # The model's own fields say more than the changes to its preset.
-    check_unchanged(path, before, now, FREE_ON_RESUME | {"model"})
+    ignored = FREE_ON_RESUME | {"model"}
+    there, here = math.prod(shares.values()), math.prod(now_shares.values())
+    if there == here:
+        # The discriminator's adaptive weight is that of a micro-batch.
+        fixed = {"accumulate"} if config.gan else set()
+        check_unchanged(path, before, now, ignored | set(_SHARES) - fixed)
+        return
+    try:
+        check_unchanged(path, before, now, ignored)
+    except InputError as error:
+        raise InputError(
+            f"{error}; a step had {there} images there and has {here} here, so all that follows "
+            f"would differ: choose {' x '.join(_SHARES)} = {there}"
+        ) from None
+
+
+def describe_changes(
+    state: dict[str, Any], config: TrainConfig, files: int, processes: int
+) -> list[str]:
+    """What differs from the run of ``state`` and is allowed to, a line each.
+
+    Args:
+        state: ``state.json`` of the checkpoint.
+        config: What is asked for now.
+        files: Images of the data now.
+        processes: How many there are now.
+    """
+    changes = []
+    if state.get("images", files) != files:
+        changes.append(
+            f"the data had {state['images']} images and has {files} now, so the order of the crops "
+            "is another"
+        )
+    before = _shares(state["config"], state.get("world_size", 1))
+    now = _shares(config.to_dict(), processes)
+    if before != now:
+        shares = [f"{name} {before[name]} -> {now[name]}" for name in _SHARES]
+        changes.append(
+            f"{', '.join(shares)}: every step has the same {math.prod(now.values())} crops as "
+            "before, but sums run in another order, so results agree only up to rounding"
+        )
+    return changes
+
+
+def _shares(config: dict[str, Any], processes: int) -> dict[str, int]:
+    values = {**config, "processes": processes}
+    return {name: int(values[name]) for name in _SHARES}
 
 
 def check_unchanged(

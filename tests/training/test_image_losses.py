@@ -177,6 +177,17 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path, train: Train
     assert train(tmp_path, "--steps=4", "--resume=auto") == 0
 
 
+def test_its_micro_batches_may_not_change(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ("--steps=4", "--batch_size=2", "--accumulate=2", "--resume=auto")
+    assert train(tmp_path / "plain", "--steps=3") == 0
+    assert train(tmp_path / "plain", *other) == 0
+    assert train(tmp_path / "gan", "--steps=3", *GAN) == 0
+    assert train(tmp_path / "gan", *other, *GAN) == 2
+    assert "accumulate is 1 there and 2 here" in capsys.readouterr().err
+
+
 def test_lpips_from_a_file_trains(tmp_path: Path, train: Train, read_metrics: ReadMetrics) -> None:
     torch.manual_seed(0)
     network = LPIPS("squeeze").state_dict()

@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,60 +208,6 @@ def test_an_unreadable_image_is_named_and_counted(
     assert train(tmp_path / "out", f"--data={data}", "--steps=5") == 0
     printed = capsys.readouterr().out
     assert printed.count(str(broken)) == 1 and "skipped image 1 of 10" in printed
-
-
-WORKER = """
-import sys, torch
-from msvq_fast.training import loop
-from msvq_fast.cli import main
-torch.set_num_threads(1)
-close = loop._Run.close
-def closing(run):
-    torch.save(run.model.state_dict(), sys.argv[1])
-    close(run)
-loop._Run.close = closing
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-def test_two_processes_train_as_one(
-    tmp_path: Path,
-    train: Train,
-    train_command: Callable[..., list[str]],
-    read_metrics: ReadMetrics,
-) -> None:
-    options = ("--steps=4", "--log_every=1", "--model.restart_below=0.1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    command = train_command(tmp_path / "two", *options, "--batch_size=2")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path / f"{rank}.pt"), *command],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    printed = [process.communicate(timeout=100)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
-    assert printed[1] == "", "only the first process speaks"
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, tensor in ranks[0].items():
-        assert torch.equal(tensor, ranks[1][name]), name
-    assert train(tmp_path / "one", *options) == 0
-    two, one = losses(read_metrics(tmp_path / "two")), losses(read_metrics(tmp_path / "one"))
-    assert two == pytest.approx(one, rel=1e-3)
-    assert two[0] == pytest.approx(one[0], rel=1e-6)
 
 
 def test_codes_out_of_use_are_reported_once(

@@ -1,0 +1,31 @@
+"""Why a training run ended, where it stands and what to try, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from msvq_fast.training.checkpoint import name_last
+from msvq_fast.training.distributed import World
+from msvq_fast.training.optimizer import Betas, is_unstable
+from msvq_fast.training.window import TrainingError
+
+
+def explain(
+    error: RuntimeError, step: int, out: Path, betas: Betas, world: World
+) -> TrainingError | None:
+    """What to tell people of an error in optimiser step ``step``; None if it is not foreseen.
+
+    Foreseen are a loss that is no longer finite and another process that cannot be reached.
+    """
+    if isinstance(error, TrainingError):
+        remedy = "--betas=[0.5,0.9]" if is_unstable(betas) else "a lower lr"
+        return TrainingError(f"{error}; {name_last(out)}; try {remedy}")
+    # gloo raises plain errors that name the file of its own that they come from.
+    if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return TrainingError(
+            f"process {world.rank} of {world.size} cannot reach another one in step {step}; if "
+            f"that one ended, its own output says why; {name_last(out)}; go on with resume=auto"
+        )
+    return None

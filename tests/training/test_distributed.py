@@ -1,0 +1,173 @@
+"""Two processes over gloo: they train as one does, and what happens when one of them ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from msvq_fast.training.checkpoint import list_checkpoints, read_state, verify
+
+Train = Callable[..., int]
+TrainCommand = Callable[..., list[str]]
+ReadMetrics = Callable[[Path], list[dict[str, Any]]]
+
+# Writes the last weights and codebooks, and every collective call with what it carried.
+WORKER = """
+import json, sys, torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from msvq_fast.training import distributed, loop
+from msvq_fast.cli import main
+torch.set_num_threads(1)
+calls, all_reduce, wrap, close = [], dist.all_reduce, distributed.wrap, loop._Run.close
+def counted(tensor, *rest, **options):
+    calls.append([str(tensor.dtype), tensor.numel()])
+    return all_reduce(tensor, *rest, **options)
+def counted_bucket(group, bucket):
+    calls.append(["gradients", bucket.buffer().numel()])
+    return allreduce_hook(group, bucket)
+def wrapping(model, world):
+    wrapped = wrap(model, world)
+    wrapped.register_comm_hook(None, counted_bucket)
+    return wrapped
+def closing(run):
+    torch.save(run.model.state_dict(), sys.argv[1] + ".pt")
+    open(sys.argv[1] + ".json", "w").write(json.dumps(calls))
+    close(run)
+dist.all_reduce, distributed.wrap, loop._Run.close = counted, wrapping, closing
+"""
+DYING = """
+import os, signal
+step = loop._Run._optimizer_step
+def dying(run, stream):
+    if run.step == 3 and run.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(run, stream)
+loop._Run._optimizer_step = dying
+"""
+
+
+def run_two(folder: Path, command: list[str], program: str = WORKER) -> list[tuple[int, str]]:
+    """Exit code and output of both processes; process r leaves its files as ``folder/r``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ending = "\nsys.exit(main(sys.argv[2:]))"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program + ending, str(folder / str(rank)), *command],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [(p.returncode, text) for p, text in zip(processes, printed, strict=True)]
+
+
+def losses(records: list[dict[str, Any]]) -> list[float]:
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+# Codes and vectors of two scales: counts, sums, and vectors to restart at.
+STATISTICS, WITH_RESTART = 2 * (8 + 8 * 4), 2 * (8 + 2 * 8 * 4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "statistics"),
+    [
+        (50, (), STATISTICS),
+        (6, ("--memory=strips", "--strips=2", "--accumulate=2"), STATISTICS),
+        (6, ("--model.restart_below=0.5",), WITH_RESTART),
+    ],
+    ids=["plain", "strips", "restarts"],
+)
+def test_two_processes_train_as_one(
+    tmp_path: Path,
+    train: Train,
+    train_command: TrainCommand,
+    read_metrics: ReadMetrics,
+    steps: int,
+    options: tuple[str, ...],
+    statistics: int,
+) -> None:
+    run = (f"--steps={steps}", "--log_every=1", "--validate_every=0", *options)
+    done = run_two(tmp_path, train_command(tmp_path / "two", *run, "--batch_size=2"))
+    assert [code for code, _ in done] == [0, 0], done
+    assert done[1][1] == "", "only the first process speaks"
+    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    calls = Counter(map(tuple, json.loads((tmp_path / "0.json").read_text())))
+    assert calls["torch.float64", statistics] == steps, "one call a step for all scales"
+    assert not any(kind == "torch.float64" and n != statistics for kind, n in calls)
+    gradients = {n: times for (kind, n), times in calls.items() if kind == "gradients"}
+    # Not for every micro-batch. After the first step the buckets may be others.
+    assert sum(gradients.values()) <= 2 * steps and max(gradients.values()) >= steps - 1
+    assert train(tmp_path / "one", *run) == 0
+    two, one = losses(read_metrics(tmp_path / "two")), losses(read_metrics(tmp_path / "one"))
+    assert two[0] == pytest.approx(one[0], rel=1e-6)
+    if statistics == STATISTICS:  # a lone process restarts codes at other latents
+        assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_a_process_that_dies_ends_the_other_and_one_goes_on(
+    tmp_path: Path,
+    train: Train,
+    train_command: TrainCommand,
+    read_metrics: ReadMetrics,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "two"
+    run = ("--steps=5", "--log_every=1", "--validate_every=0", "--checkpoint_every=1")
+    command = train_command(out, *run, "--batch_size=2")
+    (code, printed), (other, _) = run_two(tmp_path, command, WORKER + DYING)
+    assert (code, other) == (1, -signal.SIGKILL)
+    last = list_checkpoints(out)[-1]
+    verify(last, read_state(last))
+    assert read_state(last)["step"] == 3
+    assert "Traceback" not in printed
+    error = printed.splitlines()[-1]
+    assert error == (
+        "msvq: error: process 0 of 2 cannot reach another one in step 4; if that one ended, its "
+        f"own output says why; the last good checkpoint is {last}; go on with resume=auto"
+    )
+
+    before = (out / "metrics.jsonl").read_text()
+    assert train(out, *run, "--batch_size=2", "--resume=auto") == 2
+    error = capsys.readouterr().err
+    assert "processes is 2 there and 1 here; a step had 4 images there and has 2 here" in error
+    assert "choose processes x batch_size x accumulate = 4" in error and error.count("\n") == 1
+    assert (out / "metrics.jsonl").read_text() == before
+    assert train(out, *run, "--resume=auto") == 0  # four images a step again
+    printed = capsys.readouterr().out
+    assert "processes 2 -> 1, batch_size 2 -> 4, accumulate 1 -> 1: every step has" in printed
+    assert train(tmp_path / "one", *run) == 0
+    found = losses(read_metrics(out))
+    assert len(found) == 5
+    assert found == pytest.approx(losses(read_metrics(tmp_path / "one")), rel=1e-3)
