@@ -74,6 +74,72 @@ def test_inception_of_published_shape():
     assert state["Mixed_7c.branch3x3dbl_3b.conv.weight"].shape == (384, 384, 3, 1)
 
 
+def average(x):
+    """Mean of the neighbours that exist."""
+    ones = F.pad(torch.ones_like(x), (1, 1, 1, 1))
+    return F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 1) / F.avg_pool2d(ones, 3, 1)
+
+
+def block(name, conv, x):
+    """What a block of each kind computes; ``conv(layer, x, padding, stride)`` is one layer."""
+
+    def chain(layers, x):
+        for layer, padding in layers:
+            x = conv(layer, x, padding)
+        return x
+
+    one, row, column = (1, 1), (0, 3), (3, 0)
+    if name == "Mixed_5c":
+        return [
+            conv("branch1x1", x),
+            chain([("branch5x5_1", 0), ("branch5x5_2", 2)], x),
+            chain([("branch3x3dbl_1", 0), ("branch3x3dbl_2", 1), ("branch3x3dbl_3", 1)], x),
+            conv("branch_pool", average(x)),
+        ]
+    if name == "Mixed_6a":
+        double = chain([("branch3x3dbl_1", 0), ("branch3x3dbl_2", one)], x)
+        ends = [conv("branch3x3", x, stride=2), conv("branch3x3dbl_3", double, stride=2)]
+        return [*ends, F.max_pool2d(x, 3, 2)]
+    if name == "Mixed_6c":
+        single = [("branch7x7_1", 0), ("branch7x7_2", row), ("branch7x7_3", column)]
+        double = [("branch7x7dbl_1", 0), ("branch7x7dbl_2", column), ("branch7x7dbl_3", row)]
+        double += [("branch7x7dbl_4", column), ("branch7x7dbl_5", row)]
+        ends = [conv("branch1x1", x), chain(single, x), chain(double, x)]
+        return [*ends, conv("branch_pool", average(x))]
+    if name == "Mixed_7a":
+        short = conv("branch3x3_2", conv("branch3x3_1", x), stride=2)
+        long = [("branch7x7x3_1", 0), ("branch7x7x3_2", row), ("branch7x7x3_3", column)]
+        return [short, conv("branch7x7x3_4", chain(long, x), stride=2), F.max_pool2d(x, 3, 2)]
+    short = conv("branch3x3_1", x)
+    long = chain([("branch3x3dbl_1", 0), ("branch3x3dbl_2", 1)], x)
+    return [
+        conv("branch1x1", x),
+        conv("branch3x3_2a", short, (0, 1)),
+        conv("branch3x3_2b", short, (1, 0)),
+        conv("branch3x3dbl_3a", long, (0, 1)),
+        conv("branch3x3dbl_3b", long, (1, 0)),
+        conv("branch_pool", average(x) if name == "Mixed_7b" else F.max_pool2d(x, 3, 1, 1)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["Mixed_5c", "Mixed_6a", "Mixed_6c", "Mixed_7a", "Mixed_7b", "Mixed_7c"]
+)
+def test_blocks_of_the_inception(name):
+    module = getattr(lively(FIDInception()), name).double()
+    state = module.state_dict()
+
+    def conv(layer, x, padding=0, stride=1):
+        x = F.conv2d(x, state[f"{layer}.conv.weight"], None, stride, padding)
+        parts = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, weight, bias = (state[f"{layer}.bn.{p}"].view(-1, 1, 1) for p in parts)
+        return ((x - mean) / (variance + 1e-3).sqrt() * weight + bias).clamp(min=0)
+
+    channels = state[next(k for k in state if k.endswith("conv.weight"))].shape[1]
+    x = torch.randn(2, channels, 7, 9, dtype=torch.float64)
+    torch.testing.assert_close(module(x), torch.cat(block(name, conv, x), dim=1))
+
+
 def test_resize_reads_from_the_corner():
     x = torch.arange(6.0).view(1, 1, 1, 6).expand(1, 3, 2, 6).contiguous()
     got = _resize_as_tensorflow_1(x, 4)

@@ -59,7 +59,7 @@ def straightforward(model, x, y):
     return distance
 
 
-def images(count=2, size=64):
+def images(count=2, size=70):
     x = torch.rand(count, 3, size, size) * 2 - 1
     return x, (x + 0.3 * torch.randn_like(x)).clamp(-1, 1)
 
