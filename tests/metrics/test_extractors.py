@@ -161,6 +161,17 @@ def test_efflite0_knows_what_is_in_a_picture():
         assert probabilities[list(classes)].sum() > 0.8, name
 
 
+def test_padding_is_that_of_tensorflow():
+    convolution = EfficientNetLite0()._conv_stem  # 3x3, stride 2
+    with torch.no_grad():
+        convolution.weight.zero_()
+        convolution.weight[:, 0, 0, 0] = 1  # reads its top left corner
+        x = torch.arange(48.0).view(1, 3, 4, 4)
+        # An even side is padded at its end alone, an odd side on both.
+        assert convolution(x)[0, 0].tolist() == [[0, 2], [8, 10]]
+        assert convolution(x[..., :3, :3])[0, 0].tolist() == [[0, 0], [0, 5]]
+
+
 def test_weights_round_trip(tmp_path):
     network = lively(EfficientNetLite0())
     torch.save(network.state_dict(), tmp_path / "w.pth")

@@ -15,7 +15,9 @@ def wave(cycles, size=64):
     return torch.sin(angle).expand(1, 3, size, size)
 
 
-@pytest.mark.parametrize(("cycles", "ring"), [((0, 9), 9), ((12, 0), 12), ((6, 8), 10), ((7, 7), 10)])
+@pytest.mark.parametrize(
+    ("cycles", "ring"), [((0, 9), 9), ((12, 0), 12), ((6, 8), 10), ((7, 7), 10)]
+)
 def test_a_wave_is_in_its_ring(cycles, ring):
     power = radial_power(wave(cycles))
     assert power.shape == (1, 32) and power.dtype == torch.float64
