@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from msvq_fast.models import PAPER_PARAMETERS, PRESETS
+from msvq_fast.training.compare_report import headings, rows
 from msvq_fast.training.info import count_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ def speed_tables() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*--cpu.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["suite"] not in ("demo", "priors"):  # priors: benchmarks/NOTES.md
+        if record["suite"] not in ("demo", "compare", "priors"):  # priors: benchmarks/NOTES.md
             parts.append(speed_table(record))
     return "\n\n".join(parts)
 
@@ -93,9 +94,40 @@ def demo_table() -> str:
     return "\n".join([*lines, "", f"PSNR of the validation tiles while it trains: {shown} (dB)."])
 
 
+def compare_tables() -> str:
+    """One table per comparison, in the paper's form, and what its directions say."""
+    record = json.loads(next(RESULTS.glob("compare--*.json")).read_text(encoding="utf-8"))
+    parts = []
+    for comparison in record["comparisons"]:
+        columns = headings(comparison)
+        settings = comparison["settings"]
+        lines = [
+            f"**Latents {'-'.join(map(str, comparison['latents']))}** (`{comparison['preset']}`, "
+            f"width x {settings['width_scale']:g}, {settings['steps']} steps of "
+            f"{settings['batch_size']} crops, {len(settings['seeds'])} seeds, "
+            f"{comparison['images']} held-out tiles)",
+            "",
+            f"| | {' | '.join(columns)} |",
+            f"|---|{'---|' * len(columns)}",
+        ]
+        lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows(comparison)]
+        parts.append("\n".join(lines))
+    machine, versions = record["machine"], record["versions"]
+    parts.append(
+        f"{record['data']}; {machine['cpu']}, torch {versions['torch']}, commit "
+        f"`{record['commit']}`. ± is the standard deviation over seeds."
+    )
+    return "\n\n".join(parts)
+
+
 def render(text: str) -> str:
     """Return README with its generated parts made anew."""
-    parts = {"presets": presets_table, "speed": speed_tables, "demo": demo_table}
+    parts = {
+        "presets": presets_table,
+        "speed": speed_tables,
+        "demo": demo_table,
+        "compare": compare_tables,
+    }
     for name, make in parts.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         body = make()

@@ -161,6 +161,7 @@ class Autoencoder(nn.Module, ABC):
                 commitment_weight=config.commitment_weight,
                 decay=config.decay,
                 restart_below=config.restart_below,
+                gradient=config.gradient,
                 backend=self.backend,
             )
             for _ in context

@@ -9,8 +9,11 @@ from typing import Any
 
 from msvq_fast.models import preset_config
 from msvq_fast.ops import InputError
+from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.compare_config import BASELINE, CompareConfig
+from msvq_fast.training.compare_figures import PICTURES, draw_comparison
 from msvq_fast.training.compare_report import describe, print_comparison, summarize
+from msvq_fast.training.distributed import choose_device
 from msvq_fast.training.evaluate import run_evaluate
 from msvq_fast.training.loop import run_train
 from msvq_fast.training.results import RESULTS_FILE, check_writable, write_text
@@ -53,9 +56,11 @@ def run_compare(config: CompareConfig) -> int:
         run_evaluate(config.evaluation(str(folder), str(_result_file(folder).parent)))
     results = {plan: _read_result(folder) for plan, folder in plans.items()}
     summary = summarize(config.preset, results)
+    frequencies = _draw(config, out, plans)
     record = {
         "settings": {**config.settings(), "seeds": list(config.seeds)},
         **summary,
+        "half_power_cycles": frequencies,
         "runs": [
             {"preset": preset, "seed": seed, **result} for (preset, seed), result in results.items()
         ],
@@ -64,9 +69,25 @@ def run_compare(config: CompareConfig) -> int:
     with (out / TABLE_FILE).open("w", encoding="utf-8") as file:
         print_comparison(summary, file)
     print_comparison(summary)
-    for line in describe(summary):
+    for line in [*describe(summary), *(f"wrote {out / name}" for name in PICTURES)]:
         print(line)
     return 0
+
+
+def _draw(config: CompareConfig, out: Path, plans: dict[tuple[str, int], Path]) -> dict[str, float]:
+    """The figures, of the first seed."""
+    seed = config.seeds[0]
+    names = {"vqvae2": BASELINE + config.preset, "msvqvae": config.preset}
+    folders = {key: find_model(plans[name, seed]) for key, name in names.items()}
+    given = config.training(config.preset, seed, "").model.given()
+    return draw_comparison(
+        folders,
+        out,
+        data=config.pictures or config.data,
+        size=preset_config(config.preset, **given).resolution,
+        resize=config.resize,
+        device=choose_device(config.device),
+    )
 
 
 def _result_file(folder: Path) -> Path:

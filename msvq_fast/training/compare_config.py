@@ -35,6 +35,7 @@ class CompareConfig:
             the paper, which confounds model and schedule.
         codebook_init: Of both models; None is the preset's.
         restart_below: Of both models; None is the preset's.
+        gradient: Of both models' quantizers; None is the preset's.
         resize: Shorter side of the images in pixels before cropping; None keeps their size.
         precision: bf16 is autocast; auto is bf16 on CUDA and fp32 elsewhere.
         channels_last: Memory format of the convolutions; auto is on for CUDA.
@@ -64,6 +65,7 @@ class CompareConfig:
     schedule: Literal["cosine", "constant"] | None = None
     codebook_init: Literal["uniform", "kmeans"] | None = None
     restart_below: float | None = None
+    gradient: Literal["straight-through", "rotation"] | None = None
     resize: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto", "on", "off"] = "auto"
@@ -106,6 +108,7 @@ class CompareConfig:
             width=max(1, round(base.width * self.width_scale)),
             codebook_init=self.codebook_init,
             restart_below=self.restart_below,
+            gradient=self.gradient,
         )
         if self.resolution is not None:
             model.resolution = self.resolution

@@ -22,6 +22,7 @@ class ModelOverrides:
         decay: γ of the codebooks' moving averages.
         codebook_init: Random, or k-means of the first batch.
         restart_below: Mass below which a code restarts at a latent of the batch; 0 never.
+        gradient: How the latents get theirs: copied from z_q, or turned as z is to reach it.
         kernel_size: Taps of the blur behind the targets, odd.
         sigma_rule: Sigma of that blur: Eq. 8 as printed, or OpenCV's rule.
     """
@@ -37,6 +38,7 @@ class ModelOverrides:
     decay: float | None = None
     codebook_init: Literal["uniform", "kmeans"] | None = None
     restart_below: float | None = None
+    gradient: Literal["straight-through", "rotation"] | None = None
     kernel_size: int | None = None
     sigma_rule: Literal["paper", "opencv"] | None = None
 
