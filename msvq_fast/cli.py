@@ -87,6 +87,12 @@ COMMANDS = {
         "run_push",
         "Upload a trained model and its model card to the hub.",
     ),
+    "ui": Command(
+        share_config.UiConfig,
+        "msvq_fast.training.ui",
+        "run_ui",
+        "Serve a page that shows images through a model, and draws their details anew.",
+    ),
     "info": Command(
         configs.InfoConfig,
         "msvq_fast.training.info",

@@ -40,3 +40,22 @@ class PushConfig:
     repo: str
     private: bool = False
     results: str | None = None
+
+
+@dataclass
+class UiConfig:
+    """What ``msvq ui`` serves, until Ctrl-C: a page for looking at images through a model.
+
+    Attributes:
+        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+        prior: A prior over its codes, which draws details anew; null leaves that out.
+        host: Address to listen on; 0.0.0.0 lets other machines in.
+        port: Port to listen on.
+        device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
+    """
+
+    checkpoint: str
+    prior: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 7860
+    device: str = "auto"
