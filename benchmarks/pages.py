@@ -30,11 +30,26 @@ def contract(name: str) -> str:
     function = getattr(ops, name)
     source = inspect.getsource(function)
     signature = source[: source.index('"""')].rstrip().removesuffix(":")
-    return f"```text\n{signature}\n\n{inspect.getdoc(function)}\n```"
+    # Not marked as "python", which tests run.
+    return f"```py\n{signature}\n```\n{_as_markdown(inspect.getdoc(function) or '')}"
+
+
+def _as_markdown(docstring: str) -> str:
+    """Sections in bold, arguments and exceptions as lists."""
+    lines, section = [], ""
+    for line in docstring.replace("``", "`").splitlines():
+        if found := re.fullmatch(r"([A-Z][\w-]*):", line):
+            section = found[1]
+            lines += [f"**{section}**", ""]
+        elif section in ("Args", "Raises") and (entry := re.match(r"    (\w+): (.*)", line)):
+            lines.append(f"- `{entry[1]}`: {entry[2]}")
+        else:
+            lines.append(line.strip() if not line.startswith(" " * 8) else f"  {line.strip()}")
+    return "\n".join(lines)
 
 
 def speed(suite: str) -> str:
-    """The tables of a suite's result files."""
+    """The tables of a suite's result files, CPU."""
     found = [
         json.loads(p.read_text(encoding="utf-8")) for p in sorted(readme.RESULTS.glob("*.json"))
     ]
