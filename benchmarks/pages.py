@@ -50,10 +50,8 @@ def _as_markdown(docstring: str) -> str:
 
 def speed(suite: str) -> str:
     """The tables of a suite's result files, CPU."""
-    found = [
-        json.loads(p.read_text(encoding="utf-8")) for p in sorted(readme.RESULTS.glob("*.json"))
-    ]
-    tables = [readme.speed_table(record) for record in found if record["suite"] == suite]
+    paths = sorted(readme.RESULTS.glob(f"{suite}--*--cpu.json"))
+    tables = [readme.speed_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     return "\n\n".join(tables) if tables else "There is no result file of this op yet."
 
 
