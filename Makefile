@@ -20,7 +20,7 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.built
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,dev,export,docs]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,dev,docs]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.built

@@ -79,6 +79,40 @@ def addmm_search(z: Tensor, codebook: Tensor) -> Search:
     return search
 
 
+def expanded_search(z: Tensor, codebook: Tensor, *, autocast: bool = False) -> Search:
+    """``|z|² - 2 z.e + |e|²``: what most VQ-VAE code runs, in training often under autocast."""
+
+    def search() -> Tensor:
+        squares = z.square().sum(1, keepdim=True) + codebook.square().sum(1)
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=autocast):
+            products = z @ codebook.t()
+        return (squares - 2 * products).argmin(1)
+
+    return search
+
+
+def tf32_search(z: Tensor, codebook: Tensor) -> Search:
+    """`expanded_search` on a GPU with TF32: factors of 11 significant bits, sums in float32."""
+
+    def rounded(x: Tensor) -> Tensor:
+        bits = x.view(torch.int32)
+        return (bits + 0xFFF + (bits >> 13 & 1) & ~0x1FFF).view(torch.float32)
+
+    def search() -> Tensor:
+        squares = z.square().sum(1, keepdim=True) + codebook.square().sum(1)
+        return (squares - 2 * (rounded(z) @ rounded(codebook).t())).argmin(1)
+
+    return search
+
+
+def vector_quantize_pytorch_search(z: Tensor, codebook: Tensor) -> Search:
+    package = pytest.importorskip("vector_quantize_pytorch")
+    size, width = codebook.shape
+    quantizer = package.VectorQuantize(dim=width, codebook_size=size).to(z.device).eval()
+    quantizer.codebook = codebook
+    return lambda: quantizer(z[None])[1][0]
+
+
 def flash_kmeans_search(z: Tensor, codebook: Tensor) -> Search:
     """Its assignment kernel; codes are in the latents' dtype, as it requires."""
     package = pytest.importorskip("flash_kmeans.assign_euclid_triton")

@@ -185,7 +185,7 @@ msvq::RowStrides row_strides(std::array<int64_t, 3> strides) {
 double vector_quantize_cpu(Pointer z, int type, std::array<int64_t, 3> size,
                            std::array<int64_t, 3> z_strides, Pointer codebook, int64_t num_codes,
                            Pointer codes, Pointer z_q, std::array<int64_t, 3> z_q_strides,
-                           Pointer counts, Pointer sums, int threads, bool matrix_unit,
+                           Pointer counts, Pointer sums, int threads, int filter,
                            const std::string& isa) {
   double squared_error = 0;
   msvq::VectorQuantizeParams params{};
@@ -203,7 +203,7 @@ double vector_quantize_cpu(Pointer z, int type, std::array<int64_t, 3> size,
   params.squared_error = &squared_error;
   params.counts = reinterpret_cast<int64_t*>(counts);
   params.sums = reinterpret_cast<float*>(sums);
-  params.matrix_unit = matrix_unit;
+  params.filter = static_cast<msvq::Filter>(filter);
   params.threads = threads;
   msvq::vector_quantize(isa_named(isa), params);
   return squared_error;
@@ -329,7 +329,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("vector_quantize_cpu", &vector_quantize_cpu, py::arg("z"), py::arg("type"), py::arg("size"),
         py::arg("z_strides"), py::arg("codebook"), py::arg("num_codes"), py::arg("codes"),
         py::arg("z_q"), py::arg("z_q_strides"), py::arg("counts"), py::arg("sums"),
-        py::arg("threads"), py::arg("matrix_unit") = true, py::arg("isa") = "",
+        py::arg("threads"), py::arg("filter") = 2, py::arg("isa") = "",
         py::call_guard<py::gil_scoped_release>());
   m.def("vector_quantize_backward_cpu", &vector_quantize_backward_cpu, py::arg("z"),
         py::arg("grad_z_q"), py::arg("grad_z"), py::arg("type"), py::arg("size"),

@@ -6,7 +6,7 @@
 #include "vector_quantize/packed_codes.h"
 #include "vector_quantize/scores.h"
 
-#ifdef MSVQ_AMX
+#ifdef MSVQ_BFLOAT16
 
 namespace msvq {
 namespace MSVQ_ISA {

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "simd.h"
+#include "vector_quantize/rows.h"
 
 namespace msvq {
 namespace MSVQ_ISA {
@@ -23,6 +24,37 @@ inline vdouble rounded(vdouble x) {
   x = y;
 #endif
   return x;
+}
+
+// The nearest of `count` codes where it is nearer by more than float32 could hide, else -1.
+inline int64_t clearly_nearest(const float* z, const float* codebook, int64_t width,
+                               const int64_t* codes, int count) {
+  float best = __builtin_inff(), second = best;
+  int64_t nearest = -1;
+  for (int i = 0; i < count; ++i) {
+    const float* e = codebook + codes[i] * width;
+    vfloat sum = {};
+    float distance = 0;
+    int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) {
+      const vfloat difference = load(z + d) - load(e + d);
+      sum += difference * difference;
+    }
+    for (; d < width; ++d) distance += (z[d] - e[d]) * (z[d] - e[d]);
+    distance += horizontal_sum(sum);
+    if (distance < best) {
+      second = best;
+      best = distance;
+      nearest = codes[i];
+    } else if (distance < second) {
+      second = distance;
+    }
+  }
+  // Twice the rounding of a difference, its square and the sum; squares that underflow are far
+  // below what `second` must be.
+  const float error = static_cast<float>(width + 8) * 0x1p-23f;
+  const bool clear = second > 0x1p-60f && second * (1 - error) > best * (1 + error);
+  return clear ? nearest : -1;
 }
 
 // The nearest of the codes added, the lowest index on ties; kDoubles of them are measured at once.

@@ -10,24 +10,26 @@
 #include <cstring>
 
 #include "parallel.h"
-#include "vector_quantize/amx_split.h"
+#include "vector_quantize/bfloat16.h"
 #include "vector_quantize/rows.h"
 
 namespace msvq {
 namespace MSVQ_ISA {
 
 // The error of a score is at most `seed_error |c|^2 / 2 + dot_error |x| |c|`: rounding of D
-// multiply- adds, of x, c and the seed, with a margin for terms of second order and for the matrix
-// unit's order of summation. Splitting x and c in two bfloat16 leaves out lo.lo and what is below
-// lo, at most 2^-16 of the product each.
+// multiply- adds, of x, c and the seed, with a margin for terms of second order and for other
+// orders of summation. Splitting x and c in two bfloat16 leaves out lo.lo and what is below lo, at
+// most 2^-16 of the product each. Rounding c to bfloat16 takes away a part of |c| that is measured,
+// and of x one that is added row by row.
 inline double rounding_error(int64_t width) {
   return 1.05 * static_cast<double>(width + 40) * 0x1p-24;
 }
 constexpr double kSplitError = 3.05 * 0x1p-16;
+constexpr double kRounded = 1 + 0x1p-8;  // at least |x rounded to bfloat16| / |x|
 
 struct PackedCodes {
-  float* panels;  // float32 columns, or `split`: tiles of bfloat16 pairs (amx_filter.h)
-  bool split;
+  float* panels;  // float32 columns, or pairs or tiles of bfloat16 (bfloat16.h), by `filter`
+  Filter filter;
   double seed_error, dot_error;
   int64_t count, panel_count, width;
   Scratch<float> seeds, norms;  // (slots,), see pack()
@@ -36,11 +38,11 @@ struct PackedCodes {
   float scale;                  // power of two: every |c_d| < 1
   double max_norm;
 
-  PackedCodes(int64_t num_codes, int64_t width, float* panels, bool split)
+  PackedCodes(int64_t num_codes, int64_t width, float* panels, Filter filter)
       : panels(panels),
-        split(split),
+        filter(filter),
         seed_error(rounding_error(width)),
-        dot_error(rounding_error(width) + (split ? kSplitError : 0)),
+        dot_error(rounding_error(width) + (filter == Filter::split ? kSplitError : 0)),
         count(0),
         panel_count(0),
         width(width),
@@ -135,12 +137,13 @@ inline void centre(const float* codebook, PackedCodes* out) {
 inline void pack_panels(const float* codebook, int threads, PackedCodes* out) {
   const int64_t width = out->width;
   out->panel_count = (out->count + kPanel - 1) / kPanel;
-  Scratch<double> largest(out->panel_count);
+  Scratch<double> largest(out->panel_count), rounded_away(out->panel_count);
   parallel_for(out->panel_count, threads, [&](int64_t p) {
     float* panel = out->panels + p * kPanel * width;
-    Scratch<float> unsplit(out->split ? kPanel * width : 0);
-    float* columns = out->split ? unsplit.data : panel;
-    largest[p] = 0;
+    const bool in_place = out->filter == Filter::float32;
+    Scratch<float> exact(in_place ? 0 : kPanel * width);
+    float* columns = in_place ? panel : exact.data;
+    largest[p] = rounded_away[p] = 0;
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const int64_t slot = p * kPanel + lane;
       if (slot >= out->count) {
@@ -162,12 +165,26 @@ inline void pack_panels(const float* codebook, int threads, PackedCodes* out) {
       out->norms[slot] = static_cast<float>(norm);
       largest[p] = norm > largest[p] ? norm : largest[p];
     }
-#ifdef MSVQ_AMX
-    if (out->split) split_panel(columns, width, panel);
+#ifdef MSVQ_BFLOAT16
+    if (out->filter == Filter::split) split_panel(columns, width, panel);
+    if (out->filter == Filter::bfloat16) {
+      float rest[kPanel];
+      pair_panel(columns, width, reinterpret_cast<uint32_t*>(panel), rest);
+      for (int64_t lane = 0; lane < kPanel; ++lane) {
+        const double norm = out->norms[p * kPanel + lane];
+        const double part = norm > 0 ? __builtin_sqrt(rest[lane]) * 1.001 / norm : 0;
+        rounded_away[p] = part > rounded_away[p] ? part : rounded_away[p];
+      }
+    }
 #endif
   });
-  for (int64_t p = 0; p < out->panel_count; ++p)
+  double largest_rounded_away = 0;
+  for (int64_t p = 0; p < out->panel_count; ++p) {
     out->max_norm = largest[p] > out->max_norm ? largest[p] : out->max_norm;
+    largest_rounded_away =
+        rounded_away[p] > largest_rounded_away ? rounded_away[p] : largest_rounded_away;
+  }
+  out->dot_error += largest_rounded_away * kRounded;
 }
 
 inline void pack(const float* codebook, int64_t num_codes, int threads, PackedCodes* out) {

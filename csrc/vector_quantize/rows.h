@@ -60,6 +60,28 @@ struct Rows {
   }
 };
 
+// Memory that is wanted next: a block of rows as runs of bytes at a fixed distance.
+struct Ahead {
+  const char* start;
+  int64_t runs, bytes, stride;
+};
+
+template <class T>
+inline Ahead block_ahead(const Rows<T>& z, int64_t row, int64_t width) {
+  const char* start = reinterpret_cast<const char*>(z.at(row));
+  constexpr int64_t size = sizeof(T);
+  if (!z.by_row()) return {start, width, kBlockRows * size, z.strides.d * size};
+  return {start, kBlockRows, width * size,
+          (z.inner > 1 ? z.strides.inner : z.strides.outer) * size};
+}
+
+// Asks for part `i` of `n`. Addresses past the tensor are harmless.
+inline void prefetch(const Ahead& ahead, int64_t i, int64_t n) {
+  for (int64_t run = ahead.runs * i / n; run < ahead.runs * (i + 1) / n; ++run)
+    for (int64_t byte = 0; byte < ahead.bytes; byte += 64)
+      __builtin_prefetch(ahead.start + run * ahead.stride + byte, 0, 2);
+}
+
 // One row in float32.
 template <class T>
 inline void read_row(const Rows<const T>& z, int64_t row, int64_t width, float* out) {

@@ -33,6 +33,11 @@ struct RowBest {
 };
 
 #if defined(__AVX512F__)
+// The lanes that are not above `limit`, as bits.
+inline uint32_t lanes_up_to(vfloat v, float limit) {
+  return _mm512_cmp_ps_mask(reinterpret_cast<const __m512&>(v), _mm512_set1_ps(limit), _CMP_LE_OQ);
+}
+
 inline RowBest reduce_lanes(const LaneBest& state) {
   const __m512 lanes = reinterpret_cast<const __m512&>(state.best);
   const float best = _mm512_reduce_min_ps(lanes);
@@ -44,6 +49,14 @@ inline RowBest reduce_lanes(const LaneBest& state) {
   return {best, second, static_cast<int64_t>(state.vector[winner]) * kLanes + winner};
 }
 #else
+inline uint32_t lanes_up_to(vfloat v, float limit) {
+  float lanes[kLanes];
+  store(lanes, v);
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(lanes[i] <= limit) << i;
+  return bits;
+}
+
 inline RowBest reduce_lanes(const LaneBest& state) {
   float best[kLanes], second[kLanes];
   store(best, state.best);

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "vector_quantize/amx_filter.h"
+#include "vector_quantize/bfloat16_filter.h"
 #include "vector_quantize/exact_distance.h"
 #include "vector_quantize/scores.h"
 
@@ -24,22 +25,29 @@ constexpr int kTileRows = 6;
 struct Block {
   Scratch<float> x;  // row by row (ld = D) or d by d (ld = kBlockRows)
   Scratch<float> panel, z_row, x_row;
-  Scratch<uint16_t> hi, lo;  // of x, for the matrix unit
+  Scratch<uint32_t> pair;  // x rounded to bfloat16, in the layout of x with two d in a word
+  Scratch<uint32_t> pair_row;
+  Scratch<uint16_t> hi, lo;  // x split in two bfloat16
   Scratch<LaneBest> state;
   float norm[kBlockRows];        // upper bounds of |x|; inf or NaN if the filter cannot be used
-  float error_norm[kBlockRows];  // -dot_error |x|
+  float error_norm[kBlockRows];  // a score's error is at most this, negated, times |c|
+  float margin[kBlockRows];      // what float64 rounds off, and underflow
   int64_t count, ld;
+  Ahead ahead;
 
   explicit Block(const PackedCodes& codes)
       : x(kBlockRows * codes.width),
-        panel(codes.split ? kPanel * codes.width : 0),
+        panel(codes.filter == Filter::split ? kPanel * codes.width : 0),
         z_row(codes.width),
         x_row(codes.width),
-        hi(codes.split ? kBlockRows * codes.width : 0),
-        lo(codes.split ? kBlockRows * codes.width : 0),
+        pair(codes.filter == Filter::bfloat16 ? kBlockRows * (codes.width + 1) / 2 : 0),
+        pair_row((codes.width + 1) / 2),
+        hi(codes.filter == Filter::split ? kBlockRows * codes.width : 0),
+        lo(codes.filter == Filter::split ? kBlockRows * codes.width : 0),
         state(kBlockRows),
         count(0),
-        ld(0) {}
+        ld(0),
+        ahead{} {}
 };
 
 template <int kRows, bool kByRow>
@@ -84,6 +92,7 @@ inline void scan_tile(Block* block, int64_t first, const PackedCodes& codes, int
 template <bool kByRow>
 inline void scan_block(Block* block, const PackedCodes& codes) {
   for (int64_t p = 0; p < codes.panel_count; ++p) {
+    prefetch(block->ahead, p, codes.panel_count);
     int64_t first = 0;
     for (; first + kTileRows <= block->count; first += kTileRows)
       scan_tile<kTileRows, kByRow>(block, first, codes, p);
@@ -95,11 +104,14 @@ inline void scan_block(Block* block, const PackedCodes& codes) {
 // Fills the running best of the block's rows.
 inline void scan(bool by_row, Block* block, const PackedCodes& codes) {
   for (int64_t i = 0; i < kBlockRows; ++i) clear(&block->state[i]);
-#ifdef MSVQ_AMX
-  if (codes.split) {
+#ifdef MSVQ_BFLOAT16
+  if (codes.filter == Filter::split) {
     const SplitRows split{block->hi.data, block->lo.data};
     return scan_split(split, block->count, block->error_norm, codes, block->state.data);
   }
+  if (codes.filter == Filter::bfloat16)
+    return scan_pairs(by_row, block->pair.data, block->count, block->error_norm, codes,
+                      block->ahead, block->state.data);
 #endif
   if (by_row) return scan_block<true>(block, codes);
   scan_block<false>(block, codes);
@@ -107,14 +119,29 @@ inline void scan(bool by_row, Block* block, const PackedCodes& codes) {
 
 // Scores up to this may belong to the nearest code: the best code's upper bound, and what float64
 // rounds off the definition's distances themselves.
-inline double score_limit(const RowBest& best, double norm, const PackedCodes& codes) {
-  const double width = static_cast<double>(codes.width), code_norm = codes.norms[best.slot];
-  const double error =
-      codes.seed_error * 0.51 * code_norm * code_norm + codes.dot_error * 1.01 * norm * code_norm;
-  const double both = norm + codes.max_norm;
-  const double definition = (width + 8) * 0x1p-52 * both * both;
-  const double underflow = 8 * (width + 4) * 0x1p-126 * (1 + norm);
-  return best.best + 2 * error + definition + underflow;
+inline double score_limit(const RowBest& best, const Block& block, int64_t i,
+                          const PackedCodes& codes) {
+  const double code_norm = codes.norms[best.slot];
+  const double seed = codes.seed_error * 0.51 * code_norm, dot = block.error_norm[i] * -1.01;
+  return best.best + 2 * (seed + dot) * code_norm + block.margin[i];
+}
+
+// Scores of panel p for row `i` alone, whose values are in `x_row` and `pair_row`.
+inline void score_row(Block* block, int64_t i, const PackedCodes& codes, int64_t p, float* scores) {
+  const float* panel = codes.panels + p * kPanel * codes.width;
+#ifdef MSVQ_BFLOAT16
+  if (codes.filter == Filter::bfloat16)
+    return score_pairs_of_row(block->pair_row.data, block->error_norm[i], codes, p, scores);
+  if (codes.filter == Filter::split) {
+    join_panel(panel, codes.width, block->panel.data);
+    panel = block->panel.data;
+  }
+#endif
+  vfloat score[1][2];
+  score_panel<1, true>(block->x_row.data, codes.width, block->error_norm + i, panel,
+                       &codes.seeds[p * kPanel], &codes.norms[p * kPanel], codes.width, score);
+  store(scores, score[0][0]);
+  store(scores + kLanes, score[0][1]);
 }
 
 // Scores the row against every code once more and measures those not above `limit`.
@@ -123,24 +150,17 @@ inline void measure_all(Block* block, int64_t i, float limit, const PackedCodes&
   const bool all = !(block->norm[i] < __builtin_inff());
   for (int64_t d = 0; d < codes.width; ++d)
     block->x_row[d] = (block->z_row[d] - codes.mean[d]) * -codes.scale;
+#ifdef MSVQ_BFLOAT16
+  float square, rest;
+  if (codes.filter == Filter::bfloat16)
+    pair_row(block->z_row.data, codes.mean.data, -codes.scale, codes.width, block->pair_row.data,
+             &square, &rest);
+#endif
   for (int64_t p = 0; p < codes.panel_count; ++p) {
     const int64_t slot = p * kPanel;
     const int64_t lanes = codes.count - slot < kPanel ? codes.count - slot : kPanel;
     float scores[kPanel] = {};
-    if (!all) {
-      const float* panel = codes.panels + slot * codes.width;
-#ifdef MSVQ_AMX
-      if (codes.split) {
-        join_panel(panel, codes.width, block->panel.data);
-        panel = block->panel.data;
-      }
-#endif
-      vfloat score[1][2];
-      score_panel<1, true>(block->x_row.data, codes.width, block->error_norm + i, panel,
-                           &codes.seeds[slot], &codes.norms[slot], codes.width, score);
-      store(scores, score[0][0]);
-      store(scores + kLanes, score[0][1]);
-    }
+    if (!all) score_row(block, i, codes, p, scores);
     for (int64_t lane = 0; lane < lanes; ++lane)
       if (all || scores[lane] <= limit) nearest->add(codes.index[slot + lane]);
   }
@@ -151,17 +171,23 @@ inline int64_t resolve(Block* block, int64_t i, double limit, const float* codeb
                        const PackedCodes& codes) {
   NearestExact nearest(block->z_row.data, codebook, codes.width);
   const float bound = static_cast<float>(limit * (limit > 0 ? 1 + 1e-6 : 1 - 1e-6));
-  float best[kLanes], second[kLanes];
-  store(best, block->state[i].best);
-  store(second, block->state[i].second);
-  bool known = block->norm[i] < __builtin_inff();  // a lane holds at most one candidate
-  for (int lane = 0; lane < kLanes; ++lane) known &= second[lane] > bound;
+  const LaneBest& state = block->state[i];
+  // A lane holds at most one candidate, or all are measured.
+  const bool known = block->norm[i] < __builtin_inff() && lanes_up_to(state.second, bound) == 0;
   if (!known) {
     measure_all(block, i, bound, codes, &nearest);
     return nearest.result();
   }
-  for (int lane = 0; lane < kLanes; ++lane)
-    if (best[lane] <= bound) nearest.add(codes.index[block->state[i].vector[lane] * kLanes + lane]);
+  int64_t candidates[kLanes];
+  int count = 0;
+  for (uint32_t lanes = lanes_up_to(state.best, bound); lanes != 0; lanes &= lanes - 1) {
+    const int lane = __builtin_ctz(lanes);
+    candidates[count++] = codes.index[state.vector[lane] * kLanes + lane];
+  }
+  const int64_t clear =
+      clearly_nearest(block->z_row.data, codebook, codes.width, candidates, count);
+  if (clear >= 0) return clear;
+  for (int c = 0; c < count; ++c) nearest.add(candidates[c]);
   return nearest.result();
 }
 

@@ -10,6 +10,10 @@
 
 namespace msvq {
 
+// What the search multiplies before it measures what that leaves open: float32; one bfloat16 each
+// (AVX-512-BF16); or numbers split in two bfloat16 (AMX).
+enum class Filter { float32, bfloat16, split };
+
 enum class LatentType { float32, float16, bfloat16 };
 
 // Where element (outer, inner, d) of a tensor lies, in elements. Either `d` or `inner` is 1.
@@ -31,7 +35,7 @@ struct VectorQuantizeParams {
   double* squared_error;  // sum of (z - e)^2
   int64_t* counts;        // (K,)
   float* sums;            // (K, D), with room for K rounded up to a multiple of 32
-  bool matrix_unit;       // use the processor's matrix unit, if it has one
+  Filter filter;          // the last of them that may be used; the processor may know less
   int threads;
 };
 

@@ -11,58 +11,91 @@ namespace {
 
 constexpr int64_t kSkipped = -1;  // marks a non-finite row until the statistics are done
 
-// Centres and scales the rows from `row`, negated, and bounds their norms.
+// Centres and scales rows whose d are neighbours, negated; the squares of their norms.
+template <class T>
+void load_rows(const Rows<const T>& z, int64_t row, const PackedCodes& codes, Block* block,
+               float* square) {
+  const int64_t width = codes.width;
+  const float scale = -codes.scale;
+  for (int64_t i = 0; i < block->count; ++i) {
+    float* x = &block->x[i * width];
+    widen_row(z.at(row + i), x, width);
+    vfloat sum = {};
+    int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) {
+      const vfloat v = (load(x + d) - load(&codes.mean[d])) * scale;
+      store(x + d, v);
+      sum += v * v;
+    }
+    square[i] = horizontal_sum(sum);
+    for (; d < width; ++d) {
+      x[d] = (x[d] - codes.mean[d]) * scale;
+      square[i] += x[d] * x[d];
+    }
+  }
+}
+
+// The same for rows that are neighbours of each other.
+template <class T>
+void load_columns(const Rows<const T>& z, int64_t row, const PackedCodes& codes, Block* block,
+                  float* square) {
+  const float scale = -codes.scale;
+  for (int64_t d = 0; d < codes.width; ++d) {
+    float* x = &block->x[d * kBlockRows];
+    read_column(z, row, block->count, d, x);
+    for (int64_t i = block->count; i < kBlockRows; ++i) x[i] = 0;
+    for (int64_t i = 0; i < kBlockRows; ++i) {
+      x[i] = (x[i] - codes.mean[d]) * scale;
+      square[i] += x[i] * x[i];
+    }
+  }
+}
+
+// Reads the rows from `row` as the filter takes them and bounds their norms and errors.
 template <class T>
 void load_block(const Rows<const T>& z, int64_t row, const PackedCodes& codes, Block* block) {
   const int64_t width = codes.width, count = block->count;
-  const float scale = -codes.scale;
-  float square[kBlockRows];
+  float square[kBlockRows] = {}, rest[kBlockRows] = {};
   block->ld = z.by_row() ? width : kBlockRows;
-  if (z.by_row()) {
+#ifdef MSVQ_BFLOAT16
+  if (codes.filter == Filter::bfloat16 && z.by_row()) {
     for (int64_t i = 0; i < count; ++i) {
-      float* x = &block->x[i * width];
-      widen_row(z.at(row + i), x, width);
-      vfloat sum = {};
-      int64_t d = 0;
-      for (; d + kLanes <= width; d += kLanes) {
-        const vfloat v = (load(x + d) - load(&codes.mean[d])) * scale;
-        store(x + d, v);
-        sum += v * v;
-      }
-      square[i] = horizontal_sum(sum);
-      for (; d < width; ++d) {
-        x[d] = (x[d] - codes.mean[d]) * scale;
-        square[i] += x[d] * x[d];
-      }
+      widen_row(z.at(row + i), block->z_row.data, width);
+      pair_row(block->z_row.data, codes.mean.data, -codes.scale, width,
+               &block->pair[i * pairs(width)], &square[i], &rest[i]);
     }
-  } else {
-    for (int64_t i = 0; i < kBlockRows; ++i) square[i] = 0;
-    for (int64_t d = 0; d < width; ++d) {
-      float* x = &block->x[d * kBlockRows];
-      read_column(z, row, count, d, x);
-      for (int64_t i = count; i < kBlockRows; ++i) x[i] = 0;
-      for (int64_t i = 0; i < kBlockRows; ++i) {
-        x[i] = (x[i] - codes.mean[d]) * scale;
-        square[i] += x[i] * x[i];
-      }
+  } else if (codes.filter == Filter::bfloat16) {
+    load_columns(z, row, codes, block, square);
+    pair_columns(block->x.data, width, block->pair.data, rest);
+  } else if (codes.filter == Filter::split) {
+    const SplitRows split{block->hi.data, block->lo.data};
+    if (z.by_row()) {
+      load_rows(z, row, codes, block, square);
+      for (int64_t i = 0; i < count; ++i) split_row(&block->x[i * width], width, i, split);
+    } else {
+      load_columns(z, row, codes, block, square);
+      split_columns(block->x.data, width, count, split);
     }
-  }
-  // The margins cover the rounding of the sum of squares and the squares that underflow.
-  const float error = static_cast<float>(codes.dot_error * 1.001);
-  for (int64_t i = count; i < kBlockRows; ++i) square[i] = 0;
-  for (int64_t i = 0; i < kBlockRows; ++i) {
-    block->norm[i] = __builtin_sqrtf(square[i]) * 1.001f + 1e-17f;
-    block->error_norm[i] = -error * block->norm[i];
-  }
-#ifdef MSVQ_AMX
-  if (!codes.split) return;
-  const SplitRows split{block->hi.data, block->lo.data};
-  if (z.by_row()) {
-    for (int64_t i = 0; i < count; ++i) split_row(&block->x[i * width], width, i, split);
-  } else {
-    split_columns(block->x.data, width, count, split);
   }
 #endif
+  if (codes.filter == Filter::float32) {
+    if (z.by_row()) {
+      load_rows(z, row, codes, block, square);
+    } else {
+      load_columns(z, row, codes, block, square);
+    }
+  }
+  // The margins cover the rounding of the sums of squares and the squares that underflow.
+  for (int64_t i = count; i < kBlockRows; ++i) square[i] = rest[i] = 0;
+  const float error = static_cast<float>(codes.dot_error * 1.001);
+  const float most = static_cast<float>(codes.max_norm * 1.001), wide = static_cast<float>(width);
+  for (int64_t i = 0; i < kBlockRows; ++i) {
+    block->norm[i] = __builtin_sqrtf(square[i]) * 1.001f + 1e-17f;
+    block->error_norm[i] = -(error * block->norm[i] + __builtin_sqrtf(rest[i]) * 1.001f + 1e-17f);
+    const float both = block->norm[i] + most;
+    block->margin[i] =
+        (wide + 9) * 0x1p-52f * both * both + 9 * (wide + 4) * 0x1p-126f * (1 + block->norm[i]);
+  }
 }
 
 bool all_finite(const float* x, int64_t width) {
@@ -75,10 +108,11 @@ template <class T>
 void search_block(const Rows<const T>& z, int64_t row, const float* codebook,
                   const PackedCodes& codes, Block* block, int64_t* out) {
   load_block(z, row, codes, block);
+  block->ahead = block_ahead(z, row + kBlockRows, codes.width);
   scan(z.by_row(), block, codes);
   for (int64_t i = 0; i < block->count; ++i) {
     const RowBest best = reduce_lanes(block->state[i]);
-    const double limit = score_limit(best, block->norm[i], codes);
+    const double limit = score_limit(best, *block, i, codes);
     if (best.second > limit) {
       out[i] = codes.index[best.slot];
       continue;
@@ -174,19 +208,26 @@ void quantize(const VectorQuantizeParams& p) {
   // The packed codes live where the sums will be: neither needs the room while the other does.
   const int64_t slots = PackedCodes::slots(p.num_codes);
   Scratch<float> own_panels(p.sums == nullptr ? slots * width : 0);
-  bool split = false;
-#ifdef MSVQ_AMX
-  split = p.matrix_unit && width % 32 == 0 && amx_available();
+  Filter filter = Filter::float32;
+#ifdef MSVQ_BFLOAT16
+  if (p.filter == Filter::split && width % 32 == 0 && amx_available()) {
+    filter = Filter::split;
+  } else if (p.filter != Filter::float32 && bfloat16_products_available()) {
+    filter = Filter::bfloat16;
+  }
 #endif
-  PackedCodes codes(p.num_codes, width, p.sums == nullptr ? own_panels.data : p.sums, split);
+  PackedCodes codes(p.num_codes, width, p.sums == nullptr ? own_panels.data : p.sums, filter);
   pack(p.codebook, p.num_codes, p.threads, &codes);
 
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  constexpr int64_t kTask = 4;
+  // Long enough that most blocks were asked for by the one before.
+  const int64_t share = blocks / (4 * p.threads), task_blocks = share < 1    ? 1
+                                                                : share > 16 ? 16
+                                                                             : share;
   Scratch<double> errors(p.sums == nullptr ? 0 : blocks);
-  parallel_for((blocks + kTask - 1) / kTask, p.threads, [&](int64_t task) {
+  parallel_for((blocks + task_blocks - 1) / task_blocks, p.threads, [&](int64_t task) {
     Block block(codes);
-    for (int64_t b = task * kTask; b < blocks && b < (task + 1) * kTask; ++b) {
+    for (int64_t b = task * task_blocks; b < blocks && b < (task + 1) * task_blocks; ++b) {
       const int64_t row = b * kBlockRows;
       const int64_t count = rows - row < kBlockRows ? rows - row : kBlockRows;
       int64_t* out = p.codes + row;

@@ -60,7 +60,7 @@ def nearest_code(
     dim = _check_latents(z, codebook, dim)
     chosen = OP.pick(z, codebook, backend=backend)
     z, codebook = z.detach(), codebook.detach()
-    if chosen == "reference":
+    if chosen == "reference" or torch.onnx.is_in_onnx_export():
         return reference.nearest_code(z, codebook, dim)
     codes: Tensor = OP.kernels[chosen].nearest_code(z, codebook, dim)
     return codes

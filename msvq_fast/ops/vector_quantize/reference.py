@@ -24,7 +24,10 @@ def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     with NaN or Inf gets code 0.
     """
     rows = z.movedim(dim, -1)
-    codes: Tensor = _nearest_rows(rows.reshape(-1, codebook.shape[1]), codebook)
+    flat = rows.reshape(-1, codebook.shape[1])
+    if torch.onnx.is_in_onnx_export():  # there the definition becomes the graph, D times unrolled
+        return _nearest_of(flat, *_columns(codebook)).view(rows.shape[:-1])
+    codes: Tensor = _nearest_rows(flat, codebook)
     return codes.view(rows.shape[:-1])
 
 
@@ -32,20 +35,29 @@ def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
 @torch.library.custom_op("msvq_fast::nearest_code_reference", mutates_args=())
 def _nearest_rows(rows: Tensor, codebook: Tensor) -> Tensor:
     codes = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
-    bad_codes = ~codebook.isfinite().all(dim=1)  # (K,)
-    columns = codebook.double().masked_fill(bad_codes[:, None], 0).t().contiguous()  # (D, K)
+    columns, bad_codes = _columns(codebook)
     chunk = max(_CHUNK_DISTANCES // codebook.shape[0], 1)
     for start in range(0, rows.shape[0], chunk):
-        part = rows[start : start + chunk].double()
-        bad_rows = ~part.isfinite().all(dim=1)
-        part = part.masked_fill(bad_rows[:, None], 0)
-        distance = part.new_zeros(part.shape[0], codebook.shape[0])
-        for d, column in enumerate(columns):
-            difference = part[:, d, None] - column
-            distance += difference.mul_(difference)
-        distance.masked_fill_(bad_codes, torch.inf)
-        codes[start : start + chunk] = distance.argmin(dim=1).masked_fill_(bad_rows, 0)
+        codes[start : start + chunk] = _nearest_of(rows[start : start + chunk], columns, bad_codes)
     return codes
+
+
+def _columns(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """The codebook ``(D, K)`` in float64 and which codes are not finite, zeroed in it ``(K,)``."""
+    bad_codes = ~codebook.isfinite().all(dim=1)
+    return codebook.double().masked_fill(bad_codes[:, None], 0).t().contiguous(), bad_codes
+
+
+def _nearest_of(rows: Tensor, columns: Tensor, bad_codes: Tensor) -> Tensor:
+    """Codes ``(N,)`` of ``rows (N, D)``, with all N x K distances at once."""
+    rows = rows.double()
+    bad_rows = ~rows.isfinite().all(dim=1)
+    rows = rows.masked_fill(bad_rows[:, None], 0)
+    distance = rows.new_zeros(rows.shape[0], columns.shape[1])
+    for d, column in enumerate(columns):
+        difference = rows[:, d, None] - column
+        distance += difference.mul_(difference)
+    return distance.masked_fill_(bad_codes, torch.inf).argmin(dim=1).masked_fill_(bad_rows, 0)
 
 
 @_nearest_rows.register_fake
@@ -112,11 +124,11 @@ def ema_update_(
         total = cluster_size.sum()
         num_codes = codebook.shape[0]
         mass = (cluster_size + laplace_eps) / (total + num_codes * laplace_eps) * total
-    codebook.copy_(torch.where(hit[:, None], code_sums_ema / mass[:, None], codebook))
+    torch.where(hit[:, None], code_sums_ema / mass[:, None], codebook, out=codebook)
     if restart_vectors is not None:
         fresh = restart_vectors.to(codebook.dtype)
         dead = (cluster_size < restart_below) & fresh.isfinite().all(dim=1)
         start_mass = max(1.0, restart_below)
-        codebook.copy_(torch.where(dead[:, None], fresh, codebook))
-        code_sums_ema.copy_(torch.where(dead[:, None], fresh * start_mass, code_sums_ema))
+        torch.where(dead[:, None], fresh, codebook, out=codebook)
+        torch.where(dead[:, None], fresh * start_mass, code_sums_ema, out=code_sums_ema)
         cluster_size.masked_fill_(dead, start_mass)
