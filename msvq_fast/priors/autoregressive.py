@@ -14,6 +14,8 @@ from msvq_fast.priors.prior import Prior, PriorOutput
 from msvq_fast.priors.sampling import check_sampling, draw_codes, uniforms
 from msvq_fast.priors.transformer import Memory, ScaleTransformer
 
+_TILE = 16  # slots of a windowed model that share matrix products while drawing
+
 
 class AutoregressivePrior(Prior):
     """``p(s_m) = Π_i p(s_m,i | s_m,j<i, s_n<m)`` with one transformer per scale (Eq. 9).
@@ -124,21 +126,33 @@ def fronts(model: ScaleTransformer, wavefront: bool) -> Tensor:
     """Cells drawn in every step ``(steps, slots)``, ``h * w`` where a slot is idle.
 
     With windows of radius r, cell ``(y, x)`` reads keys up to ``(y - 1, x + r)`` and codes before
-    them, so cells with the same ``x + r y`` can be drawn together: ``w + (h - 1) r`` steps. Row y
-    has slot ``y % slots`` in both orders. So a token meets matrix products of the same shape, in
-    the same row of them, and its bits do not depend on the order.
+    them, so cells with the same ``x + r y`` can be drawn together: ``w + (h - 1) r`` steps. Slots
+    come in tiles, which share matrix products, and row y has place ``y % tile`` in both orders; the
+    sequential one has a single tile. So a token meets products of the same shape, in the same row
+    of them: its bits do not depend on the order, nor its cost on the size of a large grid.
     """
     height, width = model.grids[-1]
     cells = height * width
     if model.kernels is None:
         return torch.arange(cells)[:, None]
-    stride = model.kernels[-1] // 2
-    slots = min(-(-width // stride), height)
+    stride, tile = model.kernels[-1] // 2, tile_size(model)
+    slots = -(-_together(model) // tile) * tile if wavefront else tile
     y, x = torch.arange(height)[:, None], torch.arange(width)[None]
     step = x + stride * y if wavefront else x + width * y
     table = torch.full((int(step.max()) + 1, slots), cells)
     table[step, (y % slots).expand_as(step)] = x + width * y
     return table
+
+
+def tile_size(model: ScaleTransformer) -> int:
+    """Slots of a tile of `fronts`."""
+    return min(_together(model), _TILE)
+
+
+def _together(model: ScaleTransformer) -> int:
+    """Most cells that can be drawn together."""
+    height, width = model.grids[-1]
+    return 1 if model.kernels is None else min(-(-width // (model.kernels[-1] // 2)), height)
 
 
 class _Reach(NamedTuple):
@@ -160,6 +174,7 @@ class _Decoder:
         self, model: ScaleTransformer, context: Memory, batch: int, labels: Tensor | None
     ) -> None:
         self.model = model
+        self.tile = tile_size(model)
         self.labels = labels
         weight = model.head.weight
         tokens, heads = model.tokens, model.each_block()[0].heads
@@ -173,15 +188,16 @@ class _Decoder:
 
     def step(self, cells: Tensor) -> Tensor:
         """Logits ``(B, F, K)`` of ``cells (F,)``; what they may see has been drawn."""
-        x = self._embed(cells)
+        tiles: Sequence[Tensor] = self._embed(cells).split(self.tile, 1)
         for block, (keys, values) in zip(self.model.each_block(), self.memory, strict=True):
-            query, key, value = block.project(x)
+            projected = zip(*(block.project(x) for x in tiles), strict=True)
+            query, key, value = (torch.cat(parts, 2) for parts in projected)
             # All cells of the front are written before any of them is read.
             keys[:, :, self.before + cells] = key
             values[:, :, self.before + cells] = value
-            x = block.finish(x, self._attend(query, keys, values, cells))
-        logits: Tensor = self.model.head(self.model.norm(x))
-        return logits
+            attended = self._attend(query, keys, values, cells).split(self.tile, 2)
+            tiles = [block.finish(x, a) for x, a in zip(tiles, attended, strict=True)]
+        return torch.cat([self.model.head(self.model.norm(x)) for x in tiles], 1)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cells: Tensor) -> Tensor:
         if self.reach is None:  # one cell, which sees all before it

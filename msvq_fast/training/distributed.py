@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from msvq_fast.ops.checks import InputError
+from msvq_fast.ops.checks import InputError, WorkError
 
 T = TypeVar("T")
 
@@ -38,6 +38,16 @@ class World:
         return self.rank == 0
 
 
+class LostProcessError(WorkError):
+    """Another process cannot be reached; the message is one line for people."""
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether ``error`` says that another process cannot be reached, as after its end."""
+    # gloo raises plain errors that name the file of its own that they come from.
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 @contextlib.contextmanager
 def join(device: str) -> Iterator[World]:
     """Enter the process group that ``torchrun`` describes, if there is one, and leave it after.
@@ -48,6 +58,7 @@ def join(device: str) -> Iterator[World]:
 
     Raises:
         InputError: If the device is unknown or not there.
+        LostProcessError: In place of what is raised inside when another process is gone.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -62,6 +73,13 @@ def join(device: str) -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(rank, size, chosen)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise LostProcessError(
+            f"process {rank} of {size} cannot reach another one; if that one ended, its own output "
+            "says why"
+        ) from error
     finally:
         # gloo's threads let go of the last tensors under the interpreter's lock. What destroys the
         # group may hold that lock while it waits for these threads: they go first.

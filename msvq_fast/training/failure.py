@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch.distributed as dist
-
 from msvq_fast.training.checkpoint import name_last
-from msvq_fast.training.distributed import World
+from msvq_fast.training.distributed import World, is_lost
 from msvq_fast.training.optimizer import Betas, is_unstable
 from msvq_fast.training.window import TrainingError
 
@@ -22,8 +20,7 @@ def explain(
     if isinstance(error, TrainingError):
         remedy = "--betas=[0.5,0.9]" if is_unstable(betas) else "a lower lr"
         return TrainingError(f"{error}; {name_last(out)}; try {remedy}")
-    # gloo raises plain errors that name the file of its own that they come from.
-    if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    if world.size > 1 and is_lost(error):
         return TrainingError(
             f"process {world.rank} of {world.size} cannot reach another one in step {step}; if "
             f"that one ended, its own output says why; {name_last(out)}; go on with resume=auto"

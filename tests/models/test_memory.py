@@ -48,8 +48,10 @@ def step(model: nn.Module, x: Tensor) -> tuple[models.MSVQVAEOutput, dict[str, T
 
 def assert_same(plain: nn.Module, other: nn.Module, x: Tensor) -> None:
     """The same step, up to the order of float64 sums."""
+    random_state = torch.get_rng_state()
     want, want_grads = step(plain, x)
     got, got_grads = step(other, x)
+    assert torch.equal(torch.get_rng_state(), random_state)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(got.reconstruction_loss, want.reconstruction_loss)
     assert all(torch.equal(a, b) for a, b in zip(got.codes, want.codes, strict=True))

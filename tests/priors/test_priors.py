@@ -102,7 +102,7 @@ def test_cached_path_equals_full_path(grids, kernels, decoding: str) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("grid", [(12, 12), (5, 9), (9, 4)])
+@pytest.mark.parametrize("grid", [(12, 12), (5, 9), (9, 4), (19, 20)])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_wavefront_equals_sequential_bit_for_bit(grid, kernel: int) -> None:
     grids = ((3, 3), grid)
@@ -127,9 +127,20 @@ def test_wavefront_needs_few_steps() -> None:
     config = PriorConfig(grids=((1, 1), (128, 128)), kernels=(1, 7), **SMALL)
     model = AutoregressivePrior(config).scale_model(1)
     table = fronts(model, True)
-    assert table.shape == (509, 43)
+    assert table.shape == (509, 48)  # 43 cells at most, in tiles of 16
     cells = table[table < 128 * 128]
     assert torch.equal(cells.sort().values, torch.arange(128 * 128))
+
+
+def test_a_token_costs_the_same_on_any_large_grid() -> None:
+    for side, slots in ((8, 8), (32, 16), (128, 16)):
+        config = PriorConfig(grids=((1, 1), (side, side)), kernels=(1, 3), **SMALL)
+        model = AutoregressivePrior(config).scale_model(1)
+        one, front = fronts(model, False), fronts(model, True)
+        assert one.shape == (side * side, slots) and front.shape[1] % slots == 0
+        assert ((one < side * side).sum(1) == 1).all()
+        places = (front < side * side).nonzero()[:, 1] % slots
+        assert torch.equal(places, front[front < side * side] // side % slots)
 
 
 @pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
@@ -186,6 +197,35 @@ def test_maskgit_frequencies_match_exact_conditionals(order: str) -> None:
         p = scale(scale.embed(masks), scale.context([]))[0].double().softmax(-1)
     observed = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
     chi_square(observed, (p[0][:, None] * p[1]).flatten() * count)
+
+
+def test_guided_frequencies_match_exact_conditionals() -> None:
+    """One pass with guidance w: the logits are ``(1 + w)`` with the label less ``w`` without."""
+    model = prior(MaskGITPrior, ((1, 2),), num_codes=3, num_classes=2)
+    count, w = 20000, 1.5
+    labels = torch.ones(count, dtype=torch.int64)
+    settings = {"steps": 1, "guidance": w}
+    drawn = sample(model, count, seed=1, labels=labels, settings=settings)[0].flatten(1)
+    scale = model.scale_model(0)
+    masks = torch.full((1, 2), 3)
+    with torch.no_grad():
+        labelled = scale(scale.embed(masks, labels[:1]), scale.context([], labels[:1]))[0]
+        plain = scale(scale.embed(masks), scale.context([]))[0]
+    p = ((1 + w) * labelled - w * plain).double().softmax(-1)
+    assert not torch.allclose(p, plain.double().softmax(-1), atol=0.05)
+    observed = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
+    chi_square(observed, (p[0][:, None] * p[1]).flatten() * count)
+
+
+def test_halton_order_visits_every_cell_and_spreads() -> None:
+    # Radical inverses in bases 2 and 3: (1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9).
+    assert halton_rank((4, 6)).argsort()[:4].tolist() == [2 * 6 + 2, 6 + 4, 3 * 6, 2]
+    for grid in ((8, 8), (5, 7), (1, 3)):
+        rank = halton_rank(grid)
+        assert torch.equal(rank.sort().values, torch.arange(grid[0] * grid[1]))
+    first = halton_rank((16, 16)).view(16, 16) < 64
+    quarters = [first[y : y + 8, x : x + 8].sum() for y in (0, 8) for x in (0, 8)]
+    assert all(14 <= count <= 18 for count in quarters)
 
 
 def test_maskgit_two_passes_match_exact_conditionals() -> None:

@@ -24,7 +24,7 @@ ReadMetrics = Callable[[Path], list[dict[str, Any]]]
 
 # Writes the last weights and codebooks, and every collective call with what it carried.
 WORKER = """
-import json, sys, torch
+import json, os, sys, torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from msvq_fast.training import distributed, loop
@@ -48,13 +48,19 @@ def closing(run):
 dist.all_reduce, distributed.wrap, loop._Run.close = counted, wrapping, closing
 """
 DYING = """
-import os, signal
+import signal
 step = loop._Run._optimizer_step
 def dying(run, stream):
     if run.step == 3 and run.world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     step(run, stream)
 loop._Run._optimizer_step = dying
+"""
+
+
+# Process 1 has no data.
+APART = """
+sys.argv += ["--data=nowhere"] * int(os.environ["RANK"])
 """
 
 
@@ -171,3 +177,17 @@ def test_a_process_that_dies_ends_the_other_and_one_goes_on(
     found = losses(read_metrics(out))
     assert len(found) == 5
     assert found == pytest.approx(losses(read_metrics(tmp_path / "one")), rel=1e-3)
+
+
+def test_a_process_that_cannot_start_ends_the_other(
+    tmp_path: Path, train_command: TrainCommand
+) -> None:
+    command = train_command(tmp_path / "two", "--steps=5", "--batch_size=2")
+    first, second = run_two(tmp_path, command, WORKER + APART)
+    assert second == (2, "msvq: error: data folder 'nowhere' does not exist\n")
+    assert first == (
+        1,
+        "msvq: error: process 0 of 2 cannot reach another one; if that one ended, its own output "
+        "says why\n",
+    )
+    assert not list_checkpoints(tmp_path / "two")

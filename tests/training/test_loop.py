@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from msvq_fast.cli import main
-from msvq_fast.models import from_pretrained
+from msvq_fast.models import MEMORY_MODES, from_pretrained
 from msvq_fast.training import loop
 from msvq_fast.training.checkpoint import checkpoint_path, find_model, list_checkpoints, read_state
 from msvq_fast.training.interrupt import StopSignals
@@ -75,6 +76,32 @@ def test_memory_modes_train_alike(
     assert train(tmp_path / "plain", *options) == 0
     assert train(tmp_path / memory, f"--memory={memory}", "--strips=2", *options) == 0
     plain, other = (losses(read_metrics(tmp_path / name)) for name in ("plain", memory))
+    assert other == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+def test_compiled_is_the_same_training(
+    tmp_path: Path,
+    train: Train,
+    read_metrics: ReadMetrics,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: str,
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    options = (f"--memory={memory}", "--strips=2", "--steps=3", "--log_every=1")
+    assert train(tmp_path / "plain", *options) == 0
+    assert not graphs
+    assert train(tmp_path / "compiled", "--compile", *options) == 0
+    assert graphs
+    plain, other = (losses(read_metrics(tmp_path / name)) for name in ("plain", "compiled"))
     assert other == pytest.approx(plain, rel=1e-4)
 
 
