@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from msvq_fast.models import PAPER_PARAMETERS, PRESETS
-from msvq_fast.training.compare_report import headings, rows
+from msvq_fast.training.compare_report import NAMES, headings, rows
 from msvq_fast.training.info import count_parameters
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "0.1.0"
+_NOT_SPEED = ("demo", "compare", "robustness", "priors")  # priors: benchmarks/NOTES.md
 
 
 def presets_table() -> str:
@@ -38,7 +39,7 @@ def speed_tables() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*--cpu.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["suite"] not in ("demo", "compare", "priors"):  # priors: benchmarks/NOTES.md
+        if record["suite"] not in _NOT_SPEED:
             parts.append(speed_table(record))
     return "\n\n".join(parts)
 
@@ -120,6 +121,37 @@ def compare_tables() -> str:
     return "\n\n".join(parts)
 
 
+def robustness_table() -> str:
+    """Every way to train the codebooks, both models side by side."""
+    record = json.loads(next(RESULTS.glob("robustness--*.json")).read_text(encoding="utf-8"))
+    figures = ("psnr", "usage", "perplexity")
+    columns = [f"{NAMES[key]} {name}" for name in ("PSNR", "used %", "perplexity") for key in NAMES]
+    lines = [
+        f"| start | restart below | gradient | {' | '.join(columns)} |",
+        f"|---|---|---|{'---|' * len(columns)}",
+    ]
+    for comparison in record["comparisons"]:
+        settings, models = comparison["settings"], comparison["models"]
+        gradient = settings["gradient"] or "straight-through"
+        cells = [_mean_and_spread(models[key]["figures"][f]) for f in figures for key in NAMES]
+        way = f"{settings['codebook_init']} | {settings['restart_below']:g} | {gradient}"
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    settings = record["comparisons"][0]["settings"]
+    versions = record["versions"]
+    lines += [
+        "",
+        f"`{settings['preset']}` and its baseline, {settings['steps']} steps of "
+        f"{settings['batch_size']} crops, {len(settings['seeds'])} seeds; {record['data']}; "
+        f"{record['machine']['cpu']}, torch {versions['torch']}, commit `{record['commit']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def _mean_and_spread(figure: dict[str, Any]) -> str:
+    digits = 2 if figure["mean"] < 50 and figure["spread"] < 5 else 0
+    return f"{figure['mean']:.{digits}f} ± {figure['spread']:.{digits}f}"
+
+
 def render(text: str) -> str:
     """Return README with its generated parts made anew."""
     parts = {
@@ -127,6 +159,7 @@ def render(text: str) -> str:
         "speed": speed_tables,
         "demo": demo_table,
         "compare": compare_tables,
+        "robustness": robustness_table,
     }
     for name, make in parts.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"

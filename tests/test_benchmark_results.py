@@ -29,7 +29,7 @@ def test_schema(path: Path) -> None:
     if record["suite"] == "demo":
         assert record["evaluation"]["reconstructions"] and record["validation"]
         return
-    if record["suite"] == "compare":
+    if record["suite"] in ("compare", "robustness"):
         check_comparisons(record)
         return
     if record["device"] == "cuda":

@@ -24,10 +24,11 @@ _PATHS = ("data", "pictures", "lpips_weights", "inception_weights", "efflite0_we
 
 
 def main() -> int:
-    """Write ``compare--<machine>--<device>.json``."""
+    """Write ``<suite>--<machine>--<device>.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", nargs="+", type=Path, help="folders of msvq compare")
     parser.add_argument("--data", required=True, help="the images, in words")
+    parser.add_argument("--suite", default="compare", choices=("compare", "robustness"))
     parser.add_argument("--commit", default=machine.commit(), help="that trained and judged")
     arguments = parser.parse_args()
     records = [json.loads((out / "comparison.json").read_text("utf-8")) for out in arguments.out]
@@ -36,7 +37,7 @@ def main() -> int:
     described = machine.describe_machine()
     result = {
         "schema": machine.SCHEMA,
-        "suite": "compare",
+        "suite": arguments.suite,
         "commit": arguments.commit,
         "date": datetime.date.today().isoformat(),
         "device": device,
@@ -45,7 +46,7 @@ def main() -> int:
         "data": arguments.data,
         "comparisons": [_without_paths(record) for record in records],
     }
-    path = RESULTS / f"compare--{machine.slug(described['cpu'])}--{device}.json"
+    path = RESULTS / f"{arguments.suite}--{machine.slug(described['cpu'])}--{device}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return 0
