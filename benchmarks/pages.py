@@ -105,6 +105,7 @@ _MAKE: dict[str, Any] = {
     "commands": commands,
     "contract": contract,
     "memory": memory,
+    "mismatches": readme.mismatch_table,
     "presets": readme.presets_table,
     "speed": speed,
 }

@@ -1,4 +1,6 @@
-"""Make README's tables from the presets and the result files; ``--check`` only compares.
+"""Make the tables of README and docs from the presets and the result files.
+
+``--check`` only compares.
 
 python benchmarks/readme.py [--check]
 """
@@ -17,7 +19,7 @@ from msvq_fast.training.info import count_parameters
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "0.1.0"
-_NOT_SPEED = ("demo", "compare", "robustness", "priors")  # priors: benchmarks/NOTES.md
+_NOT_SPEED = ("demo", "compare", "mismatches", "robustness", "priors")  # priors: benchmarks/NOTES.md
 
 
 def presets_table() -> str:
@@ -152,32 +154,57 @@ def _mean_and_spread(figure: dict[str, Any]) -> str:
     return f"{figure['mean']:.{digits}f} ± {figure['spread']:.{digits}f}"
 
 
-def render(text: str) -> str:
-    """Return README with its generated parts made anew."""
-    parts = {
+def mismatch_table() -> str:
+    """Wrong codes: a row per way, a column per data set and K."""
+    record = json.loads(next(RESULTS.glob("mismatches--*.json")).read_text(encoding="utf-8"))
+    groups = list(dict.fromkeys(r["group"] for r in record["results"]))
+    rows: dict[str, list[str]] = {}
+    for result in record["results"]:
+        wrong = result["wrong_codes"]
+        share = f" ({100 * wrong / result['of']:.2g} %)" if wrong else ""
+        rows.setdefault(result["name"], []).append(f"{wrong}{share}")
+    lines = [f"| | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    versions = record["versions"]
+    names = ("torch", "faiss-cpu", "vector-quantize-pytorch")
+    tested = ", ".join(f"{name} {versions[name]}" for name in names)
+    meaning = "; ".join(f"*{name}*: {text}" for name, text in record["data"].items())
+    return "\n".join([*lines, "", f"{meaning}. {tested}, commit `{record['commit']}`."])
+
+
+PAGES = {
+    "README.md": {
         "presets": presets_table,
         "speed": speed_tables,
         "demo": demo_table,
         "compare": compare_tables,
         "robustness": robustness_table,
-    }
-    for name, make in parts.items():
+    },
+    "docs/vector_quantize.md": {"mismatches": mismatch_table},
+}
+
+
+def render(text: str, page: str = "README.md") -> str:
+    """Return a page with its generated parts made anew."""
+    for name, make in PAGES[page].items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         body = make()
         text, count = re.subn(pattern, lambda m, b=body: f"{m[1]}{b}\n{m[2]}", text, flags=re.S)
-        assert count == 1, f"README has no place for {name}"
+        assert count == 1, f"{page} has no place for {name}"
     return text
 
 
 def main() -> int:
-    """Rewrite README, or with ``--check`` say whether it is up to date."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    rendered = render(text)
-    if "--check" in sys.argv:
-        return int(text != rendered)
-    readme.write_text(rendered, encoding="utf-8")
-    return 0
+    """Rewrite the pages, or with ``--check`` say whether they are up to date."""
+    stale = False
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        rendered = render(text, page)
+        stale |= text != rendered
+        if "--check" not in sys.argv:
+            path.write_text(rendered, encoding="utf-8")
+    return int(stale and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

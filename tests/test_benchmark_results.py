@@ -1,4 +1,4 @@
-"""Result files keep one schema, and README says what they hold."""
+"""Result files keep one schema, and README and docs say what they hold."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def test_schema(path: Path) -> None:
     if record["suite"] in ("compare", "robustness"):
         check_comparisons(record)
         return
+    if record["suite"] == "mismatches":
+        for result in record["results"]:
+            assert result["group"].split(",")[0] in record["data"] and result["name"]
+            assert 0 <= result["wrong_codes"] <= result["of"]
+            assert result["wrong_codes"] == 0 or result["name"] != "msvq_fast"
+        return
     if record["device"] == "cuda":
         assert {"gpu", "ceilings"} <= record["machine"].keys()
         for missing in record["missing"]:
@@ -63,8 +69,9 @@ def check_comparisons(record: dict) -> None:
         assert all(len(run["weights_sha256"]) == 64 for run in comparison["runs"])
 
 
-def test_readme_is_made_of_them() -> None:
+@pytest.mark.parametrize("page", ("README.md", "docs/vector_quantize.md"))
+def test_pages_are_made_of_them(page: str) -> None:
     import readme
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.render(text) == text, "run python benchmarks/readme.py"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert readme.render(text, page) == text, "run python benchmarks/readme.py"

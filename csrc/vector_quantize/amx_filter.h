@@ -55,15 +55,17 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(
   _tile_stored(3, score + 768, 64);
 }
 
-inline void keep_best(const float* score, const float* norms, const float* error_norm, int64_t p,
-                      LaneBest* state) {
-  const vfloat norm0 = load(norms), norm1 = load(norms + kLanes);
+inline void keep_best(const float* score, const PackedCodes& codes, const float* error_norm,
+                      int64_t p, LaneBest* state) {
+  const Tag first_tag(2 * p, codes), second_tag(2 * p + 1, codes);
+  const vfloat norm0 = load(&codes.norms[p * kPanel]);
+  const vfloat norm1 = load(&codes.norms[p * kPanel + kLanes]);
   for (int64_t r = 0; r < 32; ++r) {
     const float* s = score + (r / 16 * 512) + r % 16 * 16;
     const vfloat e = broadcast(error_norm[r]);
     LaneBest row = state[r];
-    keep_best(load(s) + e * norm0, 2 * p, &row);
-    keep_best(load(s + 256) + e * norm1, 2 * p + 1, &row);
+    keep_best(load(s) + e * norm0, first_tag, &row);
+    keep_best(load(s + 256) + e * norm1, second_tag, &row);
     state[r] = row;
   }
 }
@@ -88,7 +90,7 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void scan_split(const SplitR
     }
     if (step > 0) {
       const int64_t p = (step - 1) / groups, row = (step - 1) % groups * 32;
-      keep_best(score[(step - 1) % 2], &codes.norms[p * kPanel], error_norm + row, p, state + row);
+      keep_best(score[(step - 1) % 2], codes, error_norm + row, p, state + row);
     }
   }
   _tile_release();

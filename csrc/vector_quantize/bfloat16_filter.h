@@ -78,13 +78,14 @@ template <int kRows, bool kByRow>
 MSVQ_BFLOAT16_TARGET inline void scan_pairs_tile(const uint32_t* x, int64_t ld,
                                                  const float* error_norm, const PackedCodes& codes,
                                                  int64_t p, LaneBest* state) {
+  const Tag first_tag(2 * p, codes), second_tag(2 * p + 1, codes);
   vfloat score[kRows][2];
   score_pairs<kRows, kByRow>(x, ld, error_norm, codes, p, score);
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
     LaneBest row = state[r];
-    keep_best(score[r][0], 2 * p, &row);
-    keep_best(score[r][1], 2 * p + 1, &row);
+    keep_best(score[r][0], first_tag, &row);
+    keep_best(score[r][1], second_tag, &row);
     state[r] = row;
   }
 }

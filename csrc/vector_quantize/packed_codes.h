@@ -31,6 +31,8 @@ struct PackedCodes {
   float* panels;  // float32 columns, or pairs or tiles of bfloat16 (bfloat16.h), by `filter`
   Filter filter;
   double seed_error, dot_error;
+  int tag_bits;      // of a score, taken by the number of a vector of slots
+  double tag_error;  // what they take away, relative to the score
   int64_t count, panel_count, width;
   Scratch<float> seeds, norms;  // (slots,), see pack()
   Scratch<float> mean;          // (D,)
@@ -43,6 +45,8 @@ struct PackedCodes {
         filter(filter),
         seed_error(rounding_error(width)),
         dot_error(rounding_error(width) + (filter == Filter::split ? kSplitError : 0)),
+        tag_bits(0),
+        tag_error(0),
         count(0),
         panel_count(0),
         width(width),
@@ -117,14 +121,15 @@ inline void centre(const float* codebook, PackedCodes* out) {
   }
   for (int64_t d = 0; d < width; ++d)
     out->mean[d] = static_cast<float>(total[d] / static_cast<double>(out->count));
-  float largest = 0;
+  uint32_t bits = 0;  // of the largest: positive numbers and their bits have one order
   for (int64_t i = 0; i < out->count; ++i) {
     const float* e = codebook + out->index[i] * width;
     for (int64_t d = 0; d < width; ++d) {
-      const float distance = __builtin_fabsf(e[d] * 0.25f - out->mean[d] * 0.25f);
-      largest = distance > largest ? distance : largest;
+      const uint32_t far = bits_of(__builtin_fabsf(e[d] * 0.25f - out->mean[d] * 0.25f));
+      bits = far > bits ? far : bits;
     }
   }
+  const float largest = float_of(bits);
   int exponent = 0;
   if (largest > 0) frexp(largest, &exponent);
   exponent = -(exponent + 2);
@@ -133,10 +138,13 @@ inline void centre(const float* codebook, PackedCodes* out) {
 }
 
 // A slot's score for a row x is `seed - x.c - error |x| |c|`: a lower bound of |c|^2/2 - x.c, half
-// the squared distance up to a term of the row alone. Slots beyond the last code score infinity.
+// the squared distance up to a term of the row alone. Slots beyond the last code score more than
+// any.
 inline void pack_panels(const float* codebook, int threads, PackedCodes* out) {
   const int64_t width = out->width;
   out->panel_count = (out->count + kPanel - 1) / kPanel;
+  while (int64_t{1} << out->tag_bits < out->panel_count * kPanel / kLanes) ++out->tag_bits;
+  out->tag_error = ldexp(1.02, out->tag_bits - 23);
   Scratch<double> largest(out->panel_count), rounded_away(out->panel_count);
   parallel_for(out->panel_count, threads, [&](int64_t p) {
     float* panel = out->panels + p * kPanel * width;
@@ -147,7 +155,7 @@ inline void pack_panels(const float* codebook, int threads, PackedCodes* out) {
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const int64_t slot = p * kPanel + lane;
       if (slot >= out->count) {
-        out->seeds[slot] = __builtin_inff();
+        out->seeds[slot] = 3e38f;
         out->norms[slot] = 0;
         out->index[slot] = 0;
         for (int64_t d = 0; d < width; ++d) columns[d * kPanel + lane] = 0;

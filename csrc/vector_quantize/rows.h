@@ -82,6 +82,14 @@ inline void prefetch(const Ahead& ahead, int64_t i, int64_t n) {
       __builtin_prefetch(ahead.start + run * ahead.stride + byte, 0, 2);
 }
 
+// A row's values in float32, in `scratch` where they are not yet.
+inline const float* widened(const float* p, int64_t, float*) { return p; }
+template <class T>
+inline const float* widened(const T* p, int64_t width, float* scratch) {
+  widen_row(p, scratch, width);
+  return scratch;
+}
+
 // One row in float32.
 template <class T>
 inline void read_row(const Rows<const T>& z, int64_t row, int64_t width, float* out) {

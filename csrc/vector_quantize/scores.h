@@ -10,21 +10,60 @@ namespace MSVQ_ISA {
 
 typedef int32_t vint __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
+// Lane i of vector v is slot v * kLanes + i; v stands in the lowest bits of the scores
+// (`tag_bits`).
 struct LaneBest {
   vfloat best, second;
-  vint vector;  // of `best`: lane i of vector v is slot v * kLanes + i
 };
 
 inline void clear(LaneBest* state) {
-  *state = {broadcast(__builtin_inff()), broadcast(__builtin_inff()), vint{}};
+  *state = {broadcast(__builtin_inff()), broadcast(__builtin_inff())};
 }
 
-inline void keep_best(vfloat score, int64_t vector, LaneBest* state) {
-  const vfloat best = state->best;
-  const vfloat loser = best > score ? best : score;
-  state->second = state->second < loser ? state->second : loser;
-  state->vector = score < best ? vint{} + static_cast<int32_t>(vector) : state->vector;
-  state->best = score < best ? score : best;
+// The number of a vector and the bits of a score that it leaves.
+struct Tag {
+  vint vector, rest;
+  Tag(int64_t vector, const PackedCodes& codes)
+      : vector(vint{} + static_cast<int32_t>(vector)), rest(vint{} - (1 << codes.tag_bits)) {}
+};
+
+#if defined(__AVX512F__)  // GCC makes compares and masks of the general form
+inline vfloat lower(vfloat a, vfloat b) {
+  const __m512 low = _mm512_min_ps((__m512)a, (__m512)b);
+  return (vfloat)low;
+}
+inline vfloat higher(vfloat a, vfloat b) {
+  const __m512 high = _mm512_max_ps((__m512)a, (__m512)b);
+  return (vfloat)high;
+}
+inline vfloat tagged(vfloat score, const Tag& tag) {
+  constexpr int kAndOr = 0xEA;  // score & rest | vector
+  const __m512i bits =
+      _mm512_ternarylogic_epi32((__m512i)score, (__m512i)tag.rest, (__m512i)tag.vector, kAndOr);
+  return (vfloat)bits;
+}
+#else
+inline vfloat lower(vfloat a, vfloat b) { return a < b ? a : b; }
+inline vfloat higher(vfloat a, vfloat b) { return a > b ? a : b; }
+inline vfloat tagged(vfloat score, const Tag& tag) {
+  vint bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  bits = (bits & tag.rest) | tag.vector;
+  std::memcpy(&score, &bits, sizeof bits);
+  return score;
+}
+#endif
+
+inline void keep_best(vfloat score, const Tag& tag, LaneBest* state) {
+  score = tagged(score, tag);
+  state->second = lower(state->second, higher(state->best, score));
+  state->best = lower(state->best, score);
+}
+
+// The slot of a lane's best score.
+inline int64_t slot_of(float best, int64_t lane, const PackedCodes& codes) {
+  const uint32_t vector = bits_of(best) & ((1u << codes.tag_bits) - 1);
+  return static_cast<int64_t>(vector) * kLanes + lane;
 }
 
 struct RowBest {
@@ -35,18 +74,18 @@ struct RowBest {
 #if defined(__AVX512F__)
 // The lanes that are not above `limit`, as bits.
 inline uint32_t lanes_up_to(vfloat v, float limit) {
-  return _mm512_cmp_ps_mask(reinterpret_cast<const __m512&>(v), _mm512_set1_ps(limit), _CMP_LE_OQ);
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_LE_OQ);
 }
 
-inline RowBest reduce_lanes(const LaneBest& state) {
-  const __m512 lanes = reinterpret_cast<const __m512&>(state.best);
+inline RowBest reduce_lanes(const LaneBest& state, const PackedCodes& codes) {
+  const __m512 lanes = (__m512)state.best;
   const float best = _mm512_reduce_min_ps(lanes);
   const __mmask16 at = _mm512_cmp_ps_mask(lanes, _mm512_set1_ps(best), _CMP_EQ_OQ);
   const int winner = __builtin_ctz(at | 0x10000u) & 15;
-  const __m512 others = _mm512_mask_blend_ps(static_cast<__mmask16>(1u << winner), lanes,
-                                             reinterpret_cast<const __m512&>(state.second));
+  const __m512 others =
+      _mm512_mask_blend_ps(static_cast<__mmask16>(1u << winner), lanes, (__m512)state.second);
   const float second = _mm512_reduce_min_ps(others);
-  return {best, second, static_cast<int64_t>(state.vector[winner]) * kLanes + winner};
+  return {best, second, slot_of(best, winner, codes)};
 }
 #else
 inline uint32_t lanes_up_to(vfloat v, float limit) {
@@ -57,7 +96,7 @@ inline uint32_t lanes_up_to(vfloat v, float limit) {
   return bits;
 }
 
-inline RowBest reduce_lanes(const LaneBest& state) {
+inline RowBest reduce_lanes(const LaneBest& state, const PackedCodes& codes) {
   float best[kLanes], second[kLanes];
   store(best, state.best);
   store(second, state.second);
@@ -68,7 +107,7 @@ inline RowBest reduce_lanes(const LaneBest& state) {
     const float other = i == winner ? runner_up : best[i];
     runner_up = other < runner_up ? other : runner_up;
   }
-  return {best[winner], runner_up, static_cast<int64_t>(state.vector[winner]) * kLanes + winner};
+  return {best[winner], runner_up, slot_of(best[winner], winner, codes)};
 }
 #endif
 

@@ -75,6 +75,7 @@ inline void score_panel(const float* x, int64_t ld, const float* error_norm, con
 
 template <int kRows, bool kByRow>
 inline void scan_tile(Block* block, int64_t first, const PackedCodes& codes, int64_t p) {
+  const Tag first_tag(2 * p, codes), second_tag(2 * p + 1, codes);
   vfloat score[kRows][2];
   const float* x = block->x.data + (kByRow ? first * block->ld : first);
   score_panel<kRows, kByRow>(x, block->ld, block->error_norm + first,
@@ -83,8 +84,8 @@ inline void scan_tile(Block* block, int64_t first, const PackedCodes& codes, int
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
     LaneBest state = block->state[first + r];
-    keep_best(score[r][0], 2 * p, &state);
-    keep_best(score[r][1], 2 * p + 1, &state);
+    keep_best(score[r][0], first_tag, &state);
+    keep_best(score[r][1], second_tag, &state);
     block->state[first + r] = state;
   }
 }
@@ -123,7 +124,9 @@ inline double score_limit(const RowBest& best, const Block& block, int64_t i,
                           const PackedCodes& codes) {
   const double code_norm = codes.norms[best.slot];
   const double seed = codes.seed_error * 0.51 * code_norm, dot = block.error_norm[i] * -1.01;
-  return best.best + 2 * (seed + dot) * code_norm + block.margin[i];
+  const double limit = best.best + codes.tag_error * __builtin_fabs(best.best) +
+                       2 * (seed + dot) * code_norm + block.margin[i];
+  return limit + codes.tag_error * __builtin_fabs(limit);
 }
 
 // Scores of panel p for row `i` alone, whose values are in `x_row` and `pair_row`.
@@ -159,10 +162,15 @@ inline void measure_all(Block* block, int64_t i, float limit, const PackedCodes&
   for (int64_t p = 0; p < codes.panel_count; ++p) {
     const int64_t slot = p * kPanel;
     const int64_t lanes = codes.count - slot < kPanel ? codes.count - slot : kPanel;
-    float scores[kPanel] = {};
-    if (!all) score_row(block, i, codes, p, scores);
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      if (all || scores[lane] <= limit) nearest->add(codes.index[slot + lane]);
+    alignas(64) float scores[kPanel] = {};
+    uint64_t near = ~uint64_t{0};
+    if (!all) {
+      score_row(block, i, codes, p, scores);
+      near = lanes_up_to(load(scores), limit) |
+             static_cast<uint64_t>(lanes_up_to(load(scores + kLanes), limit)) << kLanes;
+    }
+    for (near &= (uint64_t{1} << lanes) - 1; near != 0; near &= near - 1)
+      nearest->add(codes.index[slot + __builtin_ctzll(near)]);
   }
 }
 
@@ -182,7 +190,7 @@ inline int64_t resolve(Block* block, int64_t i, double limit, const float* codeb
   int count = 0;
   for (uint32_t lanes = lanes_up_to(state.best, bound); lanes != 0; lanes &= lanes - 1) {
     const int lane = __builtin_ctz(lanes);
-    candidates[count++] = codes.index[state.vector[lane] * kLanes + lane];
+    candidates[count++] = codes.index[slot_of(state.best[lane], lane, codes)];
   }
   const int64_t clear =
       clearly_nearest(block->z_row.data, codebook, codes.width, candidates, count);

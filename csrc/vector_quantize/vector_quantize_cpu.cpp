@@ -60,9 +60,9 @@ void load_block(const Rows<const T>& z, int64_t row, const PackedCodes& codes, B
 #ifdef MSVQ_BFLOAT16
   if (codes.filter == Filter::bfloat16 && z.by_row()) {
     for (int64_t i = 0; i < count; ++i) {
-      widen_row(z.at(row + i), block->z_row.data, width);
-      pair_row(block->z_row.data, codes.mean.data, -codes.scale, width,
-               &block->pair[i * pairs(width)], &square[i], &rest[i]);
+      const float* values = widened(z.at(row + i), width, block->z_row.data);
+      pair_row(values, codes.mean.data, -codes.scale, width, &block->pair[i * pairs(width)],
+               &square[i], &rest[i]);
     }
   } else if (codes.filter == Filter::bfloat16) {
     load_columns(z, row, codes, block, square);
@@ -110,16 +110,22 @@ void search_block(const Rows<const T>& z, int64_t row, const float* codebook,
   load_block(z, row, codes, block);
   block->ahead = block_ahead(z, row + kBlockRows, codes.width);
   scan(z.by_row(), block, codes);
+  // Which rows are certain is not predictable: first all without a branch, then the others.
+  int64_t open[kBlockRows], opened = 0;
+  double limits[kBlockRows];
   for (int64_t i = 0; i < block->count; ++i) {
-    const RowBest best = reduce_lanes(block->state[i]);
-    const double limit = score_limit(best, *block, i, codes);
-    if (best.second > limit) {
-      out[i] = codes.index[best.slot];
-      continue;
-    }
+    const RowBest best = reduce_lanes(block->state[i], codes);
+    limits[i] = score_limit(best, *block, i, codes);
+    out[i] = codes.index[best.slot];
+    open[opened] = i;
+    opened += !(best.second > limits[i]);
+  }
+  for (int64_t j = 0; j < opened; ++j) {
+    const int64_t i = open[j];
     read_row(z, row + i, codes.width, block->z_row.data);
-    out[i] = all_finite(block->z_row.data, codes.width) ? resolve(block, i, limit, codebook, codes)
-                                                        : kSkipped;
+    const bool finite =
+        block->norm[i] < __builtin_inff() || all_finite(block->z_row.data, codes.width);
+    out[i] = finite ? resolve(block, i, limits[i], codebook, codes) : kSkipped;
   }
 }
 

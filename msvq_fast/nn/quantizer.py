@@ -164,6 +164,8 @@ class VectorQuantizer(nn.Module):
         if self._pending is None:
             counts = torch.zeros_like(self.cluster_size, dtype=torch.int64)
             self._pending = counts, torch.zeros_like(self.code_sums)
+            if self.restart_below > 0:  # NaN restarts nothing
+                self._pending = *self._pending, torch.full_like(self.code_sums, torch.nan)
         return self._pending
 
     @torch.no_grad()
@@ -190,12 +192,17 @@ class VectorQuantizer(nn.Module):
         return f"{num_codes}, {code_dim}, dim={self.dim}, decay={self.decay}"
 
     def _collect(self, counts: Tensor, sums: Tensor, z: Tensor) -> None:
-        if self._pending is not None:
-            counts, sums = self._pending[0] + counts, self._pending[1] + sums
+        before = self._pending
+        if before is not None:
+            counts, sums = before[0] + counts, before[1] + sums
         self._pending = counts, sums
-        if self.restart_below > 0 and z.numel():
-            rows = z.detach().movedim(self.dim, -1).flatten(0, -2)
-            self._pending = counts, sums, self._spread(rows).to(sums.dtype)
+        if self.restart_below > 0:
+            if z.numel():
+                rows = z.detach().movedim(self.dim, -1).reshape(-1, sums.shape[1])
+                fresh = self._spread(rows).to(sums.dtype)
+            else:
+                fresh = torch.full_like(sums, torch.nan) if before is None else before[2]
+            self._pending = counts, sums, fresh
 
     def _spread(self, rows: Tensor) -> Tensor:
         """K of the ``rows`` ``(N, D)``, evenly spaced: a choice without random numbers."""

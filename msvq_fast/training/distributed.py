@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,10 +43,12 @@ class LostProcessError(WorkError):
     """Another process cannot be reached; the message is one line for people."""
 
 
-def is_lost(error: RuntimeError) -> bool:
-    """Whether ``error`` says that another process cannot be reached, as after its end."""
+def loss_of_process(error: RuntimeError) -> str | None:
+    """Why another process cannot be reached, if that is what ``error`` says."""
     # gloo raises plain errors that name the file of its own that they come from.
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    if found := re.search(r"third_party/gloo[^]]*\] ([^.]*(?:\.\S[^.]*)*)", str(error)):
+        return found[1]
+    return str(error).partition("\n")[0] if isinstance(error, dist.DistError) else None
 
 
 @contextlib.contextmanager
@@ -74,11 +77,12 @@ def join(device: str) -> Iterator[World]:
     try:
         yield World(rank, size, chosen)
     except RuntimeError as error:
-        if not is_lost(error):
+        reason = loss_of_process(error)
+        if reason is None:
             raise
         raise LostProcessError(
-            f"process {rank} of {size} cannot reach another one; if that one ended, its own output "
-            "says why"
+            f"process {rank} of {size} cannot reach another one: {reason}; if that one ended, its "
+            "own output says why"
         ) from error
     finally:
         # gloo's threads let go of the last tensors under the interpreter's lock. What destroys the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from msvq_fast.training.checkpoint import name_last
-from msvq_fast.training.distributed import World, is_lost
+from msvq_fast.training.distributed import World, loss_of_process
 from msvq_fast.training.optimizer import Betas, is_unstable
 from msvq_fast.training.window import TrainingError
 
@@ -20,9 +20,10 @@ def explain(
     if isinstance(error, TrainingError):
         remedy = "--betas=[0.5,0.9]" if is_unstable(betas) else "a lower lr"
         return TrainingError(f"{error}; {name_last(out)}; try {remedy}")
-    if world.size > 1 and is_lost(error):
-        return TrainingError(
-            f"process {world.rank} of {world.size} cannot reach another one in step {step}; if "
-            f"that one ended, its own output says why; {name_last(out)}; go on with resume=auto"
-        )
-    return None
+    reason = loss_of_process(error)
+    if reason is None:
+        return None
+    return TrainingError(
+        f"process {world.rank} of {world.size} cannot reach another one in step {step}: {reason}; "
+        f"if that one ended, its own output says why; {name_last(out)}; go on with resume=auto"
+    )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from msvq_fast.nn import VectorQuantizer
 from msvq_fast.ops import InputError
@@ -107,6 +110,63 @@ def test_dead_codes_restart_at_latents() -> None:
     assert len(restarted) >= 31
     assert bool((quantizer.cluster_size[restarted] == 1).all())
     assert torch.equal(quantizer.code_sums[restarted], quantizer.codebook[restarted])
+
+
+def test_laplace_smoothing_is_that_of_vqvae2_code() -> None:
+    quantizer = VectorQuantizer(4, 3, dim=-1, decay=0.9, laplace_eps=0.5)
+    z = torch.randn(50, 3)
+    codes = quantizer(z).codes
+    mass, sums = 0.1 * codes.bincount(minlength=4), torch.zeros(4, 3)
+    sums.index_add_(0, codes, 0.1 * z)
+    smoothed = (mass + 0.5) / (mass.sum() + 4 * 0.5) * mass.sum()
+    hit = mass > 0
+    torch.testing.assert_close(quantizer.codebook[hit], (sums / smoothed[:, None])[hit])
+    torch.testing.assert_close(quantizer.cluster_size, mass)
+
+
+def test_state_stays_finite_whatever_the_latents() -> None:
+    quantizer = VectorQuantizer(8, 4, dim=-1, restart_below=0.5)
+    for step in range(20):
+        z = torch.randn(30, 4)
+        z[step % 30 :, step % 4] = torch.tensor([torch.nan, torch.inf, -torch.inf])[step % 3]
+        out = quantizer(z)
+        assert not out.commitment_loss.isfinite()
+        assert int(out.code_counts.sum()) == step
+        assert all(bool(t.isfinite().all()) for t in quantizer.state_dict().values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_in_one_graph_for_any_batch(training: bool) -> None:
+    plain = VectorQuantizer(8, 4, laplace_eps=1e-5, restart_below=0.1).train(training)
+    other = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(other, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for batch in (2, 3, 5, 7, 8):
+        z = torch.randn(batch, 4, 5, 6)
+        for got, want in zip(compiled(z), plain(z), strict=True):
+            torch.testing.assert_close(got, want)
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], value, msg=name)
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1
+
+
+def test_an_empty_batch_changes_no_code() -> None:
+    quantizer = VectorQuantizer(8, 4, dim=-1, restart_below=0.5)
+    before = quantizer.codebook.clone()
+    quantizer(torch.randn(0, 4))
+    quantizer.update_codebook()  # nothing was collected
+    assert torch.equal(quantizer.codebook, before)
+    quantizer.defer_updates = True
+    z = torch.randn(40, 4)
+    quantizer(z)
+    quantizer(z[:0])
+    assert int(quantizer.code_statistics()[0].sum()) == 40
+    quantizer.update_codebook()
+    assert not torch.equal(quantizer.codebook, before)
+    assert bool((quantizer.cluster_size >= 0.4).all())  # those left alone restarted
 
 
 def test_casts_leave_the_codebook_exact() -> None:

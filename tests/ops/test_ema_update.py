@@ -53,6 +53,34 @@ def test_matches_a_plain_loop(backend, laplace_eps):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("laplace_eps", (0.0, 1e-5, 0.5))
+def test_dead_codes_beside_live_ones_for_12000_steps(backend, laplace_eps):
+    """Codes 0 and 1 live, 2 dies after the first step, 3 comes back in the last, 4 never lives."""
+    codebook, size, sums = start(5)
+    before = codebook.clone()
+    truth = [t.double() for t in (codebook, size, sums)]
+    for step in range(12000):
+        live = torch.tensor([3, 1 + step % 2, int(step == 0), int(step in (0, 11999)), 0])
+        batch = torch.randn(5, 3) * live[:, None]
+        ema_update_(codebook, size, sums, live, batch, laplace_eps=laplace_eps, backend=backend)
+        truth[1] = 0.99 * truth[1] + 0.01 * live
+        truth[2] = 0.99 * truth[2] + 0.01 * batch.double()
+        mass = truth[1]
+        if laplace_eps:
+            total = mass.sum()
+            mass = (mass + laplace_eps) / (total + 5 * laplace_eps) * total
+        truth[0] = torch.where(live[:, None] > 0, truth[2] / mass[:, None], truth[0])
+        if step == 0:
+            dead = codebook[2].clone()
+    assert torch.equal(codebook[2], dead) and torch.equal(codebook[4], before[4])
+    # Every step rounds the state once more, and keeps 0.99 of the error before it.
+    for got, want in zip((codebook, size, sums), truth, strict=True):
+        for i in (0, 1, 3):
+            assert_close(f"code {i}", got[i], want[i], ulps=200)
+    assert size.isfinite().all() and sums.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_unhit_code_keeps_its_vector_for_12000_steps(backend):
     codebook, size, sums = start()
     before = codebook.clone()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from parity import assert_close
 
-from msvq_fast.ops import nearest_code, vector_quantize
+from msvq_fast.ops import ema_update_, nearest_code, vector_quantize
 from msvq_fast.ops.vector_quantize.op import OP
 
 HALF = (torch.bfloat16, torch.float16)
@@ -193,6 +193,20 @@ def test_deterministic(backend):
             for i, (a, b) in enumerate(zip(run, runs[0], strict=True))
             if i != skip
         )
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_hundred_runs_are_equal_bit_for_bit(backend):
+    z, codebook = torch.randn(500, 16, requires_grad=True), torch.randn(64, 16)
+    first = None
+    for _ in range(100):
+        out = vector_quantize(z, codebook, backend=backend)
+        moved, size, sums = codebook.clone(), torch.ones(64), codebook.clone()
+        ema_update_(moved, size, sums, out.code_counts, out.code_sums, backend=backend)
+        (grad,) = torch.autograd.grad([out.z_q.sum(), out.commitment_loss], [z])
+        run = (*out, grad, moved, size, sums)
+        first = first or run
+        assert all(torch.equal(a, b) for a, b in zip(run, first, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

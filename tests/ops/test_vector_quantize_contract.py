@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from msvq_fast.ops import InputError, vector_quantize
+from msvq_fast.ops import InputError, nearest_code, vector_quantize
 from msvq_fast.ops.vector_quantize.op import OP
 
 COMPILED = ["native"] if "native" in OP.kernels else []
@@ -32,6 +32,38 @@ def test_opcheck(function):
     if "reference" not in str(function):
         args = (*args, 1, 0.25) if "vector_quantize" in str(function) else (*args, 1)
     torch.library.opcheck(function, args)
+
+
+@pytest.mark.skipif(not COMPILED, reason="the extension is not built")
+def test_opcheck_of_the_backward():
+    z, codebook = torch.randn(10, 4), torch.randn(5, 4)
+    codes = nearest_code(z, codebook)
+    backward = torch.ops.msvq_fast.vector_quantize_backward_native
+    for grad_z_q in (torch.randn(10, 4), None):
+        torch.library.opcheck(backward, (grad_z_q, torch.ones(()), z, codes, codebook, 1, 0.25))
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("far", ("rows", "d"))
+def test_offsets_beyond_two_to_the_31(backend, far, tmp_path):
+    # A sparse file: only the pages that hold the latents exist.
+    step = 2**28 + 1
+    storage = torch.from_file(
+        str(tmp_path / "latents"), shared=True, size=8 * step + 8, dtype=torch.float16
+    )
+    z = (
+        storage.as_strided((9, 8), (step, 1))
+        if far == "rows"
+        else storage.as_strided((8, 9), (1, step))
+    )
+    z.copy_(torch.randn(z.shape))
+    codebook = torch.randn(6, z.shape[1])
+    want = vector_quantize(z.contiguous(), codebook, backend="reference")
+    got = vector_quantize(z, codebook, backend=backend)
+    assert torch.equal(got.codes, want.codes) and torch.equal(got.z_q, want.z_q)
+    assert torch.equal(got.code_counts, want.code_counts)
+    torch.testing.assert_close(got.code_sums, want.code_sums)
+    assert torch.equal(nearest_code(z, codebook, backend=backend), want.codes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

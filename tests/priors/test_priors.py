@@ -10,6 +10,7 @@ from msvq_fast.ops import InputError
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig, sample
 from msvq_fast.priors.autoregressive import fronts
 from msvq_fast.priors.maskgit import halton_rank
+from msvq_fast.priors.transformer import ScaleTransformer
 
 GRIDS = ((4, 4), (8, 8))
 SMALL = {"num_codes": 11, "depth": 2, "heads": 2, "width": 16}
@@ -141,6 +142,42 @@ def test_a_token_costs_the_same_on_any_large_grid() -> None:
         assert ((one < side * side).sum(1) == 1).all()
         places = (front < side * side).nonzero()[:, 1] % slots
         assert torch.equal(places, front[front < side * side] // side % slots)
+
+
+@pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
+@pytest.mark.parametrize("kernels", [None, (3, 3, 5, 5)])
+@pytest.mark.parametrize("scales", [1, 3, 4])
+def test_any_number_of_scales_and_labels(kind: type, kernels, scales: int) -> None:
+    grids = tuple((m + 3, m + 5) for m in range(scales))
+    kernels = None if kernels is None else kernels[:scales]
+    model = prior(kind, grids, kernels, num_classes=3)
+    labels = torch.tensor([0, 2])
+    codes = sample(model, 2, labels=labels)
+    assert [tuple(c.shape[1:]) for c in codes] == list(grids)
+    loss = model(codes, labels).loss
+    used = [p for p in model.parameters() if p.requires_grad]
+    assert loss.isfinite() and all(
+        g is not None for g in torch.autograd.grad(loss, used, allow_unused=False)
+    )
+    others = sample(model, 2, labels=labels.flip(0))
+    assert any(not torch.equal(a, b) for a, b in zip(codes, others, strict=True))
+
+
+@pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
+def test_coarse_keys_are_computed_once_per_scale(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    context = ScaleTransformer.context
+
+    def counted(model: ScaleTransformer, *rest: object) -> object:
+        calls.append(model)
+        return context(model, *rest)
+
+    monkeypatch.setattr(ScaleTransformer, "context", counted)
+    model = prior(kind, kernels=(3, 5))
+    sample(model, 2)
+    assert calls == [model.scale_model(0), model.scale_model(1)]
 
 
 @pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,12 +129,12 @@ def test_two_processes_train_as_one(
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
-    calls = Counter(map(tuple, json.loads((tmp_path / "0.json").read_text())))
-    assert calls["torch.float64", statistics] == steps, "one call a step for all scales"
-    assert not any(kind == "torch.float64" and n != statistics for kind, n in calls)
-    gradients = {n: times for (kind, n), times in calls.items() if kind == "gradients"}
-    # Not for every micro-batch. After the first step the buckets may be others.
-    assert sum(gradients.values()) <= 2 * steps and max(gradients.values()) >= steps - 1
+    calls = json.loads((tmp_path / "0.json").read_text())
+    # In every step one call for all scales, before the backward ends, and one for the gradients,
+    # which so small a model has in one bucket; none for a micro-batch that is not the last.
+    kinds = [kind for kind, _ in calls if kind in ("torch.float64", "gradients")]
+    assert kinds == ["torch.float64", "gradients"] * steps
+    assert {size for kind, size in calls if kind == "torch.float64"} == {statistics}
     assert train(tmp_path / "one", *run) == 0
     two, one = losses(read_metrics(tmp_path / "two")), losses(read_metrics(tmp_path / "one"))
     assert two[0] == pytest.approx(one[0], rel=1e-6)
@@ -158,11 +158,12 @@ def test_a_process_that_dies_ends_the_other_and_one_goes_on(
     verify(last, read_state(last))
     assert read_state(last)["step"] == 3
     assert "Traceback" not in printed
-    error = printed.splitlines()[-1]
-    assert error == (
-        "msvq: error: process 0 of 2 cannot reach another one in step 4; if that one ended, its "
-        f"own output says why; the last good checkpoint is {last}; go on with resume=auto"
+    found = re.fullmatch(
+        r"msvq: error: process 0 of 2 cannot reach another one in step 4: (.*); if that one ended, "
+        r"its own output says why; the last good checkpoint is (.*); go on with resume=auto",
+        printed.splitlines()[-1],
     )
+    assert found and "peer" in found[1] and found[2] == str(last)
 
     before = (out / "metrics.jsonl").read_text()
     assert train(out, *run, "--batch_size=2", "--resume=auto") == 2
@@ -185,9 +186,10 @@ def test_a_process_that_cannot_start_ends_the_other(
     command = train_command(tmp_path / "two", "--steps=5", "--batch_size=2")
     first, second = run_two(tmp_path, command, WORKER + APART)
     assert second == (2, "msvq: error: data folder 'nowhere' does not exist\n")
-    assert first == (
-        1,
-        "msvq: error: process 0 of 2 cannot reach another one; if that one ended, its own output "
-        "says why\n",
+    assert first[0] == 1
+    assert re.fullmatch(
+        r"msvq: error: process 0 of 2 cannot reach another one: .*peer.*; if that one ended, "
+        r"its own output says why\n",
+        first[1],
     )
     assert not list_checkpoints(tmp_path / "two")

@@ -179,10 +179,11 @@ def ema_update_(
     for name, value in (("laplace_eps", laplace_eps), ("restart_below", restart_below)):
         if not 0 <= value < math.inf:
             raise InputError(f"{name}={value}; expected a finite number >= 0")
-    if (restart_below > 0) != (restart_vectors is not None):
+    missing = restart_below > 0 and restart_vectors is None
+    if missing or (restart_vectors is not None and not restart_below > 0):
         raise InputError(
             f"restart_below={restart_below} with restart_vectors "
-            f"{'missing' if restart_vectors is None else 'given'}; expected both or neither"
+            f"{'missing' if missing else 'given'}; expected both or neither"
         )
     if restart_vectors is not None:
         _check_shape("restart_vectors", restart_vectors, tuple(codebook.shape))
