@@ -19,7 +19,8 @@ from msvq_fast.training.info import count_parameters
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "0.1.0"
-_NOT_SPEED = ("demo", "compare", "mismatches", "robustness", "priors")  # priors: benchmarks/NOTES.md
+# The figures of the priors are in benchmarks/NOTES.md.
+_NOT_SPEED = ("demo", "compare", "mismatches", "robustness", "priors")
 
 
 def presets_table() -> str:
