@@ -127,7 +127,7 @@ def compare_tables() -> str:
 def robustness_table() -> str:
     """Every way to train the codebooks, both models side by side."""
     record = json.loads(next(RESULTS.glob("robustness--*.json")).read_text(encoding="utf-8"))
-    figures = ("psnr", "usage", "perplexity")
+    figures = {"psnr": 2, "usage": 0, "perplexity": 0}  # digits
     columns = [f"{NAMES[key]} {name}" for name in ("PSNR", "used %", "perplexity") for key in NAMES]
     lines = [
         f"| start | restart below | gradient | {' | '.join(columns)} |",
@@ -136,7 +136,11 @@ def robustness_table() -> str:
     for comparison in record["comparisons"]:
         settings, models = comparison["settings"], comparison["models"]
         gradient = settings["gradient"] or "straight-through"
-        cells = [_mean_and_spread(models[key]["figures"][f]) for f in figures for key in NAMES]
+        cells = [
+            _mean_and_spread(models[key]["figures"][figure], digits)
+            for figure, digits in figures.items()
+            for key in NAMES
+        ]
         way = f"{settings['codebook_init']} | {settings['restart_below']:g} | {gradient}"
         lines.append(f"| {way} | {' | '.join(cells)} |")
     settings = record["comparisons"][0]["settings"]
@@ -150,8 +154,7 @@ def robustness_table() -> str:
     return "\n".join(lines)
 
 
-def _mean_and_spread(figure: dict[str, Any]) -> str:
-    digits = 2 if figure["mean"] < 50 and figure["spread"] < 5 else 0
+def _mean_and_spread(figure: dict[str, Any], digits: int) -> str:
     return f"{figure['mean']:.{digits}f} ± {figure['spread']:.{digits}f}"
 
 
