@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from msvq_fast.nn import VectorQuantizer
-from msvq_fast.training.distributed import World, all_reduce_statistics
+from msvq_fast.training.distributed import World, start_reducing
 
 STEPS, SIZE = 50, 2
 OPTIONS = {"dim": -1, "restart_below": 0.05, "decay": 0.9}
@@ -47,7 +47,7 @@ def work(rank: int, folder: str) -> None:
     for step in range(STEPS):
         mine(batch(step, rank))
         before = mine.code_sums.clone()
-        all_reduce_statistics([mine.code_statistics()], world)
+        start_reducing([mine.code_statistics()], world)()
         mine.update_codebook()
         fresh = (mine.cluster_size == 1) & (mine.code_sums == mine.codebook).all(1)
         restarted += int((fresh & (before != mine.code_sums).any(1)).sum())
