@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/demo
 
-.PHONY: build demo test check test-gpu kernels-check bench bench-gpu format clean
+.PHONY: build demo docs test check test-ui test-gpu kernels-check bench bench-gpu format clean
 
 build: $(VENV)/.built
 
@@ -20,7 +20,7 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.built
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,dev,docs]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.built
@@ -41,6 +41,20 @@ check: $(VENV)/.tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+# The site, in build/site.
+docs: $(VENV)/.tools
+	PYTHONPATH=.:benchmarks $(BIN)/python benchmarks/pages.py
+	$(BIN)/python -m mkdocs build --strict
+
+# The page in a browser; wants chromium and chromedriver. In an environment of its own, since gradio
+# does not take the newest Pillow.
+test-ui:
+	$(PYTHON) -m venv $(VENV)-ui
+	grep -v '^pillow' constraints.txt > $(VENV)-ui/constraints.txt
+	$(VENV)-ui/bin/pip install --quiet --constraint $(VENV)-ui/constraints.txt torch
+	$(VENV)-ui/bin/pip install --quiet --constraint $(VENV)-ui/constraints.txt '.[test,ui]'
+	$(VENV)-ui/bin/python -m pytest tests/training/test_ui.py
 
 # On a machine with a GPU, with the Python at hand: no network, no environment, no installation.
 test-gpu:

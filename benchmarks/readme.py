@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from msvq_fast.models import PAPER_PARAMETERS, PRESETS
+from msvq_fast.training.compare_report import NAMES, headings, rows
 from msvq_fast.training.info import count_parameters
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "0.1.0"
+# The figures of the priors are in benchmarks/NOTES.md.
+_NOT_SPEED = ("demo", "compare", "mismatches", "robustness", "priors")
 
 
 def presets_table() -> str:
@@ -39,12 +42,12 @@ def speed_tables() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*--cpu.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["suite"] not in ("demo", "mismatches", "priors"):  # priors: benchmarks/NOTES.md
-            parts.append(_speed_table(record))
+        if record["suite"] not in _NOT_SPEED:
+            parts.append(speed_table(record))
     return "\n\n".join(parts)
 
 
-def _speed_table(record: dict[str, Any]) -> str:
+def speed_table(record: dict[str, Any]) -> str:
     machine, versions = record["machine"], record["versions"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in record["results"]:
@@ -95,6 +98,66 @@ def demo_table() -> str:
     return "\n".join([*lines, "", f"PSNR of the validation tiles while it trains: {shown} (dB)."])
 
 
+def compare_tables() -> str:
+    """One table per comparison, in the paper's form, and what its directions say."""
+    record = json.loads(next(RESULTS.glob("compare--*.json")).read_text(encoding="utf-8"))
+    parts = []
+    for comparison in record["comparisons"]:
+        columns = headings(comparison)
+        settings = comparison["settings"]
+        lines = [
+            f"**Latents {'-'.join(map(str, comparison['latents']))}** (`{comparison['preset']}`, "
+            f"width x {settings['width_scale']:g}, {settings['steps']} steps of "
+            f"{settings['batch_size']} crops, {len(settings['seeds'])} seeds, "
+            f"{comparison['images']} held-out tiles)",
+            "",
+            f"| | {' | '.join(columns)} |",
+            f"|---|{'---|' * len(columns)}",
+        ]
+        lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows(comparison)]
+        parts.append("\n".join(lines))
+    machine, versions = record["machine"], record["versions"]
+    parts.append(
+        f"{record['data']}; {machine['cpu']}, torch {versions['torch']}, commit "
+        f"`{record['commit']}`. ± is the standard deviation over seeds."
+    )
+    return "\n\n".join(parts)
+
+
+def robustness_table() -> str:
+    """Every way to train the codebooks, both models side by side."""
+    record = json.loads(next(RESULTS.glob("robustness--*.json")).read_text(encoding="utf-8"))
+    figures = {"psnr": 2, "usage": 0, "perplexity": 0}  # digits
+    columns = [f"{NAMES[key]} {name}" for name in ("PSNR", "used %", "perplexity") for key in NAMES]
+    lines = [
+        f"| start | restart below | gradient | {' | '.join(columns)} |",
+        f"|---|---|---|{'---|' * len(columns)}",
+    ]
+    for comparison in record["comparisons"]:
+        settings, models = comparison["settings"], comparison["models"]
+        gradient = settings["gradient"] or "straight-through"
+        cells = [
+            _mean_and_spread(models[key]["figures"][figure], digits)
+            for figure, digits in figures.items()
+            for key in NAMES
+        ]
+        way = f"{settings['codebook_init']} | {settings['restart_below']:g} | {gradient}"
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    settings = record["comparisons"][0]["settings"]
+    versions = record["versions"]
+    lines += [
+        "",
+        f"`{settings['preset']}` and its baseline, {settings['steps']} steps of "
+        f"{settings['batch_size']} crops, {len(settings['seeds'])} seeds; {record['data']}; "
+        f"{record['machine']['cpu']}, torch {versions['torch']}, commit `{record['commit']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def _mean_and_spread(figure: dict[str, Any], digits: int) -> str:
+    return f"{figure['mean']:.{digits}f} ± {figure['spread']:.{digits}f}"
+
+
 def mismatch_table() -> str:
     """Wrong codes: a row per way, a column per data set and K."""
     record = json.loads(next(RESULTS.glob("mismatches--*.json")).read_text(encoding="utf-8"))
@@ -114,7 +177,13 @@ def mismatch_table() -> str:
 
 
 PAGES = {
-    "README.md": {"presets": presets_table, "speed": speed_tables, "demo": demo_table},
+    "README.md": {
+        "presets": presets_table,
+        "speed": speed_tables,
+        "demo": demo_table,
+        "compare": compare_tables,
+        "robustness": robustness_table,
+    },
     "docs/vector_quantize.md": {"mismatches": mismatch_table},
 }
 

@@ -19,55 +19,81 @@ from typing import Any, Literal, NamedTuple
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from msvq_fast import __version__
+from msvq_fast.training import compare_config, prior_config, share_config
 from msvq_fast.training import config as configs
-from msvq_fast.training import prior_config
 
 
-class _Command(NamedTuple):
+class Command(NamedTuple):
+    """A command: its options' dataclass, and the function that takes one."""
+
     config: type[Any]
     module: str
     function: str
     help: str
 
 
-_COMMANDS = {
-    "train": _Command(
+COMMANDS = {
+    "train": Command(
         configs.TrainConfig,
         "msvq_fast.training.loop",
         "run_train",
         "Train a model on a folder of images.",
     ),
-    "evaluate": _Command(
+    "evaluate": Command(
         configs.EvaluateConfig,
         "msvq_fast.training.evaluate",
         "run_evaluate",
-        "Measure MSE, PSNR, SSIM and codebook usage of a trained model.",
+        "Measure MSE, PSNR, SSIM, LPIPS, rFID and codebook usage of a trained model.",
     ),
-    "reconstruct": _Command(
+    "compare": Command(
+        compare_config.CompareConfig,
+        "msvq_fast.training.compare",
+        "run_compare",
+        "Train MS-VQVAE and VQ-VAE 2 over seeds and print the paper's table.",
+    ),
+    "reconstruct": Command(
         configs.ReconstructConfig,
         "msvq_fast.training.reconstruct",
         "run_reconstruct",
         "Draw images, their contributions and partial sums as a PNG grid.",
     ),
-    "tokenize": _Command(
+    "tokenize": Command(
         configs.TokenizeConfig,
         "msvq_fast.training.tokenize",
         "run_tokenize",
         "Write the codes of images as shards of 16-bit numbers.",
     ),
-    "train-prior": _Command(
+    "train-prior": Command(
         prior_config.TrainPriorConfig,
         "msvq_fast.training.prior",
         "run_train_prior",
         "Train a prior over the codes of tokenized images.",
     ),
-    "sample": _Command(
+    "sample": Command(
         prior_config.SampleConfig,
         "msvq_fast.training.sample",
         "run_sample",
         "Draw images from a prior, coarse to fine, as a PNG grid.",
     ),
-    "info": _Command(
+    "export": Command(
+        share_config.ExportConfig,
+        "msvq_fast.training.export",
+        "run_export",
+        "Write encode and decode as ONNX or torch.export files and compare them with the model.",
+    ),
+    "push": Command(
+        share_config.PushConfig,
+        "msvq_fast.training.push",
+        "run_push",
+        "Upload a trained model and its model card to the hub.",
+    ),
+    "ui": Command(
+        share_config.UiConfig,
+        "msvq_fast.training.ui",
+        "run_ui",
+        "Serve a page that shows images through a model, and draws their details anew.",
+    ),
+    "info": Command(
         configs.InfoConfig,
         "msvq_fast.training.info",
         "run_info",
@@ -79,25 +105,35 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``msvq`` and return its exit code.
 
-    0 is success, 1 a training that broke down, 2 bad input, 128 plus its number a signal. Errors
-    are one line on stderr.
+    0 is success, 1 a training that broke down or an export that disagrees, 2 bad input, 128 plus
+    its number a signal. Errors are one line on stderr.
     """
-    arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
     try:
-        parsed = _parser().parse_args(arguments)
+        command, config = parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as exit_:  # --help, --version and --print_config have printed
         return int(exit_.code or 0)
     except ArgumentError as error:
         return _fail(_one_line(str(error)), 2)
+    return _run(command, config)
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, Any]:
+    """The command of a command line and its configuration.
+
+    Raises:
+        ArgumentError: For an unknown command or option, or a value of the wrong type.
+        SystemExit: After help or the like is printed.
+    """
+    parsed = _parser().parse_args([_underscored(argument) for argument in argv])
     name = parsed["command"]
-    command = _COMMANDS[name]
-    return _run(command, _build(command.config, parsed[name].as_dict()))
+    command = COMMANDS[name]
+    return command, _build(command.config, parsed[name].as_dict())
 
 
-def _run(command: _Command, config: Any) -> int:
+def _run(command: Command, config: Any) -> int:
     from torch import OutOfMemoryError
 
-    from msvq_fast.ops.checks import InputError
+    from msvq_fast.ops.checks import InputError, WorkError
 
     try:
         result = getattr(importlib.import_module(command.module), command.function)(config)
@@ -112,12 +148,7 @@ def _run(command: _Command, config: Any) -> int:
         return _fail(f"{reason}; lower batch_size and raise accumulate as much", 1)
     except KeyboardInterrupt:
         return _fail("stopped", 130)
-    except RuntimeError as error:
-        from msvq_fast.training.distributed import LostProcessError
-        from msvq_fast.training.window import TrainingError
-
-        if not isinstance(error, (TrainingError, LostProcessError)):
-            raise
+    except WorkError as error:
         return _fail(str(error), 1)
     return result if isinstance(result, int) else 0
 
@@ -144,7 +175,7 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"msvq_fast {__version__}")
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
-    for name, command in _COMMANDS.items():
+    for name, command in COMMANDS.items():
         sub = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=command.help)
         sub.add_argument("--config", action="config", help="YAML or JSON file with these options.")
         _add_options(sub, command.config, "")
@@ -153,7 +184,7 @@ def _parser() -> ArgumentParser:
 
 
 def _add_options(parser: ArgumentParser, config: type[Any], prefix: str) -> None:
-    hints, texts = typing.get_type_hints(config), _attribute_texts(config)
+    hints, texts = typing.get_type_hints(config), attribute_texts(config)
     for field in dataclasses.fields(config):
         name, hint = f"{prefix}{field.name}", hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -170,7 +201,7 @@ def _add_options(parser: ArgumentParser, config: type[Any], prefix: str) -> None
             parser.add_argument(f"--{name}", type=hint, **options)
 
 
-def _attribute_texts(config: type[Any]) -> dict[str, str]:
+def attribute_texts(config: type[Any]) -> dict[str, str]:
     """Read the ``Attributes:`` section of a docstring: the one place that documents a field."""
     section = (config.__doc__ or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, flags=re.MULTILINE)
@@ -202,7 +233,7 @@ def _one_line(message: str) -> str:
     if found := re.search(r"arguments are required: ([\w-]+)\.([\w.]+)", message):
         return f"{found[1]} needs --{found[2]}"
     if 'expected "command"' in message:
-        return f"no command given; expected one of {', '.join(_COMMANDS)} (msvq --help)"
+        return f"no command given; expected one of {', '.join(COMMANDS)} (msvq --help)"
     if found := re.search(r'Parser key "([\w.-]+)":', message):
         value = re.search(r"(?:Given|Got) value: (.*)", message)
         if value and (expected := _expected(found[1])):
@@ -211,8 +242,8 @@ def _one_line(message: str) -> str:
 
 
 def _unknown(kind: str, name: str) -> str:
-    options = [f"--{key}" for c in _COMMANDS.values() for key in _option_names(c.config)]
-    near = difflib.get_close_matches(name, _COMMANDS if kind == "command" else options, n=1)
+    options = [f"--{key}" for c in COMMANDS.values() for key in _option_names(c.config)]
+    near = difflib.get_close_matches(name, COMMANDS if kind == "command" else options, n=1)
     hint = f"did you mean {near[0]}?" if near else "msvq --help lists what there is"
     return f"unknown {kind} {name}; {hint}"
 
@@ -231,7 +262,7 @@ def _option_names(config: type[Any]) -> dict[str, Any]:
 def _expected(name: str) -> str | None:
     """Describe an option's type in words."""
     # A message of a config file has the command in front of the option's name.
-    for command, details in _COMMANDS.items():
+    for command, details in COMMANDS.items():
         hints = _option_names(details.config)
         hint = hints.get(name, hints.get(name.removeprefix(f"{command}.")))
         if hint is not None:

@@ -29,6 +29,9 @@ def test_schema(path: Path) -> None:
     if record["suite"] == "demo":
         assert record["evaluation"]["reconstructions"] and record["validation"]
         return
+    if record["suite"] in ("compare", "robustness"):
+        check_comparisons(record)
+        return
     if record["suite"] == "mismatches":
         for result in record["results"]:
             assert result["group"].split(",")[0] in record["data"] and result["name"]
@@ -48,6 +51,22 @@ def test_schema(path: Path) -> None:
         for key, kind in RESULT.items():
             assert isinstance(result[key], kind), key
         assert result["median_s"] > 0 and result["iqr_s"] >= 0 and isinstance(result["extra"], dict)
+
+
+def check_comparisons(record: dict) -> None:
+    assert record["data"] and record["comparisons"]
+    for comparison in record["comparisons"]:
+        assert {"steps", "batch_size", "width_scale", "seeds"} <= comparison["settings"].keys()
+        assert comparison["models"].keys() == comparison["paper"].keys() == {"vqvae2", "msvqvae"}
+        for model in comparison["models"].values():
+            assert model["seeds"] == comparison["settings"]["seeds"]
+            measured = [
+                run["reconstructions"][-1]["mse"]
+                for run in comparison["runs"]
+                if run["preset"] == model["preset"]
+            ]
+            assert model["figures"]["mse"]["values"] == measured
+        assert all(len(run["weights_sha256"]) == 64 for run in comparison["runs"])
 
 
 @pytest.mark.parametrize("page", ("README.md", "docs/vector_quantize.md"))

@@ -121,14 +121,3 @@ def test_architecture_names_the_folders_that_exist() -> None:
     named = set(re.findall(r"^  (\w+)/", tree, flags=re.M))
     there = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
     assert named == there
-
-
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "docs/vector_quantize.md"])
-def test_python_in_the_documents_runs(name: str, tmp_path: Path) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    if name != "ARCHITECTURE.md":
-        assert blocks
-    code = f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(blocks)
-    if blocks:
-        run(code)

@@ -1,5 +1,6 @@
 """Images in and pictures out: folders, built-in photographs, crops, batches, grids."""
 
+from msvq_fast.data.charts import curve_chart, histogram
 from msvq_fast.data.dataset import (
     ImageDataset,
     batches,
@@ -22,8 +23,10 @@ __all__ = [
     "batches",
     "batches_per_epoch",
     "code_map",
+    "curve_chart",
     "epoch_order",
     "evaluation_tiles",
+    "histogram",
     "list_images",
     "read_image",
     "resize_short_side",

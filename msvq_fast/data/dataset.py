@@ -265,6 +265,8 @@ def evaluation_tiles(
     crop: str = "center",
     limit: int | None = None,
     skipped: dict[str, str] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[str, Tensor]]:
     """Fixed tiles to evaluate on, in a fixed order, always decoded at full size.
 
@@ -279,6 +281,8 @@ def evaluation_tiles(
         limit: at most this many images, evenly spread over ``paths``.
         skipped: filled with ``{path: reason}`` for unreadable files, which are left out. Without
             it the first unreadable file raises.
+        rank: this process, ``0 <= rank < world_size``, which takes every ``world_size``-th file.
+        world_size: number of processes that share the files.
 
     Yields:
         ``(name, tile)``: the path below the images' common folder, with ``:row,column`` appended
@@ -286,7 +290,7 @@ def evaluation_tiles(
 
     Raises:
         InputError: an option out of its range, or (while iterating) an unreadable file; with
-            ``skipped`` only when no file can be read.
+            ``skipped`` only when no file can be read (by one process; several may differ).
     """
     check_choice("crop", crop, ("center", "tiles"))
     _check_sizes(paths, size, resize)
@@ -296,13 +300,19 @@ def evaluation_tiles(
         count = min(limit, len(files))
         files = [files[i * len(files) // count] for i in range(count)]
     resize = size if resize is None and crop == "center" else resize
-    return _read_tiles(files, size, resize, crop, skipped)
+    common = os.path.commonpath([file.absolute().parent for file in files])
+    return _read_tiles(files[rank::world_size], common, size, resize, crop, skipped, world_size)
 
 
 def _read_tiles(
-    files: list[Path], size: int, resize: int | None, crop: str, skipped: dict[str, str] | None
+    files: list[Path],
+    common: str,
+    size: int,
+    resize: int | None,
+    crop: str,
+    skipped: dict[str, str] | None,
+    world_size: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    common = os.path.commonpath([file.absolute().parent for file in files])
     failures = 0
     for file in files:
         try:
@@ -312,7 +322,7 @@ def _read_tiles(
                 raise
             skipped[str(file)] = str(error)
             failures += 1
-            if failures == len(files):
+            if failures == len(files) and world_size == 1:
                 raise InputError(f"none of the {failures} images can be read; {error}") from None
             continue
         name = file.absolute().relative_to(common).as_posix()

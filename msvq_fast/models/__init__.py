@@ -9,9 +9,9 @@ from msvq_fast.models.autoencoder import (
     DEFAULT_STRIPS,
     MEMORY_MODES,
     MSVQVAEOutput,
-    read_config,
     sum_contributions,
 )
+from msvq_fast.models.hub import local_folder, read_config, read_results, weights_digest
 from msvq_fast.models.msvqvae import MSVQVAE
 from msvq_fast.models.presets import (
     PAPER_PARAMETERS,
@@ -37,7 +37,9 @@ __all__ = [
     "from_preset",
     "from_pretrained",
     "preset_config",
+    "read_results",
     "sum_contributions",
+    "weights_digest",
 ]
 
 
@@ -53,9 +55,10 @@ def from_preset(name: str, *, backend: str | None = None, **overrides: Any) -> M
     return build(preset_config(name, **overrides), backend=backend)
 
 
-def from_pretrained(folder: str | Path, *, backend: str | None = None) -> MSVQVAE | VQVAE2:
-    """Load whichever model a local folder of `save_pretrained` holds."""
-    name = read_config(Path(folder))["model"]
+def from_pretrained(source: str | Path, *, backend: str | None = None) -> MSVQVAE | VQVAE2:
+    """Load whichever model a folder or a hub repository ``owner/name`` holds."""
+    folder = local_folder(source)
+    name = read_config(folder)["model"]
     classes: dict[str, type[MSVQVAE] | type[VQVAE2]] = {"MSVQVAE": MSVQVAE, "VQVAE2": VQVAE2}
     if name not in classes:
         raise InputError(f"{folder} holds a {name!r}; expected one of {', '.join(classes)}")

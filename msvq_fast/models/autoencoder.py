@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from msvq_fast.models.hub import (
+    CARD_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    local_folder,
+    model_card,
+    read_config,
+    read_results,
+    upload,
+)
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
 from msvq_fast.nn.blocks import Chain, Encoder, conv
@@ -24,7 +35,6 @@ from msvq_fast.ops.checks import InputError, check_choice, check_image, may_read
 
 MEMORY_MODES = ("default", "sequential", "strips")
 DEFAULT_STRIPS = 8
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 @dataclass
@@ -151,6 +161,7 @@ class Autoencoder(nn.Module, ABC):
                 commitment_weight=config.commitment_weight,
                 decay=config.decay,
                 restart_below=config.restart_below,
+                gradient=config.gradient,
                 backend=self.backend,
             )
             for _ in context
@@ -198,6 +209,22 @@ class Autoencoder(nn.Module, ABC):
             z_d = self._condition(m, self._lookup(m, codes[m]))
         return codes
 
+    def latents(self, x: Tensor, codes: Sequence[Tensor]) -> list[Tensor]:
+        """z_e,m ``(B, D, h_m, w_m)`` of images before they are quantized, coarse to fine.
+
+        Args:
+            x: Images ``(B, 3, H, W)`` in [-1, 1].
+            codes: M grids ``(B, h_m, w_m)`` int64; scale m is computed given those below m.
+        """
+        self._check_image(x)
+        self._check_codes(codes, whole=True)
+        found: list[Tensor] = []
+        z_d = None
+        for m, feature in enumerate(self._features(x)):
+            found.append(self._latent(m, feature, z_d))
+            z_d = self._condition(m, self._lookup(m, codes[m]))
+        return found
+
     def decode(self, codes: Sequence[Tensor], upto: int | None = None) -> Tensor:
         """Images ``(B, 3, H, W)`` of code grids, linear output near [-1, 1].
 
@@ -231,14 +258,25 @@ class Autoencoder(nn.Module, ABC):
         for quantizer in self._quantizers():
             quantizer.update_codebook()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if missing."""
+    def save_pretrained(self, folder: str | Path, *, results: str | Path | None = None) -> None:
+        """Write weights, ``config.json`` and a model card ``README.md``.
+
+        Args:
+            folder: Made if missing.
+            results: The ``results.json`` of an evaluation of this very model, for the card.
+
+        Raises:
+            InputError: If ``results`` cannot be read or is of other weights.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps({"model": type(self).__name__, **dataclasses.asdict(self.config)})
-        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        values = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
+        (folder / CONFIG_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+        measured = None if results is None else read_results(results, folder)
+        parameters = sum(p.numel() for p in self.parameters())
+        (folder / CARD_FILE).write_text(model_card(values, parameters, measured), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, backend: str | None = None) -> Self:
@@ -247,7 +285,7 @@ class Autoencoder(nn.Module, ABC):
         Raises:
             InputError: If a file is missing or corrupt, or holds another model.
         """
-        folder = _local_folder(source)
+        folder = local_folder(source)
         values = read_config(folder)
         name = values.pop("model")
         if name != cls.__name__:
@@ -265,17 +303,28 @@ class Autoencoder(nn.Module, ABC):
             raise InputError(f"{path} cannot be loaded: {reason}") from None
         return model
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the saved model to the hub and return the address of the commit."""
-        import tempfile
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        results: str | Path | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the hub; return the address of the commit.
 
-        from huggingface_hub import HfApi
+        Args:
+            repo_id: ``owner/name``, made if missing.
+            private: Of a repository that is made.
+            token: None takes the one of ``hf auth login``.
+            results: As in `save_pretrained`.
 
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        Raises:
+            InputError: As `save_pretrained`, or with what the hub says, in one line.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+            self.save_pretrained(folder, results=results)
+            return upload(Path(folder), repo_id, private=private, token=token)
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """The encoder's feature maps ``(B, width, h_m, w_m)``, coarsest first."""
@@ -347,30 +396,3 @@ class Autoencoder(nn.Module, ABC):
                     f"codes[{m}] has shape {tuple(grid.shape)}; expected (B, h, w), each grid "
                     "double the one before"
                 )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The values of ``folder/config.json``; raises `InputError` naming the file if it is bad."""
-    path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or "model" not in values:
-            raise ValueError("no field 'model'")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; expected a folder of a saved model") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not the configuration of a model: {error}") from None
-    return values
-
-
-def _local_folder(source: str | Path) -> Path:
-    folder = Path(source)
-    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except Exception as error:  # the hub client raises a type per cause
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{source} is no local folder and the hub says: {reason}") from None

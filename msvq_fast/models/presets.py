@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from msvq_fast.ops.checks import InputError
+from msvq_fast.nn import GRADIENTS
+from msvq_fast.ops.checks import InputError, check_choice
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class AutoencoderConfig:
             `Autoencoder.initialise_codebooks` on the first batch.
         restart_below: A code whose mass falls below restarts at a latent of the batch; 0 never
             does, as the paper's.
+        gradient: ``"straight-through"`` (the paper's) or ``"rotation"``, see `VectorQuantizer`.
     """
 
     resolution: int
@@ -39,6 +41,7 @@ class AutoencoderConfig:
     decay: float = 0.99
     codebook_init: str = "uniform"
     restart_below: float = 0.0
+    gradient: str = "straight-through"
 
     def __post_init__(self) -> None:
         """Check the values and turn lists read from JSON into tuples."""
@@ -51,6 +54,7 @@ class AutoencoderConfig:
             raise InputError(f"decay={self.decay}; expected 0 <= decay < 1")
         if self.codebook_init not in ("uniform", "kmeans"):
             raise InputError(f"codebook_init={self.codebook_init!r}; expected uniform or kmeans")
+        check_choice("gradient", self.gradient, GRADIENTS)
         if self.restart_below < 0:
             raise InputError(f"restart_below={self.restart_below}; expected at least 0")
         if not self.latents or any(size < 1 for size in self.latents):

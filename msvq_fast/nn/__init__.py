@@ -4,9 +4,10 @@ from msvq_fast.nn.attention import LocalAttention
 from msvq_fast.nn.attention_cache import AttentionCache, fronts
 from msvq_fast.nn.blocks import Encoder, Residual
 from msvq_fast.nn.losses import GaussianPyramid, MultiScaleLoss
-from msvq_fast.nn.quantizer import VectorQuantizer
+from msvq_fast.nn.quantizer import GRADIENTS, VectorQuantizer
 
 __all__ = [
+    "GRADIENTS",
     "AttentionCache",
     "Encoder",
     "GaussianPyramid",

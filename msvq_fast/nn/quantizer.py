@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msvq_fast.ops.checks import InputError, may_read
+from msvq_fast.nn.rotation import rotate_to
+from msvq_fast.ops.checks import InputError, check_choice, may_read
 from msvq_fast.ops.vector_quantize import (
     VectorQuantizeOutput,
     ema_update_,
     nearest_code,
     vector_quantize,
 )
+
+GRADIENTS = ("straight-through", "rotation")
 
 
 class VectorQuantizer(nn.Module):
@@ -34,6 +37,8 @@ class VectorQuantizer(nn.Module):
         laplace_eps: Laplace smoothing of the masses as VQ-VAE 2's code has it; 0 is Eq. 3.
         restart_below: A code whose mass falls below restarts at a latent of the batch; 0 never
             does (the paper).
+        gradient: ``"straight-through"`` gives z the gradient of z_q (the paper), ``"rotation"``
+            turns it as `rotate_to` says; the commitment loss's own gradient is the same in both.
         backend: None picks; otherwise as in `vector_quantize`.
 
     Buffers (float32 whatever the module is cast to, unless float64):
@@ -56,6 +61,7 @@ class VectorQuantizer(nn.Module):
         decay: float = 0.99,
         laplace_eps: float = 0.0,
         restart_below: float = 0.0,
+        gradient: str = GRADIENTS[0],
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -65,11 +71,13 @@ class VectorQuantizer(nn.Module):
             raise InputError(f"decay={decay}; expected 0 <= decay < 1")
         if restart_below < 0:
             raise InputError(f"restart_below={restart_below}; expected at least 0")
+        check_choice("gradient", gradient, GRADIENTS)
         self.dim = dim
         self.commitment_weight = commitment_weight
         self.decay = decay
         self.laplace_eps = laplace_eps
         self.restart_below = restart_below
+        self.gradient = gradient
         self.backend = backend
         self.defer_updates = False
         self._pending: tuple[Tensor, ...] | None = None
@@ -85,7 +93,7 @@ class VectorQuantizer(nn.Module):
             z: Latents with D values at ``dim``, e.g. ``(B, D, h, w)``.
 
         Returns:
-            ``z_q`` (shape, dtype and layout of ``z``, straight-through gradient), ``codes`` int64
+            ``z_q`` (shape, dtype and layout of ``z``, gradient as chosen), ``codes`` int64
             (``z``'s shape without ``dim``), ``commitment_loss`` ``()``, ``code_counts`` int64
             ``(K,)`` and ``code_sums`` ``(K, D)`` of this batch.
         """
@@ -96,6 +104,8 @@ class VectorQuantizer(nn.Module):
             commitment_weight=self.commitment_weight,
             backend=self.backend,
         )
+        if self.gradient == "rotation":
+            out = out._replace(z_q=rotate_to(z, out.z_q, dim=self.dim))
         if self.training:
             self._collect(out.code_counts, out.code_sums, z)
             if not self.defer_updates:

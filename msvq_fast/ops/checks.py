@@ -14,6 +14,10 @@ class InputError(ValueError):
     """Bad input from the caller: the message is one line for people, no traceback needed."""
 
 
+class WorkError(RuntimeError):
+    """Good input, and yet the work came to nothing: one line for people, no traceback needed."""
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     """Raise unless ``tensor`` is float32, float64, bfloat16 or float16."""
     if tensor.dtype not in FLOAT_DTYPES:

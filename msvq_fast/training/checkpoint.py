@@ -8,7 +8,6 @@ stands, its configuration, and length and CRC-32 of the other files).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ import torch
 
 from msvq_fast import __version__
 from msvq_fast.models import MSVQVAE, VQVAE2
+from msvq_fast.models import weights_digest as weights_digest
 from msvq_fast.ops.checks import InputError
 from msvq_fast.priors import Prior
 
@@ -194,15 +194,6 @@ def checkpoints_to_resume(source: Path) -> Iterator[Path]:
         yield source
     else:
         yield from reversed(list_checkpoints(source))
-
-
-def weights_digest(folder: Path) -> str:
-    """Return the SHA-256 of a saved model's weights in hexadecimal."""
-    digest = hashlib.sha256()
-    with (folder / "model.safetensors").open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, int]:

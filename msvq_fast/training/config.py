@@ -22,6 +22,7 @@ class ModelOverrides:
         decay: γ of the codebooks' moving averages.
         codebook_init: Random, or k-means of the first batch.
         restart_below: Mass below which a code restarts at a latent of the batch; 0 never.
+        gradient: How the latents get theirs: copied from z_q, or turned as z is to reach it.
         kernel_size: Taps of the blur behind the targets, odd.
         sigma_rule: Sigma of that blur: Eq. 8 as printed, or OpenCV's rule.
     """
@@ -37,6 +38,7 @@ class ModelOverrides:
     decay: float | None = None
     codebook_init: Literal["uniform", "kmeans"] | None = None
     restart_below: float | None = None
+    gradient: Literal["straight-through", "rotation"] | None = None
     kernel_size: int | None = None
     sigma_rule: Literal["paper", "opencv"] | None = None
 
@@ -88,6 +90,11 @@ class TrainConfig:
             run, and 0 with constant.
         min_lr_fraction: Where cosine ends, as a fraction of ``lr``.
         grad_clip: Largest global gradient norm; 0 is off.
+        perceptual_weight: Factor of LPIPS between reconstruction and image; 0 is off (the paper).
+        lpips_weights: As for ``msvq evaluate``; needed with ``perceptual_weight``.
+        gan: Also train against a patch discriminator, as VQGAN does; off in the paper.
+        gan_weight: Factor of its adaptive weight.
+        gan_start: Optimiser steps before it joins.
         precision: bf16 is autocast; auto is bf16 on CUDA and fp32 elsewhere.
         channels_last: Memory format of the convolutions; auto is on for CUDA.
         compile: Run the model through torch.compile; with another memory mode than default its
@@ -128,6 +135,11 @@ class TrainConfig:
     warmup_epochs: float | None = None
     min_lr_fraction: float = 0.1
     grad_clip: float = 0.0
+    perceptual_weight: float = 0.0
+    lpips_weights: str | None = None
+    gan: bool = False
+    gan_weight: float = 0.8
+    gan_start: int = 10_000
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto", "on", "off"] = "auto"
     compile: bool = False
@@ -190,10 +202,20 @@ class EvaluateConfig:
         crop: All tiles of every image, or one from its centre.
         batch_size: Tiles at a time.
         limit: Most images, evenly spread over the split; None takes all.
+        samples: Folder of generated images to compare with ``data`` as a set, in place of a
+            checkpoint: FD, KID and IS.
+        lpips_weights: File or folder with the features of torchvision's alexnet, vgg16 or
+            squeezenet1_1 and the heads of the lpips package; None leaves LPIPS out.
+        extractor: Network of the distances between sets: inception gives FID, KID and IS,
+            efflite0 the stand-ins FD-EffLite0, KID-EffLite0 and IS-EffLite0, which are no FID;
+            None is inception where ``inception_weights`` is given, else none.
+        inception_weights: File of the FID Inception that pytorch-fid and torch-fidelity publish.
+        efflite0_weights: File of EfficientNet-Lite0; None takes that of the extra ``eff``.
+        force_fd: Report the Fréchet distance of fewer images than twice the features' width too.
         device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
     """
 
-    checkpoint: str
+    checkpoint: str | None = None
     data: str = "builtin:photos"
     split: Literal["train", "val", "all"] = "val"
     out: str = "runs/evaluate"
@@ -202,6 +224,12 @@ class EvaluateConfig:
     crop: Literal["tiles", "center"] = "tiles"
     batch_size: int = 8
     limit: int | None = None
+    samples: str | None = None
+    lpips_weights: str | None = None
+    extractor: Literal["inception", "efflite0"] | None = None
+    inception_weights: str | None = None
+    efflite0_weights: str | None = None
+    force_fd: bool = False
     device: str = "auto"
 
 
@@ -272,6 +300,9 @@ _LEAST: dict[str, int] = {
     "accumulate": 1,
     "warmup_epochs": 0,
     "grad_clip": 0,
+    "perceptual_weight": 0,
+    "gan_weight": 0,
+    "gan_start": 0,
     "resize": 1,
     "repeat": 1,
     "strips": 1,

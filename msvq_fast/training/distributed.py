@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from msvq_fast.ops.checks import InputError
+from msvq_fast.ops.checks import InputError, WorkError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class World:
         return self.rank == 0
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(WorkError):
     """Another process cannot be reached; the message is one line for people."""
 
 
@@ -199,6 +201,15 @@ def agree(value: int, world: World) -> int:
     shared = torch.tensor(value)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
+
+
+def gather(value: T, world: World) -> list[T]:
+    """Return every process's ``value``, in the order of ranks, on all processes."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def first_decides(decide: Callable[[], Path | None], world: World) -> Path | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import platform
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,15 @@ import torch
 from torch import Tensor
 
 import msvq_fast
-from msvq_fast.data import evaluation_tiles, list_images, to_float
-from msvq_fast.metrics import CodeUsage, mse, psnr_from_mse, ssim, to_unit_range
-from msvq_fast.models import MSVQVAE, VQVAE2, MSVQVAEConfig, from_pretrained
+from msvq_fast.data import evaluation_tiles, list_images, to_float, to_uint8
+from msvq_fast.metrics import LPIPS, CodeUsage, mse, psnr_from_mse, ssim, to_unit_range
+from msvq_fast.models import MSVQVAE, VQVAE2, MSVQVAEConfig, from_pretrained, sum_contributions
 from msvq_fast.ops import InputError, default_kernel_size, gaussian_pyramid
 from msvq_fast.training.checkpoint import find_model, weights_digest
 from msvq_fast.training.config import EvaluateConfig
-from msvq_fast.training.distributed import choose_device
+from msvq_fast.training.distributed import World, all_reduce_, gather, join
 from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.judges import FeatureSet, Judges, compare_sets, load_judges
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import (
     CodebookHealth,
@@ -33,6 +36,10 @@ from msvq_fast.training.results import (
     print_table,
     write_results,
 )
+from msvq_fast.training.samples_evaluation import run_evaluate_samples
+
+_NO_JUDGES = Judges()
+_NONE = torch.zeros(0, 0, dtype=torch.float64)
 
 
 def evaluate(
@@ -43,6 +50,8 @@ def evaluate(
     device: torch.device | str = "cpu",
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    judges: Judges = _NO_JUDGES,
+    world: World | None = None,
 ) -> EvaluationResult:
     """Measure a model on images.
 
@@ -58,6 +67,9 @@ def evaluate(
         device: Where the model runs, in float32 without TF32.
         settings: Written into the result beside what is known here.
         progress: Called with the number of images done after each batch.
+        judges: Networks for LPIPS and for distances between sets, on ``device``. LPIPS sees the
+            clipped images as floats, the sets see them rounded to 8 bits.
+        world: Processes that share the work, each with ``tiles`` of its own; all get the result.
 
     Raises:
         InputError: If there is no image, an image does not fit the model, or a reconstruction is
@@ -66,7 +78,10 @@ def evaluate(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}; expected at least 1")
     device = torch.device(device)
+    world = world or World(0, 1, device)
     start = time.perf_counter()
+    extractor = judges.extractor
+    sets = None if extractor is None else (FeatureSet(extractor), FeatureSet(extractor))
     usage = [CodeUsage(model.config.num_codes) for _ in range(model.num_scales)]
     grids: list[tuple[int, int]] = []
     rows: list[ImageQuality] = []
@@ -79,14 +94,29 @@ def evaluate(
             grids = [(c.shape[1], c.shape[2]) for c in codes]
             for counter, grid in zip(usage, codes, strict=True):
                 counter.update(grid)
-            judged, truncated_error = _judge(model, names, x, model.contributions(codes))
+            contributions = model.contributions(codes)
+            judged, truncated_error = _judge(model, names, x, contributions, judges.lpips)
             rows += judged
             truncated.append(truncated_error)
+            if sets is not None:
+                sets[0].add(images.to(device))
+                sets[1].add(to_uint8(sum_contributions(contributions)))
             done += len(names)
             if progress is not None:
                 progress(done)
+    for counter in usage:
+        all_reduce_(counter.counts, world)
+    grids = max(gather(grids, world), key=len)  # a process may have had no image
+    errors = torch.cat([e for part in gather(truncated, world) for e in part] or [_NONE], dim=1)
+    rows = [row for part in gather(rows, world) for row in part]
     if not rows:
         raise InputError("tiles is empty; expected at least one image")
+    if world.size > 1:
+        rows.sort(key=_place)
+    images_done = errors.shape[1]
+    reconstructed_set = None
+    if extractor is not None and sets is not None:
+        reconstructed_set = compare_sets(extractor, *sets, force_fd=judges.force_fd, world=world)
     codebooks = tuple(
         CodebookHealth(m, grids[m], counter.usage, counter.perplexity)
         for m, counter in enumerate(usage)
@@ -95,28 +125,44 @@ def evaluate(
         model=type(model).__name__,
         model_config=dataclasses.asdict(model.config),
         parameters=sum(p.numel() for p in model.parameters()),
-        images=done,
-        reconstructions=_average(rows, torch.cat(truncated, dim=1).mean(dim=1)),
+        images=images_done,
+        reconstructions=_average(rows, errors.mean(dim=1)),
         codebooks=codebooks,
         usage=math.fsum(c.usage for c in codebooks) / len(codebooks),
         perplexity=math.fsum(c.perplexity for c in codebooks) / len(codebooks),
         seconds=time.perf_counter() - start,
-        settings={**(settings or {}), **_conditions(device, batch_size)},
+        settings={**(settings or {}), **_conditions(device, batch_size, judges, world)},
         per_image=tuple(rows),
+        reconstructed_set=reconstructed_set,
     )
 
 
-def run_evaluate(config: EvaluateConfig) -> EvaluationResult:
-    """``msvq evaluate``: load a checkpoint, judge it on a split, print and write the figures.
+def run_evaluate(config: EvaluateConfig) -> EvaluationResult | None:
+    """``msvq evaluate``: judge a checkpoint or a folder of samples; print and write the figures.
+
+    Under ``torchrun`` the processes share the images; the first one prints and writes.
+
+    Returns:
+        The result of a checkpoint, None for samples.
 
     Raises:
-        InputError: For a bad checkpoint, data, setting or output folder, before any work is done
-            where that can be known.
+        InputError: For a bad checkpoint, data, setting, weights file or output folder, before any
+            work is done where that can be known.
     """
     if config.batch_size < 1:
         raise InputError(f"batch_size={config.batch_size}; expected at least 1")
-    device = choose_device(config.device)
-    folder = find_model(config.checkpoint)
+    if (config.checkpoint is None) == (config.samples is None):
+        given = "neither" if config.checkpoint is None else "both"
+        raise InputError(f"evaluate needs --checkpoint or --samples, one of them; {given} given")
+    with join(config.device) as world:
+        if config.checkpoint is None:
+            run_evaluate_samples(config, world)
+            return None
+        return _evaluate_checkpoint(config, config.checkpoint, world)
+
+
+def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, world: World) -> EvaluationResult:
+    folder = find_model(checkpoint)
     model = from_pretrained(folder)
     size = config.size or model.config.resolution
     if size % model.stride:
@@ -130,8 +176,11 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationResult:
         crop=config.crop,
         limit=config.limit,
         skipped=skipped,
+        rank=world.rank,
+        world_size=world.size,
     )
-    check_writable(Path(config.out))
+    if world.leads:
+        check_writable(Path(config.out))
     settings = {
         **dataclasses.asdict(config),
         "size": size,
@@ -139,24 +188,35 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationResult:
         "weights_sha256": weights_digest(folder),
         "skipped": skipped,  # filled while the tiles are read
     }
-    with counting("images") as progress:
+    judges = load_judges(config, world.device)
+    with counting("images") if world.leads else contextlib.nullcontext() as progress:
         result = evaluate(
             model,
             tiles,
             batch_size=config.batch_size,
-            device=device,
+            device=world.device,
             settings=settings,
             progress=progress,
+            judges=judges,
+            world=world,
         )
-    write_results(result, config.out)
-    print_table(result)
-    for reason in skipped.values():
-        print(f"skipped: {reason}")
+    for part in gather(skipped, world):
+        skipped.update(part)
+    result = dataclasses.replace(result, settings={**result.settings, "skipped": skipped})
+    if world.leads:
+        write_results(result, config.out)
+        print_table(result)
+        for reason in skipped.values():
+            print(f"skipped: {reason}")
     return result
 
 
 def _judge(
-    model: MSVQVAE | VQVAE2, names: list[str], x: Tensor, contributions: list[Tensor]
+    model: MSVQVAE | VQVAE2,
+    names: list[str],
+    x: Tensor,
+    contributions: list[Tensor],
+    lpips: LPIPS | None,
 ) -> tuple[list[ImageQuality], Tensor]:
     """Rows of a batch, and squared errors ``(reconstructions, B)`` after 8-bit truncation."""
     count = len(contributions)
@@ -171,8 +231,11 @@ def _judge(
         if not bool(error.isfinite().all()):
             name = names[int((~error.isfinite()).nonzero()[0])]
             raise InputError(f"the reconstruction of {name!r} is not finite; the model is damaged")
-        columns = (error, psnr_from_mse(error), ssim(partial, image))
-        figures = torch.stack([*columns, mse(partial, to_unit_range(target))], dim=1).tolist()
+        columns = [error, psnr_from_mse(error), ssim(partial, image)]
+        columns.append(mse(partial, to_unit_range(target)))
+        if lpips is not None:
+            columns.append(lpips(partial * 2 - 1, x))
+        figures = torch.stack(columns, dim=1).tolist()
         scale = model.num_scales - count + m
         rows += [ImageQuality(n, scale, *row) for n, row in zip(names, figures, strict=True)]
         truncated.append(mse((partial * 255).floor() / 255, image))
@@ -192,9 +255,22 @@ def _average(rows: list[ImageQuality], truncated: Tensor) -> tuple[Quality, ...]
             psnr_8bit=float(psnr_from_mse(error_8bit)),
             ssim=math.fsum(row.ssim for row in chosen) / len(chosen),
             target_mse=math.fsum(row.target_mse for row in chosen) / len(chosen),
+            lpips=_mean_lpips(chosen),
         )
         result.append(quality)
     return tuple(result)
+
+
+def _mean_lpips(rows: Sequence[ImageQuality]) -> float | None:
+    values = [row.lpips for row in rows if row.lpips is not None]
+    return math.fsum(values) / len(values) if values else None
+
+
+def _place(row: ImageQuality) -> tuple[str, int, int, int]:
+    """Where a row stands when one process reads all images: file, tile, scale."""
+    tile = re.fullmatch(r"(.*):(\d+),(\d+)", row.image)
+    name, *place = tile.groups() if tile else (row.image, 0, 0)
+    return name, int(place[0]), int(place[1]), row.scale
 
 
 def _blur_settings(model: MSVQVAE | VQVAE2) -> dict[str, Any]:
@@ -221,13 +297,18 @@ def _batches(
         yield names, torch.stack(images)
 
 
-def _conditions(device: torch.device, batch_size: int) -> dict[str, Any]:
+def _conditions(
+    device: torch.device, batch_size: int, judges: Judges, world: World
+) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "metric_range": [0, 1],
         "model_range": [-1, 1],
         "ssim": "Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, reflect border, float64",
+        "lpips": judges.lpips and {"net": judges.lpips.net, "sha256": judges.lpips.sha256},
+        "set_images": "uint8, reconstructions rounded to nearest",
         "precision": "float32",
+        "processes": world.size,
         "batch_size": batch_size,
         "device": f"{device.type} {name}".strip(),
         "versions": {

@@ -21,8 +21,10 @@ from msvq_fast.training import checkpoint, distributed, resume
 from msvq_fast.training.config import TrainConfig
 from msvq_fast.training.distributed import World
 from msvq_fast.training.failure import explain
+from msvq_fast.training.image_losses import ImageLosses
 from msvq_fast.training.interrupt import StopSignals
 from msvq_fast.training.optimizer import (
+    WHY_UNSTABLE,
     Schedule,
     build_adam,
     is_unstable,
@@ -35,7 +37,6 @@ from msvq_fast.training.window import Window, check_weights
 
 DEFAULT_EPOCHS = 250  # §4 of the paper
 _DEFAULT_CROPS = 1024  # crops of an epoch where ``repeat`` is not given
-_LOW_USAGE = 10  # percent
 
 
 def run_train(config: TrainConfig) -> int:
@@ -159,10 +160,12 @@ class _Run:
         model_config = self.model_config
         images = model_config.num_scales if isinstance(model_config, MSVQVAEConfig) else 1
         self.window = Window(images, model_config.num_scales, model_config.num_codes, world)
+        self.losses = ImageLosses(config, self.model, world, self.total_steps, self.autocast_dtype)
         if start is not None:
             saved = checkpoint.load_optimizer(start, world.device)
             self.optimizer.load_state_dict(saved["optimizer"])
             self.window.load_state_dict(saved["window"])
+            self.losses.load_state_dict(saved.get("image_losses", {}))
         elif model_config.codebook_init == "kmeans":
             with contextlib.closing(self._epoch(0)) as stream:
                 self.model.initialise_codebooks(self._to_device(next(stream)))
@@ -196,10 +199,7 @@ class _Run:
             f" {self.total_steps} in all; into {self.out}"
         )
         if is_unstable(self.betas):
-            self.display.message(
-                f"warning: betas={self.betas} as the paper prints them can diverge, since Adam's "
-                "steps grow where a gradient vanishes (β₁² > β₂); --betas=[0.5,0.9] does not"
-            )
+            self.display.message(f"warning: betas={self.betas} {WHY_UNSTABLE}")
         if self.step:
             done = "; nothing is left to train" if self.step >= self.total_steps else ""
             self.display.message(f"going on after step {self.step}{done}")
@@ -262,7 +262,7 @@ class _Run:
                     out = self.wrapped(x)
                 if last:  # all codes are found: their statistics travel during the backward
                     finish = distributed.start_reducing(self.model.code_statistics(), self.world)
-                (out.loss / accumulate).backward()
+                self.losses.backward(out, x, self.step, micro, accumulate)
             self.window.add(out, self.step + 1)
         finish()
         if self.config.grad_clip:
@@ -271,6 +271,7 @@ class _Run:
             group["lr"] = self.schedule(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.losses.update(self.schedule(self.step))
         self.model.update_codebooks()
         self.step += 1
 
@@ -315,19 +316,17 @@ class _Run:
                 "total_steps": self.total_steps,
                 "epoch": self.step / self.steps_per_epoch,
                 **vars(summary),
+                **self.losses.read(),
                 "lr": self.schedule(self.step - 1),
                 "steps_per_second": rate,
                 "images_per_second": rate * group,
                 "eta_seconds": (self.total_steps - self.step) / rate,
             }
         )
-        unused = [m for m, percent in enumerate(summary.usage) if percent < _LOW_USAGE]
-        if unused and self.step >= self.steps_per_epoch and not self.warned:
+        warning = summary.describe_unused()
+        if warning and self.step >= self.steps_per_epoch and not self.warned:
             self.warned = True
-            self.display.message(
-                f"warning: less than {_LOW_USAGE} % of the codes of scale "
-                f"{', '.join(map(str, unused))} are in use; model.restart_below=0.1 revives codes"
-            )
+            self.display.message(warning)
         new = {path: why for path, why in self.dataset.skipped.items() if path not in self.reported}
         for path, reason in new.items():
             self.reported.add(path)
@@ -369,7 +368,9 @@ class _Run:
     def _save(self) -> None:
         self.window.check()
         check_weights(self.model, self.step)
+        self.losses.check(self.step)
         self.window.reduce()
+        self.losses.reduce()
         if not self.world.leads:
             return
         checkpoint.save_checkpoint(
@@ -378,6 +379,7 @@ class _Run:
             optimizer={
                 "optimizer": self.optimizer.state_dict(),
                 "window": self.window.state_dict(),
+                "image_losses": self.losses.state_dict(),
             },
             state={
                 "step": self.step,

@@ -11,6 +11,10 @@ import torch
 from torch.nn import Parameter
 
 Betas = tuple[float, float]
+WHY_UNSTABLE = (
+    "as the paper prints them can diverge, since Adam's steps grow where a gradient vanishes "
+    "(β₁² > β₂); --betas=[0.5,0.9] does not"
+)
 
 
 def optimizer_settings(preset: str, lr: float | None, betas: Betas | None) -> tuple[float, Betas]:

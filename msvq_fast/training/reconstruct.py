@@ -69,7 +69,7 @@ def reconstruct_grid(
             codes.append([grid[0] for grid in grids])
             contributions.append([c[0] for c in parts])
     finer = range(1, len(contributions[0]))
-    gains = [1, *(_gain([parts[m] for parts in contributions]) for m in finer)]
+    gains = [1, *(common_gain([parts[m] for parts in contributions]) for m in finer)]
     rows = []
     for (_, image), grids, parts in zip(images, codes, contributions, strict=True):
         row = [image]
@@ -115,7 +115,7 @@ def run_reconstruct(config: ReconstructConfig) -> Path:
     return out
 
 
-def _gain(contributions: Sequence[Tensor]) -> int:
+def common_gain(contributions: Sequence[Tensor]) -> int:
     """Largest gain that keeps 99.5 % of the values on the grey scale, for all images alike."""
     magnitude = torch.cat([c.flatten() for c in contributions]).abs()
     kept = int(0.995 * (len(magnitude) - 1)) + 1

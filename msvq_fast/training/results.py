@@ -33,6 +33,7 @@ class Quality:
         psnr_8bit: The same with the reconstruction truncated to 8 bits, as if saved to a file.
         ssim: Mean structural similarity.
         target_mse: Mean squared error against this scale's own blurred target (Eq. 7).
+        lpips: Mean LPIPS, None without its weights.
     """
 
     scale: int
@@ -41,6 +42,7 @@ class Quality:
     psnr_8bit: float
     ssim: float
     target_mse: float
+    lpips: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,53 @@ class ImageQuality:
     psnr: float
     ssim: float
     target_mse: float
+    lpips: float | None = None
+
+
+@dataclass(frozen=True)
+class SetQuality:
+    """How close a set of 8-bit images is to the originals, in the features of a network.
+
+    Attributes:
+        suffix: Behind FD, KID and IS in their names; empty for the FID Inception alone.
+        extractor: The network.
+        sha256: Of its weights.
+        dim: Width of its features.
+        images: Images of the set, and as many or more originals.
+        originals: Images that they are compared with.
+        fd: Fréchet distance; None below ``2 dim`` images, where it is mostly bias.
+        kid: Unbiased kernel distance.
+        inception_score: Mean and spread over ten parts of the set (fewer below ten images).
+        inception_score_originals: The same of the originals.
+    """
+
+    suffix: str
+    extractor: str
+    sha256: str
+    dim: int
+    images: int
+    originals: int
+    fd: float | None
+    kid: float
+    inception_score: tuple[float, float]
+    inception_score_originals: tuple[float, float]
+
+    @property
+    def fd_name(self) -> str:
+        """``FID`` for the network that defines it, else ``FD-`` and the network."""
+        return f"FD{self.suffix}" if self.suffix else "FID"
+
+    def describe(self) -> str:
+        """One line: every figure with its name, the number of images, network and weights."""
+        need = 2 * self.dim
+        fd = f"not given below {need} images (force_fd)" if self.fd is None else f"{self.fd:.3f}"
+        mean, spread = self.inception_score
+        return (
+            f"{self.fd_name} {fd}, KID{self.suffix} {1e3 * self.kid:.3f}e-3, IS{self.suffix} "
+            f"{mean:.3f} ± {spread:.3f} (originals {self.inception_score_originals[0]:.3f}); "
+            f"{self.images} images, {self.originals} originals, {self.extractor}, "
+            f"{self.dim} features, weights sha256 {self.sha256[:16]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,6 +137,7 @@ class EvaluationResult:
         seconds: Wall time.
         settings: What decides the figures beside the model, and where they were measured.
         per_image: One row per image and reconstruction.
+        reconstructed_set: The full reconstructions as a set, None without an extractor.
     """
 
     model: str
@@ -101,6 +151,7 @@ class EvaluationResult:
     seconds: float
     settings: dict[str, Any]
     per_image: tuple[ImageQuality, ...] = field(repr=False)
+    reconstructed_set: SetQuality | None = None
 
     @property
     def final(self) -> Quality:
@@ -126,8 +177,8 @@ def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> 
     writer.writerow(f.name for f in dataclasses.fields(ImageQuality))
     writer.writerows(dataclasses.astuple(row) for row in result.per_image)
     folder = Path(out_dir)
-    _write_text(folder / PER_IMAGE_FILE, table.getvalue())
-    _write_text(folder / RESULTS_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
+    write_text(folder / PER_IMAGE_FILE, table.getvalue())
+    write_text(folder / RESULTS_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
 
 
 def print_table(result: EvaluationResult, file: IO[str] | None = None) -> None:
@@ -135,48 +186,48 @@ def print_table(result: EvaluationResult, file: IO[str] | None = None) -> None:
     console = Console(file=file, highlight=False)
     table = Table(header_style="bold", box=HEAVY_HEAD if console.is_terminal else None)
     table.add_column("scale", justify="right")
-    for name in ("codes", "MSE e-3", "PSNR dB", "SSIM", "MSE e-3\nto target", "usage %"):
+    judged = result.final.lpips is not None
+    quality_names = ["MSE e-3", "PSNR dB", "SSIM", *["LPIPS"] * judged, "MSE e-3\nto target"]
+    for name in ("codes", *quality_names, "usage %"):
         table.add_column(name, justify="right")
     table.add_column("perplexity", justify="right")
     quality = {q.scale: q for q in result.reconstructions}
     for book in result.codebooks:
-        cells = ["-"] * 4
+        cells = ["-"] * len(quality_names)
         if book.scale in quality:
             q = quality[book.scale]
             cells = [f"{1e3 * q.mse:.3f}", f"{q.psnr:.2f}", f"{q.ssim:.4f}"]
+            cells += [f"{q.lpips:.4f}"] if q.lpips is not None else []
             cells += [f"{1e3 * q.target_mse:.3f}"]
         grid = f"{book.grid[0]}x{book.grid[1]}"
         health = [f"{book.usage:.1f}", f"{book.perplexity:.1f}"]
         table.add_row(str(book.scale), grid, *cells, *health)
     table.add_section()
     mean = [f"{result.usage:.1f}", f"{result.perplexity:.1f}"]
-    table.add_row("mean", "", "", "", "", "", *mean)
+    table.add_row("mean", "", *[""] * len(quality_names), *mean)
     console.print(
         f"{result.model}, {result.parameters:,} parameters, {result.images} images in [0, 1], "
         f"{result.seconds:.1f} s",
         soft_wrap=True,
     )
     console.print(table)
+    if result.reconstructed_set is not None:
+        console.print(f"r{result.reconstructed_set.describe()}", soft_wrap=True)
 
 
 def check_writable(folder: Path) -> None:
     """Raise `InputError` now rather than after the work if the folder cannot take files."""
     probe = folder / f".{secrets.token_hex(6)}.tmp"
-    _write_text(probe, "")
+    write_text(probe, "")
     probe.unlink(missing_ok=True)
 
 
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_infinities(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_infinities(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; folders above it are made.
 
-
-def _write_text(path: Path, text: str) -> None:
+    Raises:
+        InputError: If it cannot be written.
+    """
     temporary = path.with_name(f".{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,3 +238,13 @@ def _write_text(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

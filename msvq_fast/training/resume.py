@@ -100,6 +100,8 @@ def check_same_run(
         model_config: The model asked for now.
         processes: How many there are now.
     """
+    # A checkpoint of an earlier version lacks later options, which it ran with as they default.
+    state = {**state, "config": {**TrainConfig().to_dict(), **state["config"]}}
     shares = _shares(state["config"], state.get("world_size", 1))
     now_shares = _shares(config.to_dict(), processes)
     before = {**state["config"], **state["model_config"], **shares}
@@ -108,7 +110,9 @@ def check_same_run(
     ignored = FREE_ON_RESUME | {"model"}
     there, here = math.prod(shares.values()), math.prod(now_shares.values())
     if there == here:
-        check_unchanged(path, before, now, ignored | set(_SHARES))
+        # The discriminator's adaptive weight is that of a micro-batch.
+        fixed = {"accumulate"} if config.gan else set()
+        check_unchanged(path, before, now, ignored | set(_SHARES) - fixed)
         return
     try:
         check_unchanged(path, before, now, ignored)

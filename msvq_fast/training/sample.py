@@ -76,7 +76,7 @@ def run_sample(config: SampleConfig) -> Path:
     prior_folder, model_folder = find_model(config.prior), find_model(config.checkpoint)
     prior = priors.from_pretrained(prior_folder).to(device).eval()
     model = from_pretrained(model_folder).to(device)
-    _check_match(prior, prior_folder, model, model_folder)
+    check_match(prior, prior_folder, model, model_folder)
     settings = _sampling_settings(config, prior)
     out = Path(config.out)
     if out.is_dir():
@@ -254,12 +254,13 @@ def _check(config: SampleConfig) -> int:
     return int(found[1])
 
 
-def _check_match(
+def check_match(
     prior: AutoregressivePrior | MaskGITPrior,
     prior_folder: Path,
     model: MSVQVAE | VQVAE2,
     model_folder: Path,
 ) -> None:
+    """Raise `InputError` unless the prior draws codes of this very model."""
     sizes, latents = prior.config, model.config.latents
     first = sizes.grids[0]
     fits = sizes.num_scales == len(latents) and sizes.num_codes == model.config.num_codes

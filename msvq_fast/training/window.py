@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from msvq_fast.metrics import perplexity, usage
 from msvq_fast.models import MSVQVAEOutput
+from msvq_fast.ops.checks import WorkError
 from msvq_fast.training.distributed import World, all_reduce_
 
 _NEVER = 2**53  # more steps than any run has
+_LOW_USAGE = 10  # percent
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line for people."""
+class TrainingError(WorkError):
+    """Training cannot go on."""
 
 
 def check_weights(model: nn.Module, step: int) -> None:
@@ -46,6 +48,16 @@ class WindowSummary:
     psnr: float
     usage: list[float]
     perplexity: list[float]
+
+    def describe_unused(self) -> str | None:
+        """Warn of scales that use few of their codes; None if there are none."""
+        unused = [m for m, percent in enumerate(self.usage) if percent < _LOW_USAGE]
+        if not unused:
+            return None
+        return (
+            f"warning: less than {_LOW_USAGE} % of the codes of scale "
+            f"{', '.join(map(str, unused))} are in use; model.restart_below=0.1 revives codes"
+        )
 
 
 class Window:

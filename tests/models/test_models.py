@@ -134,6 +134,19 @@ def test_finer_codes_depend_on_the_coarser_decoder() -> None:
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_latents_are_what_is_quantized(name: str) -> None:
+    model = models.from_preset(name).eval()
+    x = images(2)
+    with torch.no_grad():
+        codes = model.encode(x)
+        for m, z in enumerate(model.latents(x, codes)):
+            assert torch.equal(model.quantizers[m].encode(z), codes[m])
+        other = model.latents(x, [(codes[0] + 1) % 128, codes[1]])
+        assert torch.equal(other[0], model.latents(x, codes)[0])
+        assert not torch.equal(other[1], model.latents(x, codes)[1])
+
+
 def test_the_target_blur_is_that_of_the_training_resolution() -> None:
     model = models.from_preset("tiny").eval()
     x = images(1, 128, 128)

@@ -61,7 +61,8 @@ def test_free_fields_are_fields() -> None:
     [
         (
             [],
-            "no command given; expected one of train, evaluate, reconstruct, tokenize, train-prior",
+            "no command given; expected one of train, evaluate, compare, reconstruct, tokenize, "
+            "train-prior",
         ),
         (["trian"], "unknown command trian; did you mean train?"),
         (["train", "--lrr", "3"], "unknown option --lrr; did you mean --lr?"),

@@ -1,0 +1,127 @@
+"""Distances between two sets of images, from features of a network, in float64.
+
+Heusel et al. 2017 (Fréchet distance), Bińkowski et al. 2018 (kernel distance), Salimans et al. 2016
+(inception score). What a number means depends on the network as much as on the images: name it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msvq_fast.ops import InputError
+
+_ROWS = 1024  # of a kernel matrix at a time
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """``|μ_x - μ_y|² + tr(Σ_x + Σ_y - 2 (Σ_x Σ_y)^½)`` of two sets of features.
+
+    With few images it is biased upward: `fewest_images` says how many it takes to mean something.
+
+    Args:
+        x: ``(N, D)`` features, one row per image, N >= 2.
+        y: ``(M, D)`` features, M >= 2.
+
+    Returns:
+        The squared distance of the two Gaussians, at least 0.
+
+    Raises:
+        InputError: If a set is too small, not a float matrix, not finite, or of another width.
+
+    Numerics:
+        The trace of the root is the sum of the singular values of ``X Yᵀ``, X and Y the centred
+        features over √(N - 1): no covariance is squared, and no eigenvalue can turn negative.
+    """
+    x, y = _features(x, y, least=2)
+    shift = x.mean(dim=0) - y.mean(dim=0)
+    x, y = _root(x), _root(y)
+    overlap = torch.linalg.svdvals(x @ y.T).sum()
+    distance = shift.square().sum() + x.square().sum() + y.square().sum() - 2 * overlap
+    return max(float(distance), 0.0)
+
+
+def fewest_images(dim: int) -> int:
+    """Images per set below which `frechet_distance` in ``dim`` dimensions is mostly bias."""
+    return 2 * dim
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel ``(a·b / D + 1)³``.
+
+    Its expectation does not depend on N, so it may be compared between small sets, and it may be
+    slightly negative. All pairs are used, once: no random subsets.
+
+    Args:
+        x: ``(N, D)`` features, N >= 2.
+        y: ``(M, D)`` features, M >= 2.
+
+    Raises:
+        InputError: As `frechet_distance`.
+    """
+    x, y = _features(x, y, least=2)
+    n, m = len(x), len(y)
+    within_x = (_kernel_sum(x, x) - _kernel_diagonal(x)) / (n * (n - 1))
+    within_y = (_kernel_sum(y, y) - _kernel_diagonal(y)) / (m * (m - 1))
+    return float(within_x + within_y - 2 * _kernel_sum(x, y) / (n * m))
+
+
+def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
+    """``exp(mean KL(p(class | image) ‖ p(class)))``, its mean and spread over parts of the set.
+
+    Args:
+        logits: ``(N, C)`` class scores before the softmax, one row per image.
+        splits: Parts, in the order of the rows; ``torch.chunk`` cuts them.
+
+    Returns:
+        Mean and standard deviation (of a sample; 0 for one part), from 1 to C.
+
+    Raises:
+        InputError: If ``logits`` is not a finite float matrix or has fewer rows than ``splits``.
+    """
+    _check_features("logits", logits, least=1)
+    if not 1 <= splits <= len(logits):
+        raise InputError(f"splits={splits}; expected 1 to {len(logits)}, the number of images")
+    scores = []
+    for part in logits.double().chunk(splits):
+        log_p = part.log_softmax(dim=1)
+        p = log_p.exp()
+        marginal = p.mean(dim=0, keepdim=True)  # (1, C)
+        divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, marginal)
+        scores.append(divergence.sum(dim=1).mean().exp())
+    values = torch.stack(scores)
+    return float(values.mean()), float(values.std()) if len(values) > 1 else 0.0
+
+
+def _root(x: Tensor) -> Tensor:
+    """R with ``RᵀR`` the covariance of the rows of ``x``, at most D rows."""
+    x = (x - x.mean(dim=0)) / (len(x) - 1) ** 0.5
+    return torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x
+
+
+def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
+    parts = [(rows @ y.T / x.shape[1] + 1).pow(3).sum() for rows in x.split(_ROWS)]
+    return torch.stack(parts).sum()
+
+
+def _kernel_diagonal(x: Tensor) -> Tensor:
+    return (x.square().sum(dim=1) / x.shape[1] + 1).pow(3).sum()
+
+
+def _features(x: Tensor, y: Tensor, *, least: int) -> tuple[Tensor, Tensor]:
+    _check_features("x", x, least=least)
+    _check_features("y", y, least=least)
+    if x.shape[1] != y.shape[1]:
+        raise InputError(f"y has {y.shape[1]} features per image but x has {x.shape[1]}")
+    return x.double(), y.double()
+
+
+def _check_features(name: str, x: Tensor, *, least: int) -> None:
+    if x.dim() != 2 or not x.dtype.is_floating_point:
+        raise InputError(
+            f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected float (N, D)"
+        )
+    if len(x) < least or x.shape[1] < 1:
+        raise InputError(f"{name} has shape {tuple(x.shape)}; expected at least {least} rows")
+    if not bool(x.isfinite().all()):
+        raise InputError(f"{name} has values that are not finite")

@@ -1,0 +1,213 @@
+"""Runs of two models as the paper's table: means, spread over seeds, and the paper's row beside."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+from rich.box import HEAVY_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from msvq_fast.training.compare_config import BASELINE
+from msvq_fast.training.paper import PAPER_RESULTS
+
+NAMES = {"vqvae2": "VQ-VAE 2", "msvqvae": "MS-VQVAE"}
+# figure: heading, factor, digits, whether more is better; None is a matter of taste
+FIGURES: dict[str, tuple[str, float, int, bool | None]] = {
+    "parameters": ("params M", 1e-6, 2, None),
+    "usage": ("CB usage %", 1, 0, True),
+    "perplexity": ("perplexity", 1, 0, True),
+    "mse": ("MSE e-3", 1e3, 2, False),
+    "ssim": ("SSIM", 1, 3, True),
+    "lpips": ("LPIPS", 1, 3, False),
+    "psnr": ("PSNR dB", 1, 2, True),
+    "fd": ("rFID", 1, 2, False),
+    "kid": ("KID e-3", 1e3, 1, False),
+}
+
+_WIDTH = 160  # of the table in files
+
+
+def summarize(preset: str, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of both models over their seeds.
+
+    Args:
+        preset: Of MS-VQVAE.
+        results: What results.json holds, by (preset, seed).
+
+    Returns:
+        ``models``: per model and figure the values in the order of seeds, their mean, and their
+        sample standard deviation (None for one seed); per-scale means of usage and perplexity.
+        ``paper``: per model the paper's row or None. ``directions``: per figure that the paper
+        reports for both, whether the runs agree. ``suffix`` of the set distances, ``images``.
+    """
+    models, paper = {}, {}
+    for key, name in (("vqvae2", BASELINE + preset), ("msvqvae", preset)):
+        runs = [result for (of, _), result in results.items() if of == name]
+        figures = [_figures(run) for run in runs]
+        models[key] = {
+            "preset": name,
+            "seeds": [seed for of, seed in results if of == name],
+            "figures": {f: _spread([row[f] for row in figures]) for f in FIGURES},
+            "usage_per_scale": _per_scale(runs, "usage"),
+            "perplexity_per_scale": _per_scale(runs, "perplexity"),
+        }
+        row = PAPER_RESULTS.get(name)
+        paper[key] = None if row is None else dataclasses.asdict(row)
+    first = next(iter(results.values()))
+    sets = first["reconstructed_set"]
+    summary = {
+        "preset": preset,
+        "latents": first["model_config"]["latents"],
+        "images": first["images"],
+        "suffix": "" if sets is None else sets["suffix"],
+        "models": models,
+        "paper": paper,
+    }
+    return {**summary, "directions": _directions(models, paper)}
+
+
+def print_comparison(summary: Mapping[str, Any], file: IO[str] | None = None) -> None:
+    """Print the table: a row per model, mean ± spread over seeds, the paper's row below it."""
+    console = Console(file=file, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    shown = _shown(summary)
+    table = Table(header_style="bold", box=HEAVY_HEAD if console.is_terminal else None)
+    table.add_column("")
+    for heading in headings(summary):
+        table.add_column(heading, justify="right")
+    for key, model in summary["models"].items():
+        table.add_row(NAMES[key], *[cell(model, figure) for figure in shown])
+        if summary["paper"][key] is not None:
+            row = [paper_cell(summary["paper"][key], figure) for figure in shown]
+            table.add_row("  paper", *row, style="dim" if console.is_terminal else None)
+    seeds = summary["models"]["msvqvae"]["seeds"]
+    console.print(
+        f"{summary['preset']}: latents {'-'.join(map(str, summary['latents']))}, "
+        f"{len(seeds)} seeds, {summary['images']} held-out tiles; ± is the standard deviation "
+        "over seeds",
+        soft_wrap=True,
+    )
+    console.print(table)
+
+
+def headings(summary: Mapping[str, Any]) -> list[str]:
+    """Headings of the columns that have a value, the set distances under their own names."""
+    suffix = summary["suffix"]
+    own = {"fd": f"rFD{suffix}", "kid": f"rKID{suffix} e-3"} if suffix else {"kid": "rKID e-3"}
+    return [own.get(figure, FIGURES[figure][0]) for figure in _shown(summary)]
+
+
+def rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Name and cells of every row of the table."""
+    shown = _shown(summary)
+    for key, model in summary["models"].items():
+        yield NAMES[key], [cell(model, figure) for figure in shown]
+        if summary["paper"][key] is not None:
+            yield f"{NAMES[key]}, paper", [paper_cell(summary["paper"][key], f) for f in shown]
+
+
+def cell(model: Mapping[str, Any], figure: str) -> str:
+    """A figure of one model: mean ± spread, usage and perplexity also per scale."""
+    values = model["figures"][figure]
+    if values is None:
+        return "-"
+    _, factor, digits, _ = FIGURES[figure]
+    text = f"{factor * values['mean']:.{digits}f}"
+    if values["spread"] is not None and figure != "parameters":
+        text += f" ± {factor * values['spread']:.{digits}f}"
+    if f"{figure}_per_scale" in model:
+        text = "-".join(f"{v:.0f}" for v in model[f"{figure}_per_scale"]) + f" ({text})"
+    return text
+
+
+def paper_cell(row: Mapping[str, Any], figure: str) -> str:
+    """The same figure as the paper prints it."""
+    _, factor, digits, _ = FIGURES[figure]
+    if figure == "kid":
+        return "-"
+    if figure == "parameters":
+        return f"{row['parameters']}"
+    value = row["rfid" if figure == "fd" else figure]
+    if isinstance(value, (list, tuple)):
+        mean = int(statistics.fmean(value) + 0.5)  # 326.5 is 327 there
+        return "-".join(f"{v:.0f}" for v in value) + f" ({mean})"
+    return f"{factor * value:.{digits}f}"
+
+
+def describe(summary: Mapping[str, Any]) -> list[str]:
+    """One line per figure that the paper reports: its direction and what the runs say to it."""
+    lines = []
+    for figure, found in summary["directions"].items():
+        heading = FIGURES[figure][0]
+        lines.append(
+            f"{heading}: the paper's MS-VQVAE is {found['paper']}, this one {found['here']}: "
+            f"{found['verdict']}"
+        )
+    return lines
+
+
+def _directions(models: Mapping[str, Any], paper: Mapping[str, Any]) -> dict[str, Any]:
+    """Per figure of the paper: better, worse or equal there and here.
+
+    Here it is undecided where the ranges over seeds overlap, however far apart the means are.
+    """
+    if paper["vqvae2"] is None or paper["msvqvae"] is None:
+        return {}
+    found = {}
+    for figure, (_, _, _, more_is_better) in FIGURES.items():
+        base, ours = (models[key]["figures"][figure] for key in ("vqvae2", "msvqvae"))
+        if more_is_better is None or figure == "kid" or base is None or ours is None:
+            continue
+        there = [_mean(paper[key]["rfid" if figure == "fd" else figure]) for key in models]
+        sign = 1 if more_is_better else -1
+        printed = sign * (there[1] - there[0])
+        low, high = (sign * v for v in (min(ours["values"]), max(ours["values"])))
+        others = [sign * v for v in base["values"]]
+        here = "not clearly different"
+        if min(low, high) > max(others):
+            here = "better"
+        elif max(low, high) < min(others):
+            here = "worse"
+        claimed = "equal" if printed == 0 else "better" if printed > 0 else "worse"
+        verdict = "agrees" if here == claimed else "differs"
+        if "not" in here or claimed == "equal":
+            verdict = "undecided"
+        found[figure] = {"paper": claimed, "here": here, "verdict": verdict}
+    return found
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, float | None]:
+    final, sets = result["reconstructions"][-1], result["reconstructed_set"]
+    return {
+        **{name: result[name] for name in ("parameters", "usage", "perplexity")},
+        **{name: final[name] for name in ("mse", "ssim", "lpips", "psnr")},
+        "fd": None if sets is None else sets["fd"],
+        "kid": None if sets is None else sets["kid"],
+    }
+
+
+def _spread(values: list[float | None]) -> dict[str, Any] | None:
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return None
+    spread = statistics.stdev(known) if len(known) > 1 else None
+    return {"values": known, "mean": statistics.fmean(known), "spread": spread}
+
+
+def _per_scale(runs: list[Mapping[str, Any]], what: str) -> list[float]:
+    per_run = [[book[what] for book in run["codebooks"]] for run in runs]
+    return [statistics.fmean(scale) for scale in zip(*per_run, strict=True)]
+
+
+def _shown(summary: Mapping[str, Any]) -> list[str]:
+    models = summary["models"].values()
+    return [f for f in FIGURES if any(m["figures"][f] is not None for m in models)]
+
+
+def _mean(value: float | tuple[float, ...] | list[float]) -> float:
+    return statistics.fmean(value) if isinstance(value, (list, tuple)) else value

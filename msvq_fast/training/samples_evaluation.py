@@ -1,0 +1,91 @@
+"""Judge a folder of generated images against real ones, as sets: FD, KID and IS."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msvq_fast.data import evaluation_tiles, list_images
+from msvq_fast.metrics import FeatureExtractor
+from msvq_fast.ops import InputError
+from msvq_fast.training.config import EvaluateConfig
+from msvq_fast.training.distributed import World, gather
+from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.judges import FeatureSet, compare_sets, load_judges
+from msvq_fast.training.progress import counting
+from msvq_fast.training.results import RESULTS_FILE, SetQuality, check_writable, write_text
+
+
+def run_evaluate_samples(config: EvaluateConfig, world: World) -> SetQuality:
+    """Compare all images of ``config.samples`` with a split of ``config.data``.
+
+    Both are resized and cut alike. Writes ``results.json``.
+
+    Raises:
+        InputError: For a missing extractor or size, bad images or weights, or a bad output folder.
+    """
+    if config.samples is None:
+        raise InputError("samples=None; expected a folder of images")
+    if config.size is None:
+        raise InputError("evaluate --samples needs --size, the side of the images in pixels")
+    judges = load_judges(config, world.device)
+    extractor = judges.extractor
+    if extractor is None:
+        raise InputError("evaluate --samples needs --extractor inception or efflite0")
+    sources = {
+        "originals": list_images(config.data, split=config.split),
+        "samples": list_images(config.samples, split="all"),
+    }
+    if world.leads:
+        check_writable(Path(config.out))
+    skipped: dict[str, str] = {}
+    sets: dict[str, FeatureSet] = {}
+    for what, paths in sources.items():
+        with counting(what) if world.leads else contextlib.nullcontext() as progress:
+            sets[what] = _read(paths, config, extractor, skipped, world, progress)
+    for part in gather(skipped, world):
+        skipped.update(part)
+    result = compare_sets(
+        extractor, sets["originals"], sets["samples"], force_fd=judges.force_fd, world=world
+    )
+    if world.leads:
+        settings = {**dataclasses.asdict(config), "skipped": skipped, "processes": world.size}
+        settings["versions"] = {"torch": torch.__version__}
+        record = {"samples": dataclasses.asdict(result), "settings": settings}
+        write_text(Path(config.out) / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
+        print(result.describe())
+        for reason in skipped.values():
+            print(f"skipped: {reason}")
+    return result
+
+
+def _read(
+    paths: list[Path],
+    config: EvaluateConfig,
+    extractor: FeatureExtractor,
+    skipped: dict[str, str],
+    world: World,
+    progress: Callable[[int], None] | None,
+) -> FeatureSet:
+    options: dict[str, Any] = {"resize": config.resize, "crop": config.crop, "limit": config.limit}
+    tiles = evaluation_tiles(
+        paths,
+        size=config.size or 0,
+        skipped=skipped,
+        rank=world.rank,
+        world_size=world.size,
+        **options,
+    )
+    found = FeatureSet(extractor)
+    with inference_mode(extractor):
+        for number, (_, tile) in enumerate(tiles, 1):
+            found.add(tile.to(world.device)[None])
+            if progress is not None:
+                progress(number)
+    return found

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from msvq_fast.data import curve_chart, histogram
+from msvq_fast.data.charts import COLOURS
+from msvq_fast.ops import InputError
+
+
+def where(picture, colour):
+    """Rows and columns of the pixels of a colour, antialiased edges left out."""
+    distance = (picture.long() - torch.tensor(colour).view(3, 1, 1)).abs().amax(dim=0)
+    return (distance < 40).nonzero(as_tuple=True)
+
+
+def test_a_falling_curve_falls():
+    x = torch.arange(1, 101).double()
+    picture = curve_chart(
+        {"rising": x, "falling": 1 / x}, x=x, x_label="cycles", y_label="power", size=(200, 300)
+    )
+    assert picture.shape == (3, 200, 300) and picture.dtype == torch.uint8
+    rows, columns = where(picture, COLOURS[1])
+    left = columns < 200  # the legend is at the right
+    correlation = torch.corrcoef(torch.stack([rows[left].double(), columns[left].double()]))
+    assert correlation[0, 1] > 0.99  # row numbers grow downwards
+    assert rows[left].max() - rows[left].min() > 30
+
+
+def test_values_that_are_not_positive_are_left_out():
+    x = torch.arange(1, 11).double()
+    values = torch.where(x > 5, x, torch.zeros_like(x))
+    full = curve_chart({"a": values, "b": x}, x=x, x_label="", y_label="")
+    _, columns = where(full, COLOURS[0])
+    assert len(columns)
+    with pytest.raises(InputError, match="no positive value"):
+        curve_chart({"a": -x}, x=x, x_label="", y_label="")
+    with pytest.raises(InputError, match="curve 'a' has 3 values for 10 places"):
+        curve_chart({"a": x[:3]}, x=x, x_label="", y_label="")
+
+
+def test_histogram_sorts_and_fills():
+    counts = torch.tensor([1, 8, 0, 4, 2, 0, 0, 1])
+    picture = histogram(counts, label="five of eight", size=(200, 300))
+    rows, columns = where(picture, COLOURS[1])
+    heights = [int((columns == c).sum()) for c in sorted(set(columns.tolist()))]
+    bars = [h for h in heights if h > 4]
+    assert max(bars[:20]) == max(bars)  # the most frequent code stands first
+    area = len(rows) / max(bars)
+    assert picture.shape == (3, 200, 300)
+    # Shares over the highest share: (8 + 4 + 2 + 1 + 1) / 8 = 2 bars' worth of area.
+    width = columns.max() - columns.min() + 1
+    assert area / (float(width) / 5) == pytest.approx(2, rel=0.2)
+    with pytest.raises(InputError, match="counts holds nothing"):
+        histogram(counts * 0, label="")

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from msvq_fast.cli import main
+from msvq_fast.models import PRESETS
+from msvq_fast.ops import InputError
+from msvq_fast.training import compare
+from msvq_fast.training.compare_config import CompareConfig
+from msvq_fast.training.compare_figures import PICTURES, _half_power, _most_detailed
+from msvq_fast.training.compare_report import describe, headings, print_comparison, rows, summarize
+from msvq_fast.training.paper import PAPER_RESULTS
+
+
+def config(pictures: Path, out: Path, **changes) -> CompareConfig:
+    options = {
+        "data": str(pictures),
+        "out": str(out),
+        "seeds": (0, 1),
+        "width_scale": 1 / 16,
+        "resolution": 16,
+        "steps": 2,
+        "batch_size": 4,
+        "betas": (0.5, 0.9),
+        "workers": 0,
+        "device": "cpu",
+    }
+    return CompareConfig(**{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("comparison")
+    torch.set_num_threads(1)
+    assert compare.run_compare(config(pictures, out)) == 0
+    return out
+
+
+def test_every_run_and_the_report_are_there(done):
+    runs = sorted(path.name for path in (done / "runs").iterdir())
+    names = ("imagenet256-s", "vqvae2-imagenet256-s")
+    assert runs == [f"{name}-seed{seed}" for name in names for seed in (0, 1)]
+    for name in PICTURES:
+        assert (done / name).read_bytes().startswith(b"\x89PNG")
+    record = json.loads((done / "comparison.json").read_text())
+    assert [(r["preset"], r["seed"]) for r in record["runs"]] == [
+        (f"{model}imagenet256-s", seed) for seed in (0, 1) for model in ("vqvae2-", "")
+    ]
+    assert record["latents"] == [2, 4] and record["images"] > 0
+    assert record["paper"]["msvqvae"]["psnr"] == 32.95
+    assert set(record["half_power_cycles"]) >= {"image", "MS-VQVAE C_0", "VQ-VAE 2"}
+    figures = record["models"]["msvqvae"]["figures"]
+    values = [r["reconstructions"][-1]["mse"] for r in record["runs"] if r["model"] == "MSVQVAE"]
+    assert figures["mse"]["values"] == values and values[0] != values[1]
+    assert figures["lpips"] is None
+    table = (done / "table.txt").read_text()
+    assert table.count("paper") == 2 and "VQ-VAE 2" in table and "32.95" in table
+
+
+def test_both_models_are_trained_alike(done):
+    runs = {
+        name: json.loads((done / "runs" / f"{name}-seed1" / "config.json").read_text())
+        for name in ("imagenet256-s", "vqvae2-imagenet256-s")
+    }
+    ours, base = runs.values()
+    different = {key for key in ours if ours[key] != base[key]}
+    assert different == {"preset", "out"}
+    assert ours["seed"] == 1 and ours["model"]["width"] == 8 and ours["validate_every"] == 0
+
+
+def test_finished_runs_are_not_run_again(done, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "run_train", lambda config: pytest.fail("trained again"))
+    before = (done / "comparison.json").read_text()
+    assert compare.run_compare(config(pictures, done)) == 0
+    assert capsys.readouterr().out.count("finished before") == 4
+    assert (done / "comparison.json").read_text() == before
+
+
+def test_a_lost_evaluation_is_made_again_from_the_trained_model(done, pictures, tmp_path):
+    shutil.copytree(done, tmp_path / "copy")
+    result = tmp_path / "copy" / "runs" / "imagenet256-s-seed0" / "evaluation" / "results.json"
+    before = json.loads(result.read_text())
+    result.unlink()
+    assert compare.run_compare(config(pictures, tmp_path / "copy")) == 0
+    after = json.loads(result.read_text())
+    assert after["reconstructions"] == before["reconstructions"]
+    assert after["codebooks"] == before["codebooks"]
+
+
+def test_another_comparison_in_the_same_folder_is_refused(done, pictures):
+    before = (done / "settings.json").read_text()
+    with pytest.raises(InputError, match="holds another comparison: steps is 2 there and 3 here"):
+        compare.run_compare(config(pictures, done, steps=3))
+    assert (done / "settings.json").read_text() == before
+
+
+def test_a_stopped_training_stops_the_comparison(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "run_train", lambda config: 130)
+    assert compare.run_compare(config(pictures, tmp_path / "out")) == 130
+    assert not (tmp_path / "out" / "comparison.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": ()}, r"seeds=\[\]; expected at least one"),
+        ({"seeds": (1, 1)}, "each once"),
+        ({"width_scale": 0.0}, r"width_scale=0\.0; expected a positive"),
+        ({"preset": "vqvae2-imagenet256-s"}, "expected a preset of MS-VQVAE"),
+        ({"preset": "imagenet"}, "preset 'imagenet' is unknown"),
+        ({"resolution": 5}, "latents"),
+    ],
+)
+def test_bad_settings_stop_before_anything_is_written(change, message, pictures, tmp_path):
+    with pytest.raises(InputError, match=message):
+        compare.run_compare(config(pictures, tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_sent_elsewhere(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start several with other seeds"):
+        compare.run_compare(config(pictures, tmp_path / "out"))
+
+
+def test_command_line_has_it(capsys):
+    assert main(["compare", "--help"]) == 0
+    assert "--width_scale" in capsys.readouterr().out
+
+
+def result(mse: float, usage: float, kid: float | None = None) -> dict:
+    book = {"usage": usage, "perplexity": 2 * usage}
+    sets = {"fd": None, "kid": kid, "suffix": "-EffLite0"}
+    quality = {"mse": mse, "ssim": 0.5, "lpips": None, "psnr": 20.0}
+    return {
+        "parameters": 1_000_000,
+        "usage": usage,
+        "perplexity": 2 * usage,
+        "images": 3,
+        "model_config": {"latents": [32, 64]},
+        "codebooks": [book, {key: value / 2 for key, value in book.items()}],
+        "reconstructions": [quality],
+        "reconstructed_set": None if kid is None else sets,
+    }
+
+
+def summary(ours: list[float], base: list[float], kid: float | None = None) -> dict:
+    results = {}
+    for seed, (a, b) in enumerate(zip(ours, base, strict=True)):
+        results["vqvae2-imagenet256-s", seed] = result(b, 50.0, kid)
+        results["imagenet256-s", seed] = result(a, 60.0, kid)
+    return summarize("imagenet256-s", results)
+
+
+@pytest.mark.parametrize(
+    ("ours", "base", "here", "verdict"),
+    [
+        ([0.010, 0.012], [0.014, 0.016], "better", "agrees"),
+        ([0.014, 0.016], [0.010, 0.012], "worse", "differs"),
+        ([0.010, 0.015], [0.014, 0.016], "not clearly different", "undecided"),
+    ],
+)
+def test_a_direction_needs_seeds_that_do_not_overlap(ours, base, here, verdict):
+    found = summary(ours, base)
+    assert found["directions"]["mse"] == {"paper": "better", "here": here, "verdict": verdict}
+    assert any(line.endswith(f"{here}: {verdict}") for line in describe(found))
+    assert found["directions"]["perplexity"]["verdict"] == "differs"  # the paper's is lower
+    assert "kid" not in found["directions"] and "lpips" not in found["directions"]
+
+
+def test_rows_are_means_and_spreads_beside_the_paper():
+    found = summary([0.010, 0.012], [0.014, 0.016], kid=0.05)
+    assert headings(found)[-1] == "rKID-EffLite0 e-3"
+    table = dict(rows(found))
+    assert list(table) == ["VQ-VAE 2", "VQ-VAE 2, paper", "MS-VQVAE", "MS-VQVAE, paper"]
+    cells = dict(zip(headings(found), table["MS-VQVAE"], strict=True))
+    assert cells["MSE e-3"] == "11.00 ± 1.41"
+    assert cells["CB usage %"] == "60-30 (60 ± 0)"
+    assert cells["rKID-EffLite0 e-3"] == "50.0 ± 0.0"
+    paper = dict(zip(headings(found), table["VQ-VAE 2, paper"], strict=True))
+    assert paper["perplexity"] == "273-380 (327)"
+    assert (paper["MSE e-3"], paper["rKID-EffLite0 e-3"]) == ("0.59", "-")
+    file = io.StringIO()
+    print_comparison(found, file)
+    assert "2 seeds, 3 held-out tiles" in file.getvalue()
+
+
+def test_one_seed_has_no_spread_and_foreign_presets_no_paper():
+    results = {("vqvae2-tiny", 0): result(0.1, 9.0), ("tiny", 0): result(0.2, 9.0)}
+    found = summarize("tiny", results)
+    assert found["models"]["msvqvae"]["figures"]["mse"]["spread"] is None
+    assert found["directions"] == {} and [name for name, _ in rows(found)] == [
+        "VQ-VAE 2",
+        "MS-VQVAE",
+    ]
+
+
+def test_paper_rows_are_those_of_the_presets():
+    assert set(PAPER_RESULTS) == {n for n in PRESETS if "celeba" in n or "imagenet" in n}
+    for name, row in PAPER_RESULTS.items():
+        assert len(row.usage) == len(row.perplexity) == PRESETS[name].num_scales
+        # PSNR and MSE are the same figure on [0, 1], but for 8-bit rounding.
+        psnr = float(-10 * torch.tensor(row.mse).log10())
+        assert psnr == pytest.approx(row.psnr, abs=0.08), name
+
+
+def test_half_power():
+    power = torch.zeros(16, dtype=torch.float64)
+    power[3] = 1.0  # four cycles
+    assert 3.5 <= _half_power(power) <= 4.5
+    power[9] = 1.0
+    assert _half_power(power) > 9.5
+
+
+def test_the_most_detailed_window():
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 30:40:2, 44:52] = 200
+    top, left = _most_detailed(image, 16)
+    assert 24 <= top <= 32 and 36 <= left <= 46

@@ -1,0 +1,177 @@
+"""`msvq ui`: what it shows, and the page itself in a real browser where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from msvq_fast.cli import main
+from msvq_fast.models import from_preset
+from msvq_fast.ops import InputError
+from msvq_fast.priors import MaskGITPrior, PriorConfig
+from msvq_fast.training.ui import Viewer
+
+SMALL = {"resolution": 32, "latents": (4, 8), "width": 16, "code_dim": 8, "num_codes": 16}
+GRIDS = ((4, 4), (8, 8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a prior over its codes and a picture of 60 x 40 pixels."""
+    root = tmp_path_factory.mktemp("ui")
+    torch.manual_seed(1)
+    model = from_preset("tiny", **SMALL)
+    model.initialise_codebooks(torch.rand(8, 3, 32, 32) * 2 - 1)
+    model.save_pretrained(root / "model")
+    MaskGITPrior(PriorConfig(GRIDS, num_codes=16, width=32, heads=2, depth=1)).save_pretrained(
+        root / "prior"
+    )
+    y, x = np.mgrid[0:40, 0:60]
+    pixels = np.stack([4 * x, 6 * y, 255 - 4 * x], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(root / "picture.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def viewer(folder: Path) -> Viewer:
+    from msvq_fast import models, priors
+
+    model = models.from_pretrained(folder / "model")
+    return Viewer(model, priors.from_pretrained(folder / "prior"), torch.device("cpu"))
+
+
+def test_it_shows_sums_contributions_and_codes(viewer: Viewer, folder: Path) -> None:
+    sums, contributions, maps = viewer.look(folder / "picture.png")
+    assert [caption.partition(",")[0] for _, caption in sums] == [
+        "image",
+        "sum of 0..0",
+        "sum of 0..1",
+    ]
+    assert len(contributions) == len(maps) == 2
+    for picture, _ in (*sums, *contributions, *maps):
+        assert picture.shape == (256, 256, 3) and picture.dtype == np.uint8
+    assert np.array_equal(contributions[0][0], sums[1][0]), "the first sum is the first part"
+    x = viewer.read(folder / "picture.png")
+    codes = viewer.model.eval().encode(x)
+    assert f"codes 1, 8x8, {len(codes[1].unique())} different" == maps[1][1]
+
+
+def test_drawings_keep_the_coarse_codes(viewer: Viewer, folder: Path) -> None:
+    drawn = viewer.redraw(folder / "picture.png", 3, seed=5)
+    again = viewer.redraw(folder / "picture.png", 3, seed=5)
+    assert len(drawn) == 3
+    assert all(np.array_equal(a[0], b[0]) for a, b in zip(drawn, again, strict=True))
+    assert not np.array_equal(drawn[0][0], drawn[1][0])
+    with pytest.raises(InputError, match="count=9; expected 1 to 8"):
+        viewer.redraw(folder / "picture.png", 9, seed=5)
+    with pytest.raises(InputError, match="drawing needs one"):
+        Viewer(viewer.model, None, torch.device("cpu")).redraw(folder / "picture.png", 1, 0)
+
+
+def test_gradio_is_named_where_it_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["ui", f"--checkpoint={folder / 'model'}"]) == 2
+    assert "msvq ui needs gradio, which is not installed" in capsys.readouterr().err
+
+
+def _why_no_browser() -> str | None:
+    for package in ("gradio", "selenium"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    for program in ("chromium", "chromedriver"):
+        if shutil.which(program) is None:
+            return f"there is no {program}"
+    return None
+
+
+@pytest.fixture
+def address(folder: Path) -> Iterator[str]:
+    """Where a running `msvq ui` listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    models = [f"--checkpoint={folder / 'model'}", f"--prior={folder / 'prior'}", "--device=cpu"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "msvq_fast", "ui", *models, f"--port={port}"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "log").read_text()
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync"
+    flags += " disable-background-networking disable-component-update window-size=1200,1500"
+    for flag in flags.split():
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.set_capability("goog:loggingPrefs", {"browser": "SEVERE"})
+    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_why_no_browser() is not None, reason=str(_why_no_browser()))
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_in_a_browser(address: str, browser: Any, folder: Path, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    wait = WebDriverWait(browser, 60)
+
+    def pictures(key: str) -> list[Any]:
+        found = browser.find_elements(By.CSS_SELECTOR, f"#{key} .grid-container img")
+        width = "return arguments[0].naturalWidth"
+        return [i for i in found if browser.execute_script(width, i) == 256]
+
+    browser.get(address)
+    wait.until(lambda d: d.find_elements(By.ID, "show"))
+    browser.find_element(By.ID, "show").click()
+    wait.until(lambda d: "upload one first" in d.find_element(By.TAG_NAME, "body").text)
+    browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(folder / "picture.png"))
+    wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, "img[src*='picture.png']"))
+    browser.find_element(By.ID, "show").click()
+    for key, count in (("sums", 3), ("contributions", 2), ("maps", 2)):
+        wait.until(lambda d, key=key, count=count: len(pictures(key)) == count)
+    assert "PSNR" in browser.find_element(By.ID, "sums").text
+    browser.find_element(By.ID, "draw").click()
+    wait.until(lambda d: len(pictures("drawn")) == 4)
+    browser.save_screenshot(str(tmp_path / "page.png"))
+    refused = [entry["message"] for entry in browser.get_log("browser")]
+    assert not refused, refused
