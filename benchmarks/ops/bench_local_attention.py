@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import re
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
 import peers
 import pytest
 import torch
@@ -90,14 +95,33 @@ def test_forward_and_backward(measure: peers.Measure, shape, name: str) -> None:
     )
 
 
+def memory_of(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", text)[1])
+
+
+def added_peak(shape) -> int:
+    """Bytes of one forward and backward beyond its inputs, in a process of its own."""
+    torch.set_num_threads(2)
+    small, case = Case((8, *shape[1:2], 4, *shape[3:])), Case(shape)
+    small.with_gradients(small.ours)  # what libraries load once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
+    before = memory_of("VmRSS")
+    case.with_gradients(case.ours)
+    return memory_of("VmHWM") - before
+
+
 @pytest.mark.parametrize("shape", GROWTH, ids=str)
 def test_growth(measure: peers.Measure, shape) -> None:
-    """Time from 32² to 256² tokens: linear in the tokens."""
+    """Time and memory from 32² to 256² tokens: linear in the tokens."""
     case = Case(shape)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        peak = pool.submit(added_peak, shape).result()
     measure(
         "growth, forward + backward",
         f"native {case.name}",
         lambda: case.with_gradients(case.ours),
         rounds=7,
         input_bytes=sum(t.numel() * t.element_size() for t in case.leaves),
+        added_peak_bytes=peak,
     )
