@@ -42,13 +42,11 @@ inline int64_t clearly_nearest(const float* z, const float* codebook, int64_t wi
     }
     for (; d < width; ++d) distance += (z[d] - e[d]) * (z[d] - e[d]);
     distance += horizontal_sum(sum);
-    if (distance < best) {
-      second = best;
-      best = distance;
-      nearest = codes[i];
-    } else if (distance < second) {
-      second = distance;
-    }
+    // Without a branch, which could not be predicted.
+    const float loser = distance < best ? best : distance;
+    second = loser < second ? loser : second;
+    nearest = distance < best ? codes[i] : nearest;
+    best = distance < best ? distance : best;
   }
   // Twice the rounding of a difference, its square and the sum; squares that underflow are far
   // below what `second` must be.
