@@ -20,7 +20,7 @@ from msvq_fast.training.info import count_parameters
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "0.1.0"
 # The figures of the priors are in benchmarks/NOTES.md.
-_NOT_SPEED = ("demo", "compare", "mismatches", "robustness", "priors")
+_NOT_SPEED = ("demo", "compare", "memory", "mismatches", "robustness", "priors")
 
 
 def presets_table() -> str:
@@ -38,13 +38,14 @@ def presets_table() -> str:
 
 
 def speed_tables() -> str:
-    """One table per result file: a row per group, what each peer took, ours first."""
-    parts = []
+    """One table per suite, of its newest file: a row per group, what each peer took, ours first."""
+    newest: dict[str, dict[str, Any]] = {}
     for path in sorted(RESULTS.glob("*--cpu.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["suite"] not in _NOT_SPEED:
-            parts.append(speed_table(record))
-    return "\n\n".join(parts)
+        suite = record["suite"]
+        if suite not in newest or record["date"] > newest[suite]["date"]:
+            newest[suite] = record
+    return "\n\n".join(speed_table(r) for suite, r in newest.items() if suite not in _NOT_SPEED)
 
 
 def speed_table(record: dict[str, Any]) -> str:
@@ -60,20 +61,53 @@ def speed_table(record: dict[str, Any]) -> str:
         "|---|---|",
     ]
     for group, results in groups.items():
+        if all(r["name"] != "native" for r in results):  # ours alone, in several sizes
+            cells = [f"{r['name']} {_ms(r['median_s'])}{_added_peak(r)}" for r in results]
+            lines.append(f"| {group} | {' · '.join(cells)} |")
+            continue
         ours = next(r["median_s"] for r in results if r["name"] == "native")
         results = sorted(results, key=lambda r: r["median_s"])
         cells = [
             f"**native {_ms(ours)}**"
             if r["name"] == "native"
-            else f"{r['name']} {_ms(r['median_s'])} (x{r['median_s'] / ours:.2g})"
+            else f"{r['name']} {_ms(r['median_s'])} (x{_short(r['median_s'] / ours, 2)})"
             for r in results
         ]
         lines.append(f"| {group} | {' · '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _added_peak(result: dict[str, Any]) -> str:
+    peak = result["extra"].get("added_peak_bytes")
+    return "" if peak is None else f" (+{peak / 2**20:.0f} MiB)"
+
+
+def memory_table() -> str:
+    """One optimisation step at 1024 px in every memory mode."""
+    record = json.loads(next(RESULTS.glob("memory--*.json")).read_text(encoding="utf-8"))
+    lines = ["| | s a step | added peak MiB | predicted MiB |", "|---|---|---|---|"]
+    for result in record["results"]:
+        extra = result["extra"]
+        lines.append(
+            f"| {result['name']} | {result['median_s']:.1f} | {extra['step_bytes'] / 2**20:.0f} "
+            f"| {extra['predicted_bytes'] / 2**20:.0f} |"
+        )
+    extra, machine = record["results"][0]["extra"], record["machine"]
+    group, precision = record["results"][0]["group"], extra["precision"]
+    lines += [
+        "",
+        f"{group}, batch {extra['batch']}, {precision}; {machine['cpu']}, {machine['threads']} "
+        f"threads, torch {record['versions']['torch']}, commit `{record['commit']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
+    return _short(1e3 * seconds, 3)
+
+
+def _short(value: float, digits: int) -> str:
+    return f"{value:.0f}" if value >= 10**digits else f"{value:.{digits}g}"
 
 
 def demo_table() -> str:
@@ -180,6 +214,7 @@ PAGES = {
     "README.md": {
         "presets": presets_table,
         "speed": speed_tables,
+        "memory": memory_table,
         "demo": demo_table,
         "compare": compare_tables,
         "robustness": robustness_table,
