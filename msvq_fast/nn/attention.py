@@ -208,6 +208,7 @@ class LocalAttention(nn.Module):
             kernels=self.kernels,
             include_self=self.include_self,
             bias=self._bias(query.dtype),
+            backend=None if self.backend == "native" else self.backend,  # C++ takes whole grids
         )
         result: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
         return result

@@ -16,7 +16,7 @@ from msvq_fast.ops.local_attention import op
 if op.OP.missing.get("triton") is not None:
     pytest.skip(op.OP.missing["triton"], allow_module_level=True)
 
-from msvq_fast.ops.local_attention import triton_kernels, triton_shapes
+from msvq_fast.ops.local_attention import triton_calls, triton_kernels, triton_shapes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -242,7 +242,7 @@ def test_compiles_once_for_any_grid(monkeypatch):
         with monkeypatch.context() as patch:
             checked = i in (0, 6, 19)  # the interpreter is slow
             if not checked:
-                patch.setattr(triton_kernels, "launch", lambda *args: None)
+                patch.setattr(triton_calls, "launch", lambda *args: None)
             got = torch.autograd.grad(compiled(q, keys, values, h, w), [q, *keys, *values])
         if checked:
             loss = step(q, keys, values, h, w, "reference")
@@ -258,7 +258,7 @@ def test_regions_of_tiles_change_no_bit(monkeypatch):
     options = {"grids": grids, "kernels": kernels, "backend": "triton"}
     results = []
     for full in (10**9, 1):  # programs that fill the GPU: never, always
-        monkeypatch.setattr(triton_kernels, "_FULL", full)
+        monkeypatch.setattr(triton_calls, "_FULL", full)
         out = local_attention(q, keys, values, **options)
         results.append([out, *torch.autograd.grad(out.square().sum(), [q, *keys, *values])])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

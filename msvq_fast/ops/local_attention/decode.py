@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast.ops.checks import accumulation_dtype
-from msvq_fast.ops.local_attention.op import check_bias, check_windows
+from msvq_fast.ops.local_attention.op import OP, check_bias, check_windows
 from msvq_fast.ops.local_attention.windows import Windows, bias_size
 
 Kernel = int | str
@@ -27,6 +27,7 @@ def local_attention_at(
     border: str = "clip",
     bias: Sequence[Tensor | None] | None = None,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """`local_attention` of the queries at ``positions`` alone; its cost is that of their windows.
 
@@ -45,19 +46,20 @@ def local_attention_at(
         border: As in `local_attention`.
         bias: As in `local_attention`.
         scale: As in `local_attention`.
+        backend: ``None`` picks; ``"reference"`` or ``"triton"`` runs or raises.
 
     Returns:
         ``(B, heads, F, d)``; a query that sees no key gets 0.
 
     Gradient:
-        To all tensors but ``positions``.
+        To all tensors but ``positions``, by the reference: the kernel takes no call that needs one.
 
     Raises:
         InputError: For shapes, grids, kernels, dtypes or devices that do not fit together.
 
     Numerics:
         Scores, softmax and sums in float32 (float64 for float64), one rounding at the end. Keys and
-        values that no query sees must be finite.
+        values that no query sees must be finite. Nothing waits for the device.
     """
     windows = check_windows(
         q, keys, values, grids, kernels, order, include_self, border, positions=positions
@@ -66,20 +68,39 @@ def local_attention_at(
     used = [n for n, kernel in enumerate(kernels) if kernel != 0]
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    args = (
+        q, [keys[n] for n in used], [values[n] for n in used], [relative[n] for n in used], windows,
+    )  # fmt: skip
+    chosen = OP.pick(*args, positions, backend=backend)
+    if chosen == "reference":
+        return _local_attention_at(*args, scale, positions)
+    out: Tensor = OP.kernels[chosen].local_attention_at(*args, scale, positions)
+    return out
+
+
+def _local_attention_at(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    windows: Windows,
+    scale: float,
+    positions: Tensor,
+) -> Tensor:
+    """The definition: the rows of `reference.local_attention` from gathered keys and values."""
     work = accumulation_dtype(q.dtype)
     group = q.shape[1] // keys[0].shape[1]
     query = q.to(work) * scale
     scores, gathered, masks = [], [], []
-    for n, used_n in enumerate(used):
-        index, seen, offset = _window_at(windows, n, positions, keys[used_n].shape[2])
-        key = keys[used_n][:, :, index].to(work).repeat_interleave(group, dim=1)  # (B, h, F, k², d)
+    for n, table in enumerate(bias):
+        index, seen, offset = _window_at(windows, n, positions, keys[n].shape[2])
+        key = keys[n][:, :, index].to(work).repeat_interleave(group, dim=1)  # (B, h, F, k², d)
         score = (query.unsqueeze(-2) * key).sum(-1)  # (B, heads, F, k²)
-        table = relative[used_n]
         if table is not None:
             score = score + table.to(work).flatten(1)[:, offset]
         scores.append(score)
         masks.append(seen)
-        value = values[used_n][:, :, index].to(work)
+        value = values[n][:, :, index].to(work)
         gathered.append(value.repeat_interleave(group, dim=1))
     mask = torch.cat(masks, dim=-1)
     empty = ~mask.any(dim=-1, keepdim=True)

@@ -26,8 +26,11 @@ def unsupported(
     values: Sequence[Tensor],
     bias: Sequence[Tensor | None],
     windows: Windows,
+    positions: Tensor | None = None,
 ) -> str | None:
-    """Why this call cannot run here, or None."""
+    """Why this call cannot run here, or None; with ``positions`` that of a few queries."""
+    if positions is not None:
+        return "the C++ kernel takes the queries of a whole grid, not a few at positions"
     if q.device.type != "cpu":
         return f"the C++ kernel runs on CPU tensors, q is on {q.device}"
     return None

@@ -149,7 +149,7 @@ def check_windows(
         for n, item in enumerate(items):
             h, w = grids[n]
             if positions is not None and order == "raster" and n == scales - 1 and item.dim() == 4:
-                h = _ring_rows(f"{name}[{n}]", item, grids[n], kernels[n])
+                h = _ring_rows(f"keys[{n}]", keys[n], grids[n], kernels[n])
             if item.dim() != 4 or item.shape[2] != h * w:
                 raise InputError(
                     f"{name}[{n}] has shape {tuple(item.shape)}; expected (B, kv_heads, "
@@ -176,7 +176,7 @@ def check_windows(
 
 
 def _ring_rows(name: str, item: Tensor, grid: tuple[int, int], kernel: Kernel) -> int:
-    """The rows of a ring of keys or values: all that a query reads, at most the grid's."""
+    """The rows of a ring of keys and values: all that a query reads, at most the grid's."""
     rows = item.shape[2] // grid[1]
     least = min(grid[0], _kernel_size(kernel, grid) // 2 + 1)
     if not least <= rows <= grid[0]:

@@ -13,6 +13,7 @@ from msvq_fast.ops.local_attention.triton_backward import (
     key_kernel,
     query_kernel,
 )
+from msvq_fast.ops.local_attention.triton_decode import decode_kernel
 from msvq_fast.ops.local_attention.triton_forward import forward_kernel
 from msvq_fast.ops.local_attention.triton_windows import POINTER
 
@@ -44,7 +45,7 @@ def block_width(width: int) -> int:
 
 
 def step_rows(width: int) -> int:
-    """Queries of a step of the elementwise kernels: 16 channels a thread."""
+    """Queries (or keys) of a step of the elementwise kernels: 16 channels a thread."""
     return 2048 // block_width(width)
 
 
@@ -87,10 +88,12 @@ def _launches() -> dict[tuple[str, torch.dtype, int, bool, bool], Launch]:
                     constants = {"BIAS": biased, "DP": width, "T": tile, "BLOCK": block}
                     key = (name, dtype, width, small, biased)
                     table[key] = Launch(kernel, constants, warps, half)
-            for kernel in (delta_kernel, bias_kernel):
+            for kernel in (delta_kernel, bias_kernel, decode_kernel):
                 constants = {"DP": width, "BLOCK": step_rows(width)}
                 key = (kernel.__name__, dtype, width, False, False)
-                table[key] = Launch(kernel, constants, 4, False)
+                # With four warps, float32 keys of 32 channels spill on sm_100.
+                warps = 8 if kernel is decode_kernel and not half else 4
+                table[key] = Launch(kernel, constants, warps, False)
     return table
 
 
@@ -151,6 +154,8 @@ def _type(name: str, tokens: str, constants: dict[str, Any]) -> str:
         return "constexpr"
     if name == "scale":
         return "fp32"
+    if name == "positions":
+        return "*i64"
     if POINTER.fullmatch(name):
         return "*fp32" if name in _FLOAT32 else tokens
     return "i64" if name.endswith("_b") else "i32"

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 # Everything else that is not a constant is a number.
-POINTER = re.compile(r"q|out|key|value|bias|grad_\w+|[kvb]\d|lse|before|delta|parts")
+POINTER = re.compile(r"q|out|key|value|bias|grad_\w+|[kvb]\d|lse|before|delta|parts|positions")
 
 
 def kernel(function: Callable[..., Any]) -> Any:
