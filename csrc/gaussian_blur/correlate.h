@@ -1,6 +1,7 @@
 // Sums of taps times lines in register tiles, for the Gaussian blur on the CPU.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -12,45 +13,59 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int kRows = 4;                        // lines of one register tile
-constexpr int kVectors = kLanes == 16 ? 4 : 2;  // its vectors; 4 x 4 tiles need 32 registers
+// Lines of a register tile, which a pass finishes at a time; 8 need 26 registers.
+constexpr int kRows = kLanes == 16 ? 8 : 4;
 
 template <int kValue>
 struct Count {
   static constexpr int value = kValue;
 };
+template <int...>
+struct Phases {};
+using RowPhases =
+    std::conditional_t<kRows == 8, Phases<1, 2, 3, 4, 5, 6, 7, 0>, Phases<1, 2, 3, 0>>;
 
-// Correlates `size` taps with kT consecutive lines for kU vectors: output t sums
-// taps[j] * source(t + j, u) in the order of j. Every vector read is used for kT outputs.
-template <int kT, int kU, class Source, class Sink>
+// Correlates `size` taps with consecutive lines for kU vectors, in the order of the taps.
+template <int kU, class Source, class Sink>
 inline void correlate(const float* taps, int64_t size, const Source& source, const Sink& sink) {
-  vfloat sum[kT][kU] = {};
-  if (size < kT) {
-    for (int t = 0; t < kT; ++t)
-      for (int64_t j = 0; j < size; ++j)
-        for (int u = 0; u < kU; ++u) sum[t][u] += broadcast(taps[j]) * source(t + j, u);
-  } else {
-    const auto add = [&](int64_t line, int first, int last) __attribute__((always_inline)) {
-      vfloat value[kU];
+  vfloat sum[kU] = {};
+  for (int64_t j = 0; j < size; ++j)
 #pragma GCC unroll 8
-      for (int u = 0; u < kU; ++u) value[u] = source(line, u);
+    for (int u = 0; u < kU; ++u) sum[u] += broadcast(taps[j]) * source(j, u);
 #pragma GCC unroll 8
-      for (int t = first; t <= last; ++t) {
-        const vfloat tap = broadcast(taps[line - t]);
+  for (int u = 0; u < kU; ++u) sink(u, sum[u]);
+}
+
+// Correlates 2 * radius + 1 symmetric taps with kRows consecutive lines for one vector: output t
+// sums the taps times source(t), source(t + 1), ... Both lines of a tap are added before they are
+// multiplied, from the middle outwards, which halves the multiplications: processors that add and
+// multiply in different units take half the time, others the same. The lines of all outputs stay
+// in registers; a step reads one more at either end.
+template <int... kPhases, class Source, class Sink>
+inline void correlate_symmetric(const float* taps, int64_t radius, const Source& source,
+                                const Sink& sink, Phases<kPhases...>) {
+  // At distance d from the middle output t adds up[(t - d) % kRows] and down[(t + d) % kRows].
+  vfloat sum[kRows], up[kRows], down[kRows];
+  const float* const middle = taps + radius;
 #pragma GCC unroll 8
-        for (int u = 0; u < kU; ++u) sum[t][u] += tap * value[u];
-      }
-    };
-#pragma GCC unroll 8
-    for (int line = 0; line < kT - 1; ++line) add(line, 0, line);
-    for (int64_t line = kT - 1; line < size; ++line) add(line, 0, kT - 1);
-#pragma GCC unroll 8
-    for (int over = 0; over < kT - 1; ++over) add(size + over, over + 1, kT - 1);
+  for (int t = 0; t < kRows; ++t) {
+    up[t] = down[t] = source(radius + t);
+    sum[t] = broadcast(*middle) * up[t];
   }
+  const auto step = [&](int64_t d, auto phase) __attribute__((always_inline)) {
+    constexpr int kPhase = decltype(phase)::value;  // d % kRows
+    up[(kRows - kPhase) % kRows] = source(radius - d);
+    down[(kRows - 1 + kPhase) % kRows] = source(radius + kRows - 1 + d);
+    const vfloat tap = broadcast(middle[d]);
 #pragma GCC unroll 8
-  for (int t = 0; t < kT; ++t)
+    for (int t = 0; t < kRows; ++t)
+      sum[t] += tap * (up[(t + kRows - kPhase) % kRows] + down[(t + kPhase) % kRows]);
+    return true;
+  };
+  int64_t d = 0;
+  while (((++d <= radius && step(d, Count<kPhases>())) && ...)) continue;
 #pragma GCC unroll 8
-    for (int u = 0; u < kU; ++u) sink(t, u, sum[t][u]);
+  for (int t = 0; t < kRows; ++t) sink(t, sum[t]);
 }
 
 // Blurs along a line: out[e] = sum_j taps[j] * line[e + j * step], for `vectors` vectors.
@@ -62,9 +77,9 @@ inline void blur_line(const float* taps, int64_t size, const float* line, int64_
     for (; v + kU <= vectors; v += kU) {
       const float* from = line + v * kLanes;
       float* to = out + v * kLanes;
-      correlate<1, kU>(
+      correlate<kU>(
           taps, size, [=](int64_t j, int u) { return load(from + j * step + u * kLanes); },
-          [=](int, int u, vfloat sum) { store(to + u * kLanes, sum); });
+          [=](int u, vfloat sum) { store(to + u * kLanes, sum); });
     }
   };
   run(Count<8>());
@@ -164,25 +179,26 @@ struct Ahead {
   int64_t count, bytes;
 };
 
-// Blurs across lines: row t of the result is sum_j taps[j] * lines[t + j], for `vectors` vectors.
-template <int kT>
-inline void blur_across(const float* taps, int64_t size, const float* const* lines, int64_t vectors,
-                        float* const* out, const Ahead& ahead) {
-  int64_t v = 0;
-  const auto run = [&](auto count) __attribute__((always_inline)) {
-    constexpr int kU = decltype(count)::value;
-    for (; v + kU <= vectors; v += kU) {
-      const int64_t at = v * kLanes;
-      for (int64_t t = 0; t < ahead.count; ++t)
-        for (int u = 0; u < kU; ++u)
-          __builtin_prefetch(ahead.rows[t] + (at + u * kLanes) * ahead.bytes);
-      correlate<kT, kU>(
-          taps, size, [=](int64_t j, int u) { return load(lines[j] + at + u * kLanes); },
-          [=](int t, int u, vfloat sum) { store(out[t] + at + u * kLanes, sum); });
-    }
-  };
-  run(Count<kVectors>());
-  run(Count<1>());
+// Blurs across lines: row t of the result is 2 * radius + 1 taps times lines[t], lines[t + 1], ...
+inline void blur_across(const float* taps, int64_t radius, const float* const* lines,
+                        int64_t vectors, float* const* out, const Ahead& ahead) {
+  for (int64_t at = 0; at < vectors * kLanes; at += kLanes) {
+    // Not into the first cache, where equal columns of an image's rows share too few places.
+    for (int64_t t = 0; t < ahead.count; ++t)
+      __builtin_prefetch(ahead.rows[t] + at * ahead.bytes, 0, 2);
+    correlate_symmetric(
+        taps, radius, [=](int64_t j) { return load(lines[j] + at); },
+        [=](int t, vfloat sum) { store(out[t] + at, sum); }, RowPhases());
+  }
+}
+
+// The same for one line, with any taps.
+inline void blur_across_once(const float* taps, int64_t size, const float* const* lines,
+                             int64_t vectors, float* out) {
+  for (int64_t at = 0; at < vectors * kLanes; at += kLanes)
+    correlate<1>(
+        taps, size, [=](int64_t j, int) { return load(lines[j] + at); },
+        [=](int, vfloat sum) { store(out + at, sum); });
 }
 
 }  // namespace

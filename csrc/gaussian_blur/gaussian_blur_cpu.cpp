@@ -15,7 +15,7 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 138 KiB
+constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 154 KiB
 constexpr int64_t kChannels = 64;    // channels of a strip of a channels_last tensor
 constexpr int64_t kGrain = 1 << 20;  // multiply-adds worth a thread
 
@@ -191,13 +191,13 @@ struct StripBlur {
     for (int t = 0; t < kRows; ++t)
       ahead[t] = reinterpret_cast<const char*>(
           input(min(row + y.radius + kRows + t, p.height - 1)) + s.pixel * p.inner);
-    blur_across<kRows>(y.taps, y.size, lines.data, vectors, out,
-                       {ahead, s.channels == p.inner ? kRows : 0, sizeof(T)});
+    blur_across(y.taps, y.radius, lines.data, vectors, out,
+                {ahead, s.channels == p.inner ? kRows : 0, sizeof(T)});
     if (collected) {
       const int64_t last = p.height - 1 - row;
-      if (row == 0) blur_across<1>(y.first.data, y.size, lines.data, vectors, out, {});
+      if (row == 0) blur_across_once(y.first.data, y.size, lines.data, vectors, out[0]);
       if (last < count)
-        blur_across<1>(y.last.data, y.size, lines.data + last, vectors, out + last, {});
+        blur_across_once(y.last.data, y.size, lines.data + last, vectors, out[last]);
     }
     if (direct) return;
     for (int t = 0; t < count; ++t) write_row(row + t, out[t]);

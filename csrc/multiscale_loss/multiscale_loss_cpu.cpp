@@ -265,7 +265,7 @@ struct StripLoss {
       out[t] = line(level, level.done) + t * level.line_stride +
                (level.columns.first - level.origin) * s.channels;
     const char* rows[(2 * kMaxScales + 1) * kRows];
-    blur_across<kRows>(p.taps, size, sources.data, level.vectors, out, ahead(l, rows));
+    blur_across(p.taps, radius, sources.data, level.vectors, out, ahead(l, rows));
   }
 
   // What will be read or written next while level l is blurred vertically: x, or what the rows are

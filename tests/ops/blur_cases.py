@@ -23,7 +23,7 @@ def taps(kernel_size: int, sigma: float | None = None) -> list[float]:
 def operator(size: int, weights: tuple[float, ...], border: str) -> Tensor:
     """The blur of one axis as a dense matrix, by walking every tap from its pixel."""
     radius = len(weights) // 2
-    matrix = torch.zeros(size, size, dtype=torch.float64)
+    pixels, sources, values = [], [], []
     for i in range(size):
         for offset, weight in enumerate(weights, -radius):
             j = i + offset
@@ -41,8 +41,12 @@ def operator(size: int, weights: tuple[float, ...], border: str) -> Tensor:
                 else:
                     j = -j if j < 0 else 2 * (size - 1) - j
             else:
-                matrix[i, j] += weight
-    return matrix
+                pixels.append(i)
+                sources.append(j)
+                values.append(weight)
+    index = torch.tensor(pixels), torch.tensor(sources)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    return matrix.index_put_(index, torch.tensor(values, dtype=torch.float64), accumulate=True)
 
 
 def dense_blur(

@@ -73,6 +73,26 @@ def test_native_types_for_every_kernel_and_size(border: str, dtype: torch.dtype)
 
 
 @native_only
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 16, 31, 32, 33, 64, 97, 1024])
+def test_every_length_along_and_across(length: int, border: str) -> None:
+    for shape in ((1, 3, length, 5), (1, 3, 4, length)):
+        image = torch.rand(shape) * 255
+        for kernel_size in KERNELS:
+            weights = taps(kernel_size)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8):
+                x = image.to(dtype)
+                want = dense_blur(x, weights, weights, border)
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    y = x.to(memory_format=layout)
+                    got = native_blur(y, weights, weights, border, False, "")
+                    if dtype == torch.uint8:
+                        assert (got.double() - want).abs().max() <= 0.5 + 1e-4
+                    else:
+                        assert_blur_close(got, want, x, ulps=4 if dtype == torch.float32 else 16)
+
+
+@native_only
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
 def test_native_converts_every_value_like_torch(isa: str, dtype: torch.dtype) -> None:
@@ -180,7 +200,22 @@ def test_constant_image_is_preserved(backend: str, border: str, dtype: torch.dty
     if dtype == torch.float32:
         assert (got - x).abs().max() <= 4 * EPS[dtype]
     else:
-        assert torch.equal(got, x)  # torchvision's taps in bfloat16 gain 2e-3
+        assert torch.equal(got, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_taps_would_gain(backend: str) -> None:
+    """torchvision builds its dense kernel in the image's dtype; the blur keeps float32 taps."""
+    x = torch.rand(1, 1, 64, 48).bfloat16()
+    offsets = torch.linspace(-15, 15, 31, dtype=x.dtype)
+    theirs = torch.exp(-0.5 * (offsets / 5.0).square())
+    theirs = theirs / theirs.sum()
+    dense = theirs[:, None] * theirs
+    assert abs(dense.double().sum() - 1) > 1e-3
+    got = gaussian_blur(x, 31, 5.0, border="symmetric", backend=backend).double()
+    exact = dense_blur(x, taps(31, 5.0), taps(31, 5.0), "symmetric")
+    assert abs(got.mean() / exact.mean() - 1) < 1e-4  # what the rounding of each pixel leaves
+    assert_blur_close(got.to(x.dtype), exact, x, ulps=16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -228,13 +263,24 @@ def test_results_do_not_depend_on_threads() -> None:
     try:
         for border in ("reflect", "circular"):
             for x in images:
+                x.requires_grad_()
                 results = []
-                for threads in (1, 2, 3):
+                for threads in (1, 2, 3, 3):
                     torch.set_num_threads(threads)
-                    results.append(gaussian_blur(x, 31, border=border, backend="native"))
-                assert all(torch.equal(results[0], other) for other in results[1:])
+                    out = gaussian_blur(x, 31, border=border, backend="native")
+                    results.append((out, *torch.autograd.grad(out, x, x)))
+                for others in results[1:]:
+                    assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@native_only
+def test_saves_nothing_for_the_backward() -> None:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        gaussian_blur(torch.rand(1, 1, 9, 9, requires_grad=True), 5, backend="native")
+    assert saved == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

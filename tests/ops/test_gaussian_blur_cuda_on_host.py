@@ -78,9 +78,10 @@ def test_low_precision_rounds_once(dtype: torch.dtype, kernel_size: int) -> None
                 check(x, taps(kernel_size), taps(kernel_size), border, adjoint, blocks=4)
 
 
-@pytest.mark.parametrize("kernel_size", [5, 15])
-def test_uint8_rounds_half_to_even(kernel_size: int) -> None:
-    x = torch.randint(0, 256, (1, 3, 21, 135), dtype=torch.uint8)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel_size", [5, 15, 31])
+def test_uint8_rounds_half_to_even(kernel_size: int, layout: torch.memory_format) -> None:
+    x = torch.randint(0, 256, (1, 3, 21, 135), dtype=torch.uint8).to(memory_format=layout)
     for border in BORDERS:
         got = on_host(x, taps(kernel_size), taps(kernel_size), border)
         exact = dense_blur(x, taps(kernel_size), taps(kernel_size), border)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from parity import assert_close
 
 from msvq_fast.nn import GaussianPyramid, MultiScaleLoss
-from msvq_fast.ops import InputError, multiscale_loss
+from msvq_fast.ops import InputError, gaussian_pyramid, multiscale_loss
 
 
 def blur(x: torch.Tensor, size: int, sigma: float) -> torch.Tensor:
@@ -81,6 +81,29 @@ def test_a_perfect_sum_has_no_loss() -> None:
     coarse, fine = GaussianPyramid(2, kernel_size=5)(x)
     loss, terms = MultiScaleLoss(kernel_size=5)([coarse, fine - coarse], x)
     assert float(loss) < 1e-13 and terms.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 7},
+        {"sigma": 0.7},
+        {"sigma_rule": "opencv"},
+        {"border": "circular"},
+        {"kernel_size": 9, "sigma": 2.0, "border": "constant", "backend": "reference"},
+    ],
+)
+def test_modules_pass_their_settings_on(settings: dict[str, object]) -> None:
+    x = torch.rand(1, 3, 40, 36)
+    contributions = [torch.randn_like(x) for _ in range(3)]
+    pyramid, plain = gaussian_pyramid(x, 3, **settings), gaussian_pyramid(x, 3)
+    got = GaussianPyramid(3, **settings)(x)
+    assert all(torch.equal(a, b) for a, b in zip(got, pyramid, strict=True))
+    assert not torch.equal(got[0], plain[0])
+    for more in ({}, {"reduction": "sum", "weights": [1.0, 3.0, 0.5], "recompute": True}):
+        want = multiscale_loss(contributions, x, **settings, **more)
+        assert torch.equal(MultiScaleLoss(**settings, **more)(contributions, x)[0], want[0])
+        assert not torch.equal(want[0], multiscale_loss(contributions, x, **more)[0])
 
 
 def test_only_the_asked_gradients() -> None:

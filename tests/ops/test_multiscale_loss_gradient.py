@@ -123,10 +123,13 @@ def test_backward_as_often_as_one_likes(recompute: bool) -> None:
 
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_only_the_asked_gradients(layout: torch.memory_format, recompute: bool) -> None:
-    contributions, x = inputs((1, 3, 16, 18), 3, layout)
-    _, want = closed_form(contributions, x, [1.0] * 3, "reflect", 1)
-    for asked in range(8):
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+def test_only_the_asked_gradients(
+    scales: int, layout: torch.memory_format, recompute: bool
+) -> None:
+    contributions, x = inputs((1, 3, 16, 18), scales, layout)
+    _, want = closed_form(contributions, x, [1.0] * scales, "reflect", 1)
+    for asked in range(2**scales):
         mine = [c.clone().requires_grad_(bool(asked >> m & 1)) for m, c in enumerate(contributions)]
         loss, terms = multiscale_loss(mine, x, kernel_size=3, recompute=recompute)
         assert loss.requires_grad == (asked > 0) and not terms.requires_grad
@@ -137,6 +140,22 @@ def test_only_the_asked_gradients(layout: torch.memory_format, recompute: bool) 
             if contribution.grad is not None:
                 assert_close("gradient", contribution.grad, want_grad, ulps=16)
                 assert contribution.grad.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeats_every_bit(dtype: torch.dtype, recompute: bool) -> None:
+    contributions, x = leaves((2, 3, 150, 170), 3, dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(3):
+            loss, terms = multiscale_loss(contributions, x, recompute=recompute, backend="native")
+            runs.append((loss, terms, *torch.autograd.grad(loss, contributions)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for others in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], others, strict=True))
 
 
 @pytest.mark.parametrize("border", ["reflect", "replicate"])
