@@ -74,12 +74,13 @@ def compare(inputs, positions, ulps=32, **options):
     return got
 
 
-# steps that end in the middle, several steps a scale, more scales than one launch takes
+# steps that end in the middle, several steps a scale, more scales than one launch takes and the
+# last launch with the highest scores
 LARGE = [
     ([(5, 6), (9, 40)], [3, 15], {}),
     ([(5, 6), (20, 19)], ["full", "full"], {"order": "raster", "include_self": True}),
     ([(1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (5, 6)], ["full", 1, 3, 3, 3, 3], {}),
-    ([(1, 2), (2, 2), (2, 3), (3, 3), (4, 3)], [1, 3, 3, 3, 3], {"order": "raster"}),
+    ([(1, 2), (2, 2), (2, 3), (3, 3), (4, 3)], [1, 3, 3, 3, 3], {"order": "raster", "scale": 4.0}),
 ]
 
 

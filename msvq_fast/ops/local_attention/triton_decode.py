@@ -75,7 +75,7 @@ def decode_kernel(
         across = x1 - x0 + 1
         by_across = reciprocal(across)
         count = (y1 - y0 + 1) * across
-        end = tl.where(ordered, here + include_self, FAR)
+        end = tl.where(ordered, here + 1, FAR)
         hidden = tl.where(is_own & (include_self == 0), here, -1)
         size = choose(n, s0, s1, s2, s3)
         table = choose(n, b0, b1, b2, b3)
