@@ -54,6 +54,10 @@ def filter_codes(
     A score is ``|c|²/2 - x.c`` with the tile's number in its lowest bits. Rows with two codes
     within the bound are listed from the front of ``pending``, with more from its back.
     """
+    # First, while no row is in registers.
+    code_norm = largest_of(norm_ptr, tiles, BN)
+    half_norm = largest_of(norm_ptr + tiles, tiles, BN)
+    code_error = largest_of(norm_ptr + 2 * tiles, tiles, BN)
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
     lanes = tl.arange(0, BN)
@@ -92,9 +96,6 @@ def filter_codes(
         second = tl.minimum(second, tl.maximum(best, score))
         best = tl.minimum(best, score)
 
-    code_norm = largest_of(norm_ptr, tiles, BN)
-    half_norm = largest_of(norm_ptr + tiles, tiles, BN)
-    code_error = largest_of(norm_ptr + 2 * tiles, tiles, BN)
     # What separates a score from its exact value, see ARCHITECTURE.md.
     both = row_norm * unit + code_norm
     dot_error = row_error * code_norm + (row_norm + row_error) * code_error
