@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -80,8 +81,22 @@ def drawn(seed):
     return grids, kernels, options, heads, kv_heads, draw.choice([16, 32, 64, 128])
 
 
+DRAWS = 600
+
+
+def test_the_draws_cover_every_pair_of_values():
+    rows = []
+    for seed in range(DRAWS):
+        grids, kernels, options, heads, kv_heads, width = drawn(seed)
+        rule = (options["border"], options.get("order"), options["include_self"])
+        rows.append((len(grids), grids[-1][0], kernels[-1], rule, (heads, kv_heads), width))
+    for i, j in itertools.combinations(range(len(rows[0])), 2):
+        possible = itertools.product({row[i] for row in rows}, {row[j] for row in rows})
+        assert {(row[i], row[j]) for row in rows} == set(possible)
+
+
 @pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(DRAWS))
 def test_any_setting(seed, backend):
     grids, kernels, options, heads, kv_heads, width = drawn(seed)
     inputs = make_inputs(grids, heads=heads, kv_heads=kv_heads, width=width)
