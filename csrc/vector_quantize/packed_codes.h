@@ -17,7 +17,7 @@ namespace msvq {
 namespace MSVQ_ISA {
 
 // The error of a score is at most `seed_error |c|^2 / 2 + dot_error |x| |c|`: rounding of D
-// multiply- adds, of x, c and the seed, with a margin for terms of second order and for other
+// multiply-adds, of x, c and the seed, with a margin for terms of second order and for other
 // orders of summation. Splitting x and c in two bfloat16 leaves out lo.lo and what is below lo, at
 // most 2^-16 of the product each. Rounding c to bfloat16 takes away a part of |c| that is measured,
 // and of x one that is added row by row.

@@ -1,8 +1,9 @@
-// The exact nearest code: a filter with a certified error bound, then float64 for the rest.
+// The exact nearest code: a filter with a certified error bound, then exact distances for the rest.
 //
 // Every code's score is a lower bound of half its distance (packed_codes.h). The best code of a
 // row is certain if the second lowest bound lies above the best code's upper bound; otherwise every
-// code whose lower bound does not is measured in float64 in the order of the definition.
+// code whose lower bound does not is measured, in float32 if that separates them, else in float64
+// in the order of the definition.
 #pragma once
 #include <cstdint>
 
