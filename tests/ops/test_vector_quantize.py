@@ -86,6 +86,13 @@ def test_every_layout_gives_the_same(backend, dtype):
         assert_close(f"{name} grad", grad, want_grad, ulps=2)
 
 
+@pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
+def test_native_says_how_many_codes_it_takes():
+    z, codes = torch.zeros(1, 1), torch.zeros(1, 1)
+    assert OP.why_not("native", z, codes.expand(2**24, 1)) is None
+    assert "codes" in OP.why_not("native", z, codes.expand(2**24 + 1, 1))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", ((0, 4), (2, 4, 0, 3)))
 def test_empty(backend, shape):

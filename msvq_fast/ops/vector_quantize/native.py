@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_MOST_CODES = 2**24  # a score's mantissa holds the number of a vector of four
 _PANEL = 32  # the sums' memory first holds the packed codes, a multiple of this many
 
 
@@ -31,6 +32,8 @@ def unsupported(z: Tensor, codebook: Tensor) -> str | None:
         return f"the C++ kernel takes float32, float16 or bfloat16, z is {z.dtype}"
     if codebook.dtype != torch.float32:
         return f"the C++ kernel takes a float32 codebook, it is {codebook.dtype}"
+    if codebook.shape[0] > _MOST_CODES:
+        return f"the C++ kernel takes up to {_MOST_CODES} codes, there are {codebook.shape[0]}"
     if codebook.shape[1] > 4096:
         return f"the C++ kernel takes D up to 4096, it is {codebook.shape[1]}"
     return None
