@@ -6,7 +6,7 @@
 #include "vector_quantize/packed_codes.h"
 #include "vector_quantize/scores.h"
 
-#ifdef MSVQ_BFLOAT16
+#ifdef MSVQ_AMX
 
 namespace msvq {
 namespace MSVQ_ISA {
@@ -56,14 +56,14 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(
 }
 
 inline void keep_best(const float* score, const PackedCodes& codes, const float* error_norm,
-                      int64_t p, LaneBest* state) {
+                      int64_t p, FloatBest* state) {
   const Tag first_tag(2 * p, codes), second_tag(2 * p + 1, codes);
   const vfloat norm0 = load(&codes.norms[p * kPanel]);
   const vfloat norm1 = load(&codes.norms[p * kPanel + kLanes]);
   for (int64_t r = 0; r < 32; ++r) {
     const float* s = score + (r / 16 * 512) + r % 16 * 16;
     const vfloat e = broadcast(error_norm[r]);
-    LaneBest row = state[r];
+    FloatBest row = state[r];
     keep_best(load(s) + e * norm0, first_tag, &row);
     keep_best(load(s + 256) + e * norm1, second_tag, &row);
     state[r] = row;
@@ -76,7 +76,7 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void scan_split(const SplitR
                                                                     int64_t count,
                                                                     const float* error_norm,
                                                                     const PackedCodes& codes,
-                                                                    LaneBest* state) {
+                                                                    FloatBest* state) {
   alignas(64) const TileConfig config;
   alignas(64) float score[2][1024];
   _tile_loadconfig(&config);

@@ -10,8 +10,8 @@
 #include <cstring>
 
 #include "parallel.h"
-#include "vector_quantize/bfloat16.h"
 #include "vector_quantize/rows.h"
+#include "vector_quantize/split.h"
 
 namespace msvq {
 namespace MSVQ_ISA {
@@ -19,25 +19,27 @@ namespace MSVQ_ISA {
 // The error of a score is at most `seed_error |c|^2 / 2 + dot_error |x| |c|`: rounding of D
 // multiply-adds, of x, c and the seed, with a margin for terms of second order and for other
 // orders of summation. Splitting x and c in two bfloat16 leaves out lo.lo and what is below lo, at
-// most 2^-16 of the product each. Rounding c to bfloat16 takes away a part of |c| that is measured,
-// and of x one that is added row by row.
+// most 2^-16 of the product each.
 inline double rounding_error(int64_t width) {
   return 1.05 * static_cast<double>(width + 40) * 0x1p-24;
 }
 constexpr double kSplitError = 3.05 * 0x1p-16;
-constexpr double kRounded = 1 + 0x1p-8;  // at least |x rounded to bfloat16| / |x|
+
+inline int64_t pairs(int64_t width) { return (width + 1) / 2; }
 
 struct PackedCodes {
-  float* panels;  // float32 columns, or pairs or tiles of bfloat16 (bfloat16.h), by `filter`
+  float* panels;  // float32 columns, pairs of int16 (int16_filter.h) or tiles of bfloat16 (split.h)
   Filter filter;
   double seed_error, dot_error;
-  int tag_bits;      // of a score, taken by the number of a vector of slots
+  double half;       // of int16: at most so long is what rounding takes from a vector
+  int tag_bits;      // of a score, taken by the number of its slot, or of a vector of slots
   double tag_error;  // what they take away, relative to the score
   int64_t count, panel_count, width;
   Scratch<float> seeds, norms;  // (slots,), see pack()
+  Scratch<int32_t> int_seeds;   // (slots,), of int16
   Scratch<float> mean;          // (D,)
   Scratch<int32_t> index;       // slot -> code
-  float scale;                  // power of two: every |c_d| < 1
+  float scale;                  // power of two: every |c_d| < 1, or |c| < 2^15 of int16
   double max_norm;
 
   PackedCodes(int64_t num_codes, int64_t width, float* panels, Filter filter)
@@ -45,6 +47,7 @@ struct PackedCodes {
         filter(filter),
         seed_error(rounding_error(width)),
         dot_error(rounding_error(width) + (filter == Filter::split ? kSplitError : 0)),
+        half(0),
         tag_bits(0),
         tag_error(0),
         count(0),
@@ -52,6 +55,7 @@ struct PackedCodes {
         width(width),
         seeds(slots(num_codes)),
         norms(slots(num_codes)),
+        int_seeds(slots(num_codes)),
         mean(width),
         index(slots(num_codes)),
         scale(1),
@@ -145,13 +149,13 @@ inline void pack_panels(const float* codebook, int threads, PackedCodes* out) {
   out->panel_count = (out->count + kPanel - 1) / kPanel;
   while (int64_t{1} << out->tag_bits < out->panel_count * kPanel / kLanes) ++out->tag_bits;
   out->tag_error = ldexp(1.02, out->tag_bits - 23);
-  Scratch<double> largest(out->panel_count), rounded_away(out->panel_count);
+  Scratch<double> largest(out->panel_count);
   parallel_for(out->panel_count, threads, [&](int64_t p) {
     float* panel = out->panels + p * kPanel * width;
     const bool in_place = out->filter == Filter::float32;
     Scratch<float> exact(in_place ? 0 : kPanel * width);
     float* columns = in_place ? panel : exact.data;
-    largest[p] = rounded_away[p] = 0;
+    largest[p] = 0;
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const int64_t slot = p * kPanel + lane;
       if (slot >= out->count) {
@@ -173,26 +177,12 @@ inline void pack_panels(const float* codebook, int threads, PackedCodes* out) {
       out->norms[slot] = static_cast<float>(norm);
       largest[p] = norm > largest[p] ? norm : largest[p];
     }
-#ifdef MSVQ_BFLOAT16
+#ifdef MSVQ_AMX
     if (out->filter == Filter::split) split_panel(columns, width, panel);
-    if (out->filter == Filter::bfloat16) {
-      float rest[kPanel];
-      pair_panel(columns, width, reinterpret_cast<uint32_t*>(panel), rest);
-      for (int64_t lane = 0; lane < kPanel; ++lane) {
-        const double norm = out->norms[p * kPanel + lane];
-        const double part = norm > 0 ? __builtin_sqrt(rest[lane]) * 1.001 / norm : 0;
-        rounded_away[p] = part > rounded_away[p] ? part : rounded_away[p];
-      }
-    }
 #endif
   });
-  double largest_rounded_away = 0;
-  for (int64_t p = 0; p < out->panel_count; ++p) {
+  for (int64_t p = 0; p < out->panel_count; ++p)
     out->max_norm = largest[p] > out->max_norm ? largest[p] : out->max_norm;
-    largest_rounded_away =
-        rounded_away[p] > largest_rounded_away ? rounded_away[p] : largest_rounded_away;
-  }
-  out->dot_error += largest_rounded_away * kRounded;
 }
 
 inline void pack(const float* codebook, int64_t num_codes, int threads, PackedCodes* out) {

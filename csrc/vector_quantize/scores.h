@@ -12,11 +12,13 @@ typedef int32_t vint __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 // Lane i of vector v is slot v * kLanes + i; v stands in the lowest bits of the scores
 // (`tag_bits`).
+template <class V>
 struct LaneBest {
-  vfloat best, second;
+  V best, second;
 };
+typedef LaneBest<vfloat> FloatBest;
 
-inline void clear(LaneBest* state) {
+inline void clear(FloatBest* state) {
   *state = {broadcast(__builtin_inff()), broadcast(__builtin_inff())};
 }
 
@@ -54,7 +56,7 @@ inline vfloat tagged(vfloat score, const Tag& tag) {
 }
 #endif
 
-inline void keep_best(vfloat score, const Tag& tag, LaneBest* state) {
+inline void keep_best(vfloat score, const Tag& tag, FloatBest* state) {
   score = tagged(score, tag);
   state->second = lower(state->second, higher(state->best, score));
   state->best = lower(state->best, score);
@@ -66,6 +68,10 @@ inline int64_t slot_of(float best, int64_t lane, const PackedCodes& codes) {
   return static_cast<int64_t>(vector) * kLanes + lane;
 }
 
+inline float not_below(double limit) {
+  return static_cast<float>(limit * (limit > 0 ? 1 + 1e-6 : 1 - 1e-6));
+}
+
 struct RowBest {
   float best, second;
   int64_t slot;
@@ -73,11 +79,14 @@ struct RowBest {
 
 #if defined(__AVX512F__)
 // The lanes that are not above `limit`, as bits.
-inline uint32_t lanes_up_to(vfloat v, float limit) {
-  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_LE_OQ);
+inline uint32_t lanes_up_to(vfloat v, double limit) {
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(not_below(limit)), _CMP_LE_OQ);
+}
+inline uint32_t lanes_up_to(vint v, double limit) {
+  return _mm512_cmple_epi32_mask((__m512i)v, _mm512_set1_epi32(static_cast<int32_t>(limit)));
 }
 
-inline RowBest reduce_lanes(const LaneBest& state, const PackedCodes& codes) {
+inline RowBest reduce_lanes(const FloatBest& state, const PackedCodes& codes) {
   const __m512 lanes = (__m512)state.best;
   const float best = _mm512_reduce_min_ps(lanes);
   const __mmask16 at = _mm512_cmp_ps_mask(lanes, _mm512_set1_ps(best), _CMP_EQ_OQ);
@@ -88,15 +97,16 @@ inline RowBest reduce_lanes(const LaneBest& state, const PackedCodes& codes) {
   return {best, second, slot_of(best, winner, codes)};
 }
 #else
-inline uint32_t lanes_up_to(vfloat v, float limit) {
+inline uint32_t lanes_up_to(vfloat v, double limit) {
+  const float bound = not_below(limit);
   float lanes[kLanes];
   store(lanes, v);
   uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(lanes[i] <= limit) << i;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(lanes[i] <= bound) << i;
   return bits;
 }
 
-inline RowBest reduce_lanes(const LaneBest& state, const PackedCodes& codes) {
+inline RowBest reduce_lanes(const FloatBest& state, const PackedCodes& codes) {
   float best[kLanes], second[kLanes];
   store(best, state.best);
   store(second, state.second);

@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "vector_quantize/amx_filter.h"
-#include "vector_quantize/bfloat16_filter.h"
 #include "vector_quantize/exact_distance.h"
+#include "vector_quantize/int16_filter.h"
 #include "vector_quantize/scores.h"
 
 namespace msvq {
@@ -24,16 +24,18 @@ constexpr int kTileRows = 6;
 
 // Scratch memory of a task. Latents are centred, scaled and negated.
 struct Block {
-  Scratch<float> x;  // row by row (ld = D) or d by d (ld = kBlockRows)
+  Scratch<float> x;  // row by row or d by d
   Scratch<float> panel, z_row, x_row;
-  Scratch<uint32_t> pair;  // x rounded to bfloat16, in the layout of x with two d in a word
-  Scratch<uint32_t> pair_row;
   Scratch<uint16_t> hi, lo;  // x split in two bfloat16
-  Scratch<LaneBest> state;
+  Scratch<FloatBest> state;
+#if defined(__AVX512F__)
+  Int16Rows integers;
+#endif
   float norm[kBlockRows];        // upper bounds of |x|; inf or NaN if the filter cannot be used
   float error_norm[kBlockRows];  // a score's error is at most this, negated, times |c|
   float margin[kBlockRows];      // what float64 rounds off, and underflow
-  int64_t count, ld;
+  int64_t count;
+  bool by_row;
   Ahead ahead;
 
   explicit Block(const PackedCodes& codes)
@@ -41,14 +43,16 @@ struct Block {
         panel(codes.filter == Filter::split ? kPanel * codes.width : 0),
         z_row(codes.width),
         x_row(codes.width),
-        pair(codes.filter == Filter::bfloat16 ? kBlockRows * (codes.width + 1) / 2 : 0),
-        pair_row((codes.width + 1) / 2),
         hi(codes.filter == Filter::split ? kBlockRows * codes.width : 0),
         lo(codes.filter == Filter::split ? kBlockRows * codes.width : 0),
         state(kBlockRows),
+#if defined(__AVX512F__)
+        integers(codes),
+#endif
         count(0),
-        ld(0),
-        ahead{} {}
+        by_row(false),
+        ahead{} {
+  }
 };
 
 template <int kRows, bool kByRow>
@@ -78,13 +82,14 @@ template <int kRows, bool kByRow>
 inline void scan_tile(Block* block, int64_t first, const PackedCodes& codes, int64_t p) {
   const Tag first_tag(2 * p, codes), second_tag(2 * p + 1, codes);
   vfloat score[kRows][2];
-  const float* x = block->x.data + (kByRow ? first * block->ld : first);
-  score_panel<kRows, kByRow>(x, block->ld, block->error_norm + first,
+  const int64_t ld = kByRow ? codes.width : kBlockRows;
+  const float* x = block->x.data + (kByRow ? first * ld : first);
+  score_panel<kRows, kByRow>(x, ld, block->error_norm + first,
                              codes.panels + p * kPanel * codes.width, &codes.seeds[p * kPanel],
                              &codes.norms[p * kPanel], codes.width, score);
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-    LaneBest state = block->state[first + r];
+    FloatBest state = block->state[first + r];
     keep_best(score[r][0], first_tag, &state);
     keep_best(score[r][1], second_tag, &state);
     block->state[first + r] = state;
@@ -104,18 +109,21 @@ inline void scan_block(Block* block, const PackedCodes& codes) {
 }
 
 // Fills the running best of the block's rows.
-inline void scan(bool by_row, Block* block, const PackedCodes& codes) {
+inline void scan(Block* block, const PackedCodes& codes) {
+#if defined(__AVX512F__)
+  if (codes.filter == Filter::int16) {
+    if (block->by_row) return scan_pairs<true>(block->count, codes, block->ahead, &block->integers);
+    return scan_pairs<false>(block->count, codes, block->ahead, &block->integers);
+  }
+#endif
   for (int64_t i = 0; i < kBlockRows; ++i) clear(&block->state[i]);
-#ifdef MSVQ_BFLOAT16
+#ifdef MSVQ_AMX
   if (codes.filter == Filter::split) {
     const SplitRows split{block->hi.data, block->lo.data};
     return scan_split(split, block->count, block->error_norm, codes, block->state.data);
   }
-  if (codes.filter == Filter::bfloat16)
-    return scan_pairs(by_row, block->pair.data, block->count, block->error_norm, codes,
-                      block->ahead, block->state.data);
 #endif
-  if (by_row) return scan_block<true>(block, codes);
+  if (block->by_row) return scan_block<true>(block, codes);
   scan_block<false>(block, codes);
 }
 
@@ -130,12 +138,76 @@ inline double score_limit(const RowBest& best, const Block& block, int64_t i,
   return limit + codes.tag_error * __builtin_fabs(limit);
 }
 
-// Scores of panel p for row `i` alone, whose values are in `x_row` and `pair_row`.
-inline void score_row(Block* block, int64_t i, const PackedCodes& codes, int64_t p, float* scores) {
+// The rows' best codes, and those rows that other codes may be nearer to, with the score up to
+// which they are. Which rows are certain is not predictable, so nothing here branches on it.
+inline int64_t find_open_rows(const Block& block, const PackedCodes& codes, int64_t* nearest,
+                              int64_t* open, double* limits) {
+  int64_t opened = 0;
+#if defined(__AVX512F__)
+  if (codes.filter == Filter::int16) {
+    const int32_t number = (1 << codes.tag_bits) - 1;
+    for (int64_t first = 0; first < block.count; first += kLanes) {
+      const Int16Best row = reduce_lanes(&block.integers.state[first]);
+      const int64_t left = block.count - first;
+      for (int64_t i = 0; i < kLanes && i < left; ++i) {
+        const int32_t best = row.best[i], second = row.second[i];
+        const uint32_t apart = static_cast<uint32_t>(second) - static_cast<uint32_t>(best);
+        const uint32_t window = block.integers.window[first + i];
+        nearest[first + i] = codes.index[best & number];
+        limits[first + i] = static_cast<double>(best) + window;
+        open[opened] = first + i;
+        opened += apart <= window;
+      }
+    }
+    return opened;
+  }
+#endif
+  for (int64_t i = 0; i < block.count; ++i) {
+    const RowBest best = reduce_lanes(block.state[i], codes);
+    limits[i] = score_limit(best, block, i, codes);
+    nearest[i] = codes.index[best.slot];
+    open[opened] = i;
+    opened += !(best.second > limits[i]);
+  }
+  return opened;
+}
+
+// The slots of row `i` that score up to `limit`, where no lane can hold more than one; else -1.
+inline int candidates_of(const Block& block, int64_t i, double limit, const PackedCodes& codes,
+                         int64_t* slots) {
+  if (!(block.norm[i] < __builtin_inff())) return -1;
+  int count = 0;
+#if defined(__AVX512F__)
+  if (codes.filter == Filter::int16) {
+    const Int16Best& row = block.integers.state[i];
+    const int32_t number = (1 << codes.tag_bits) - 1;
+    if (lanes_up_to(row.second, limit) != 0) return -1;
+    for (uint32_t lanes = lanes_up_to(row.best, limit); lanes != 0; lanes &= lanes - 1)
+      slots[count++] = row.best[__builtin_ctz(lanes)] & number;
+    return count;
+  }
+#endif
+  const FloatBest& row = block.state[i];
+  if (lanes_up_to(row.second, limit) != 0) return -1;
+  for (uint32_t lanes = lanes_up_to(row.best, limit); lanes != 0; lanes &= lanes - 1) {
+    const int lane = __builtin_ctz(lanes);
+    slots[count++] = slot_of(row.best[lane], lane, codes);
+  }
+  return count;
+}
+
+// The slots of panel p that score up to `limit` for row `i`, as bits. The row's values are in
+// `x_row`.
+inline uint64_t slots_up_to(double limit, Block* block, int64_t i, const PackedCodes& codes,
+                            int64_t p) {
+#if defined(__AVX512F__)
+  if (codes.filter == Filter::int16) {
+    if (block->by_row) return slots_up_to<true>(limit, block->integers, i, codes, p);
+    return slots_up_to<false>(limit, block->integers, i, codes, p);
+  }
+#endif
   const float* panel = codes.panels + p * kPanel * codes.width;
-#ifdef MSVQ_BFLOAT16
-  if (codes.filter == Filter::bfloat16)
-    return score_pairs_of_row(block->pair_row.data, block->error_norm[i], codes, p, scores);
+#ifdef MSVQ_AMX
   if (codes.filter == Filter::split) {
     join_panel(panel, codes.width, block->panel.data);
     panel = block->panel.data;
@@ -144,32 +216,20 @@ inline void score_row(Block* block, int64_t i, const PackedCodes& codes, int64_t
   vfloat score[1][2];
   score_panel<1, true>(block->x_row.data, codes.width, block->error_norm + i, panel,
                        &codes.seeds[p * kPanel], &codes.norms[p * kPanel], codes.width, score);
-  store(scores, score[0][0]);
-  store(scores + kLanes, score[0][1]);
+  return lanes_up_to(score[0][0], limit) | static_cast<uint64_t>(lanes_up_to(score[0][1], limit))
+                                               << kLanes;
 }
 
 // Scores the row against every code once more and measures those not above `limit`.
-inline void measure_all(Block* block, int64_t i, float limit, const PackedCodes& codes,
+inline void measure_all(Block* block, int64_t i, double limit, const PackedCodes& codes,
                         NearestExact* nearest) {
   const bool all = !(block->norm[i] < __builtin_inff());
   for (int64_t d = 0; d < codes.width; ++d)
     block->x_row[d] = (block->z_row[d] - codes.mean[d]) * -codes.scale;
-#ifdef MSVQ_BFLOAT16
-  float square, rest;
-  if (codes.filter == Filter::bfloat16)
-    pair_row(block->z_row.data, codes.mean.data, -codes.scale, codes.width, block->pair_row.data,
-             &square, &rest);
-#endif
   for (int64_t p = 0; p < codes.panel_count; ++p) {
     const int64_t slot = p * kPanel;
     const int64_t lanes = codes.count - slot < kPanel ? codes.count - slot : kPanel;
-    alignas(64) float scores[kPanel] = {};
-    uint64_t near = ~uint64_t{0};
-    if (!all) {
-      score_row(block, i, codes, p, scores);
-      near = lanes_up_to(load(scores), limit) |
-             static_cast<uint64_t>(lanes_up_to(load(scores + kLanes), limit)) << kLanes;
-    }
+    uint64_t near = all ? ~uint64_t{0} : slots_up_to(limit, block, i, codes, p);
     for (near &= (uint64_t{1} << lanes) - 1; near != 0; near &= near - 1)
       nearest->add(codes.index[slot + __builtin_ctzll(near)]);
   }
@@ -179,20 +239,13 @@ inline void measure_all(Block* block, int64_t i, float limit, const PackedCodes&
 inline int64_t resolve(Block* block, int64_t i, double limit, const float* codebook,
                        const PackedCodes& codes) {
   NearestExact nearest(block->z_row.data, codebook, codes.width);
-  const float bound = static_cast<float>(limit * (limit > 0 ? 1 + 1e-6 : 1 - 1e-6));
-  const LaneBest& state = block->state[i];
-  // A lane holds at most one candidate, or all are measured.
-  const bool known = block->norm[i] < __builtin_inff() && lanes_up_to(state.second, bound) == 0;
-  if (!known) {
-    measure_all(block, i, bound, codes, &nearest);
+  int64_t candidates[kLanes];
+  const int count = candidates_of(*block, i, limit, codes, candidates);
+  if (count < 0) {
+    measure_all(block, i, limit, codes, &nearest);
     return nearest.result();
   }
-  int64_t candidates[kLanes];
-  int count = 0;
-  for (uint32_t lanes = lanes_up_to(state.best, bound); lanes != 0; lanes &= lanes - 1) {
-    const int lane = __builtin_ctz(lanes);
-    candidates[count++] = codes.index[slot_of(state.best[lane], lane, codes)];
-  }
+  for (int c = 0; c < count; ++c) candidates[c] = codes.index[candidates[c]];
   const int64_t clear =
       clearly_nearest(block->z_row.data, codebook, codes.width, candidates, count);
   if (clear >= 0) return clear;

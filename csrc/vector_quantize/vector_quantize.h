@@ -10,9 +10,9 @@
 
 namespace msvq {
 
-// What the search multiplies before it measures what that leaves open: float32; one bfloat16 each
-// (AVX-512-BF16); or numbers split in two bfloat16 (AMX).
-enum class Filter { float32, bfloat16, split };
+// What the search multiplies before it measures what that leaves open: float32; integers of 16 bits
+// (AVX-512-VNNI); or numbers split in two bfloat16 (AMX).
+enum class Filter { float32, int16, split };
 
 enum class LatentType { float32, float16, bfloat16 };
 

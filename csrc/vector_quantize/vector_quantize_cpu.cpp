@@ -17,22 +17,24 @@ void load_rows(const Rows<const T>& z, int64_t row, const PackedCodes& codes, Bl
                float* square) {
   const int64_t width = codes.width;
   const float scale = -codes.scale;
-  for (int64_t i = 0; i < block->count; ++i) {
-    float* x = &block->x[i * width];
-    widen_row(z.at(row + i), x, width);
-    vfloat sum = {};
-    int64_t d = 0;
-    for (; d + kLanes <= width; d += kLanes) {
-      const vfloat v = (load(x + d) - load(&codes.mean[d])) * scale;
-      store(x + d, v);
-      sum += v * v;
+  z.runs(row, block->count, [&](int64_t first, int64_t run, const T* p) {
+    for (int64_t i = first; i < first + run; ++i, p += z.strides.inner) {
+      float* x = &block->x[i * width];
+      const float* values = widened(p, width, x);
+      vfloat sum = {};
+      int64_t d = 0;
+      for (; d + kLanes <= width; d += kLanes) {
+        const vfloat v = (load(values + d) - load(&codes.mean[d])) * scale;
+        store(x + d, v);
+        sum += v * v;
+      }
+      square[i] = horizontal_sum(sum);
+      for (; d < width; ++d) {
+        x[d] = (values[d] - codes.mean[d]) * scale;
+        square[i] += x[d] * x[d];
+      }
     }
-    square[i] = horizontal_sum(sum);
-    for (; d < width; ++d) {
-      x[d] = (x[d] - codes.mean[d]) * scale;
-      square[i] += x[d] * x[d];
-    }
-  }
+  });
 }
 
 // The same for rows that are neighbours of each other.
@@ -54,48 +56,41 @@ void load_columns(const Rows<const T>& z, int64_t row, const PackedCodes& codes,
 // Reads the rows from `row` as the filter takes them and bounds their norms and errors.
 template <class T>
 void load_block(const Rows<const T>& z, int64_t row, const PackedCodes& codes, Block* block) {
-  const int64_t width = codes.width, count = block->count;
-  float square[kBlockRows] = {}, rest[kBlockRows] = {};
-  block->ld = z.by_row() ? width : kBlockRows;
-#ifdef MSVQ_BFLOAT16
-  if (codes.filter == Filter::bfloat16 && z.by_row()) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float* values = widened(z.at(row + i), width, block->z_row.data);
-      pair_row(values, codes.mean.data, -codes.scale, width, &block->pair[i * pairs(width)],
-               &square[i], &rest[i]);
-    }
-  } else if (codes.filter == Filter::bfloat16) {
+  const int64_t width = codes.width;
+  float square[kBlockRows] = {};
+  block->by_row = z.by_row();
+  if (z.by_row()) {
+    load_rows(z, row, codes, block, square);
+  } else {
     load_columns(z, row, codes, block, square);
-    pair_columns(block->x.data, width, block->pair.data, rest);
-  } else if (codes.filter == Filter::split) {
-    const SplitRows split{block->hi.data, block->lo.data};
-    if (z.by_row()) {
-      load_rows(z, row, codes, block, square);
-      for (int64_t i = 0; i < count; ++i) split_row(&block->x[i * width], width, i, split);
-    } else {
-      load_columns(z, row, codes, block, square);
-      split_columns(block->x.data, width, count, split);
-    }
-  }
-#endif
-  if (codes.filter == Filter::float32) {
-    if (z.by_row()) {
-      load_rows(z, row, codes, block, square);
-    } else {
-      load_columns(z, row, codes, block, square);
-    }
   }
   // The margins cover the rounding of the sums of squares and the squares that underflow.
-  for (int64_t i = count; i < kBlockRows; ++i) square[i] = rest[i] = 0;
   const float error = static_cast<float>(codes.dot_error * 1.001);
   const float most = static_cast<float>(codes.max_norm * 1.001), wide = static_cast<float>(width);
   for (int64_t i = 0; i < kBlockRows; ++i) {
     block->norm[i] = __builtin_sqrtf(square[i]) * 1.001f + 1e-17f;
-    block->error_norm[i] = -(error * block->norm[i] + __builtin_sqrtf(rest[i]) * 1.001f + 1e-17f);
+    block->error_norm[i] = -(error * block->norm[i] + 1e-17f);
     const float both = block->norm[i] + most;
     block->margin[i] =
         (wide + 9) * 0x1p-52f * both * both + 9 * (wide + 4) * 0x1p-126f * (1 + block->norm[i]);
   }
+#if defined(__AVX512F__)
+  if (codes.filter == Filter::int16) {
+    Int16Rows* const rows = &block->integers;
+    bound_rows(codes, block->norm, rows);
+    if (!z.by_row()) return narrow_columns_to_pairs(block->x.data, width, rows);
+    for (int64_t i = 0; i < block->count; ++i)
+      narrow_row_to_pairs(&block->x[i * width], rows->factor[i], width,
+                          &rows->pair[i * pairs(width)]);
+  }
+#endif
+#ifdef MSVQ_AMX
+  if (codes.filter == Filter::split) {
+    const SplitRows split{block->hi.data, block->lo.data};
+    if (!z.by_row()) return split_columns(block->x.data, width, block->count, split);
+    for (int64_t i = 0; i < block->count; ++i) split_row(&block->x[i * width], width, i, split);
+  }
+#endif
 }
 
 bool all_finite(const float* x, int64_t width) {
@@ -109,17 +104,10 @@ void search_block(const Rows<const T>& z, int64_t row, const float* codebook,
                   const PackedCodes& codes, Block* block, int64_t* out) {
   load_block(z, row, codes, block);
   block->ahead = block_ahead(z, row + kBlockRows, codes.width);
-  scan(z.by_row(), block, codes);
-  // Which rows are certain is not predictable: first all without a branch, then the others.
-  int64_t open[kBlockRows], opened = 0;
+  scan(block, codes);
+  int64_t open[kBlockRows];
   double limits[kBlockRows];
-  for (int64_t i = 0; i < block->count; ++i) {
-    const RowBest best = reduce_lanes(block->state[i], codes);
-    limits[i] = score_limit(best, *block, i, codes);
-    out[i] = codes.index[best.slot];
-    open[opened] = i;
-    opened += !(best.second > limits[i]);
-  }
+  const int64_t opened = find_open_rows(*block, codes, out, open, limits);
   for (int64_t j = 0; j < opened; ++j) {
     const int64_t i = open[j];
     read_row(z, row + i, codes.width, block->z_row.data);
@@ -215,15 +203,16 @@ void quantize(const VectorQuantizeParams& p) {
   const int64_t slots = PackedCodes::slots(p.num_codes);
   Scratch<float> own_panels(p.sums == nullptr ? slots * width : 0);
   Filter filter = Filter::float32;
-#ifdef MSVQ_BFLOAT16
-  if (p.filter == Filter::split && width % 32 == 0 && amx_available()) {
-    filter = Filter::split;
-  } else if (p.filter != Filter::float32 && bfloat16_products_available()) {
-    filter = Filter::bfloat16;
-  }
+#ifdef MSVQ_AMX
+  if (p.filter == Filter::split && width % 32 == 0 && amx_available()) filter = Filter::split;
 #endif
   PackedCodes codes(p.num_codes, width, p.sums == nullptr ? own_panels.data : p.sums, filter);
   pack(p.codebook, p.num_codes, p.threads, &codes);
+#if defined(__AVX512F__)
+  if (filter == Filter::float32 && p.filter != filter && codes.count > 0 &&
+      int16_products_available())
+    narrow_panels(p.threads, &codes);
+#endif
 
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   // Long enough that most blocks were asked for by the one before.

@@ -144,7 +144,7 @@ def variants():
     if "native" in COMPILED:
         isas = OP.kernels["native"]._C.cpu_isas()
         out |= {isa: {"isa": isa, "filter": 0} for isa in isas}
-        out |= {"bfloat16": {"filter": 1}, "split bfloat16": {"filter": 2}}
+        out |= {"int16": {"filter": 1}, "split bfloat16": {"filter": 2}}
     return out
 
 
@@ -174,6 +174,25 @@ def test_rows_between_two_codes(monkeypatch):
     for distance in (1e-7, 1e-6, 1e-5):
         z = (middle + step * torch.randn(2000, 1).double() * distance).float()
         assert_codes_exact(z, codebook, monkeypatch)
+
+
+@pytest.mark.skipif(not COMPILED, reason="only the reference is available")
+@pytest.mark.parametrize("d", (2, 64))
+def test_lengths_of_every_size(d, monkeypatch):
+    # Rows and codes each from far shorter to far longer than the others.
+    lengths = 2.0 ** torch.arange(-40, 41)
+    z, codebook = torch.randn(81, d), torch.randn(96, d)
+    assert_codes_exact(z * lengths[:, None], codebook, monkeypatch)
+    assert_codes_exact(z, codebook * lengths[torch.randint(81, (96, 1))], monkeypatch)
+    for far in (3.0, 5.0, 1e3, 1e6, 1e12):
+        codebook[17] = far
+        assert_codes_exact(z, codebook, monkeypatch)
+
+
+@pytest.mark.skipif(not COMPILED, reason="only the reference is available")
+@pytest.mark.parametrize("k", (2**15 + 3, 2**17 + 5))
+def test_codes_are_exact_of_very_many(k, monkeypatch):
+    assert_codes_exact(torch.randn(40, 3), torch.randn(k, 3), monkeypatch)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,23 +1,16 @@
-// Latents and codes in bfloat16, as the vector unit (AVX-512-BF16) and the matrix unit (AMX) read
-// them: rounded, two neighbouring d in a word; or split in two numbers each, hi + lo.
+// Latents and codes split in two bfloat16 numbers each, hi + lo, as the matrix unit (AMX) reads
+// them.
 #pragma once
 #include "vector_quantize/rows.h"
 
 #if defined(__AVX512F__) && defined(__linux__)
-#define MSVQ_BFLOAT16
+#define MSVQ_AMX
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 namespace msvq {
 namespace MSVQ_ISA {
-
-#define MSVQ_BFLOAT16_TARGET __attribute__((target("avx512bf16")))
-
-inline bool bfloat16_products_available() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16");
-}
 
 // Whether the processor has bfloat16 tiles and the kernel lets this process use them.
 inline bool amx_available() {
@@ -66,18 +59,10 @@ inline __m512i round_bfloat16(__m512 x) {
   return _mm512_and_si512(sum, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
 }
 
-// The square of what rounding takes away.
-inline __m512 rounded_away(__m512 x, __m512i rounded) {
-  const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(rounded));
-  return _mm512_mul_ps(rest, rest);
-}
-
 // The pair (even d, odd d) of every lane in one word.
 inline __m512i pair(__m512i even, __m512i odd) {
   return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
 }
-
-inline int64_t pairs(int64_t width) { return (width + 1) / 2; }
 
 struct Split {
   __m512i hi, lo;
@@ -90,68 +75,6 @@ inline Split split(__m512 x) {
 inline void store_upper_halves(uint16_t* out, __m512i x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
-}
-
-// Centres, scales and rounds a row to words; the squares of what it was and of what rounding took.
-MSVQ_BFLOAT16_TARGET inline void pair_row(const float* z, const float* mean, float scale,
-                                          int64_t width, uint32_t* out, float* square,
-                                          float* rest) {
-  __m512 squares = _mm512_setzero_ps(), rests = _mm512_setzero_ps();
-  const __m512 factor = _mm512_set1_ps(scale);
-  for (int64_t d = 0; d < width; d += 16) {
-    const int64_t left = width - d;
-    const __mmask16 some = static_cast<__mmask16>(left < 16 ? (1u << left) - 1 : 0xffffu);
-    const __mmask8 words = static_cast<__mmask8>(left < 16 ? (1u << pairs(left)) - 1 : 0xffu);
-    const __m512 centred =
-        _mm512_sub_ps(_mm512_maskz_loadu_ps(some, z + d), _mm512_maskz_loadu_ps(some, mean + d));
-    const __m512 x = _mm512_mul_ps(centred, factor);
-    const __m256i halves = (__m256i)_mm512_cvtneps_pbh(x);
-    squares = _mm512_fmadd_ps(x, x, squares);
-    rests =
-        _mm512_add_ps(rests, rounded_away(x, _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
-    _mm256_mask_storeu_epi32(out + d / 2, words, halves);
-  }
-  *square = _mm512_reduce_add_ps(squares);
-  *rest = _mm512_reduce_add_ps(rests);
-}
-
-// The same of rows that are centred and scaled, x[d * kBlockRows + row], to
-// out[d / 2 * kBlockRows + row] and rest[row].
-inline void pair_columns(const float* x, int64_t width, uint32_t* out, float* rest) {
-  for (int64_t row = 0; row < kBlockRows; row += 16) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t d = 0; d < width; d += 2) {
-      const float* p = x + d * kBlockRows + row;
-      const __m512 a = _mm512_loadu_ps(p);
-      const __m512 b = d + 1 < width ? _mm512_loadu_ps(p + kBlockRows) : _mm512_setzero_ps();
-      const __m512i even = round_bfloat16(a), odd = round_bfloat16(b);
-      squares = _mm512_add_ps(squares, rounded_away(a, even));
-      squares = _mm512_add_ps(squares, rounded_away(b, odd));
-      _mm512_storeu_si512(out + d / 2 * kBlockRows + row, pair(even, odd));
-    }
-    _mm512_storeu_ps(rest + row, squares);
-  }
-}
-
-// The codes of a panel: panel[d / 2 * kPanel + lane] and, of each, rest[lane]. A subnormal number
-// is 0 to the processor; it does not count, since its products are below every bound's underflow.
-inline void pair_panel(const float* columns, int64_t width, uint32_t* panel, float* rest) {
-  const __m512 normal = _mm512_set1_ps(0x1p-126f);
-  for (int64_t lane = 0; lane < kPanel; lane += 16) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t d = 0; d < width; d += 2) {
-      const float* p = columns + d * kPanel + lane;
-      const __m512 a = _mm512_loadu_ps(p);
-      const __m512 b = d + 1 < width ? _mm512_loadu_ps(p + kPanel) : _mm512_setzero_ps();
-      const __m512i even = round_bfloat16(a), odd = round_bfloat16(b);
-      const __mmask16 some_a = _mm512_cmp_ps_mask(_mm512_abs_ps(a), normal, _CMP_GE_OQ);
-      const __mmask16 some_b = _mm512_cmp_ps_mask(_mm512_abs_ps(b), normal, _CMP_GE_OQ);
-      squares = _mm512_mask_add_ps(squares, some_a, squares, rounded_away(a, even));
-      squares = _mm512_mask_add_ps(squares, some_b, squares, rounded_away(b, odd));
-      _mm512_storeu_si512(panel + d / 2 * kPanel + lane, pair(even, odd));
-    }
-    _mm512_storeu_ps(rest + lane, squares);
-  }
 }
 
 // Latents of a block, row by row: hi[i * D + d], lo likewise.
