@@ -192,15 +192,6 @@ inline void blur_across(const float* taps, int64_t radius, const float* const* l
   }
 }
 
-// The same for one line, with any taps.
-inline void blur_across_once(const float* taps, int64_t size, const float* const* lines,
-                             int64_t vectors, float* out) {
-  for (int64_t at = 0; at < vectors * kLanes; at += kLanes)
-    correlate<1>(
-        taps, size, [=](int64_t j, int) { return load(lines[j] + at); },
-        [=](int, vfloat sum) { store(out + at, sum); });
-}
-
 }  // namespace
 }  // namespace MSVQ_ISA
 }  // namespace msvq

@@ -1,23 +1,30 @@
 // The Gaussian blur on the CPU.
 //
-// A task is one plane's strip of columns. Its rows stream through a ring of 2 * radius_y + kRows
-// horizontally blurred rows that stays in the second-level cache; every kRows new rows let the
-// vertical pass finish kRows rows of output. Each output is one sum in the fixed order of the taps,
-// so neither the split into tasks nor the register tile it falls in changes a bit of it.
+// A task is one plane's strip of columns and band of rows, in tiles of kLanes rows. A ring in the
+// second-level cache holds the image's rows around a tile. The vertical pass blurs them and leaves
+// every column as a vector of the tile's rows, transposed in registers, so that the horizontal pass
+// is the same sum over columns as the vertical one over rows: both lines of a tap are added before
+// they are multiplied. Each output is one sum of sums in a fixed order, so neither the split into
+// tasks nor the register tile it falls in changes a bit of it.
+#include <type_traits>
+
 #include "elements.h"
 #include "gaussian_blur/correlate.h"
 #include "gaussian_blur/gaussian_blur.h"
 #include "gaussian_blur/lines.h"
 #include "parallel.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 154 KiB
-constexpr int64_t kChannels = 64;    // channels of a strip of a channels_last tensor
+constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 187 KiB
+constexpr int64_t kChannels = 16;    // channels of a strip of a channels_last tensor
+constexpr int64_t kPixels = 128;     // of a strip at least: it blurs 2 * radius more
 constexpr int64_t kGrain = 1 << 20;  // multiply-adds worth a thread
+constexpr int kHalves = kLanes / kRows;
 
 // The taps of one axis. The adjoint of the replicate border is the constant border, but its first
 // and last output also collect what falls outside: `first` and `last` are the taps of those two.
@@ -44,85 +51,98 @@ struct Strip {
   int64_t plane, pixel, pixels, channel, channels, row, rows;
 };
 
+// Memory of a thread.
+struct Work {
+  Work(const GaussianBlurParams& p, int64_t pixels, int64_t channels)
+      : padded(pixels + 2 * p.radius_x),
+        ring_stride((ceil_div(padded * channels, kLanes) | 1) * kLanes),
+        source(padded),
+        ring((2 * p.radius_y + kLanes) * ring_stride),
+        zeros(ring_stride),
+        columns((padded + kLanes) * channels * kLanes),
+        collected(2 * channels * kLanes),
+        staged(kLanes * ring_stride),
+        lines(2 * p.radius_y + kLanes) {}
+
+  const int64_t padded;
+  // An odd number of vectors: rows do not compete for the same lines of cache.
+  const int64_t ring_stride;
+  Array<int64_t> source;  // the pixel that every pixel of the padded strip reads
+  Array<float> ring;      // the image's rows in float32
+  Array<float> zeros;
+  Array<float>
+      columns;  // of the padded strip, blurred vertically: the rows of a tile are the lanes
+  Array<float> collected;     // results of the first and the last column, likewise
+  Array<float> staged;        // rows of results
+  Array<const float*> lines;  // what the vertical pass reads
+};
+
 template <class T>
 struct StripBlur {
-  StripBlur(const GaussianBlurParams& p, const AxisTaps& y, const AxisTaps& x, const Strip& s)
+  StripBlur(const GaussianBlurParams& p, const AxisTaps& y, const AxisTaps& x, const Strip& s,
+            Work* work)
       : p(p),
         y(y),
         x(x),
         s(s),
+        w(*work),
         border(p.adjoint && p.border == Border::replicate ? Border::constant : p.border),
         scaled(p.adjoint && p.border == Border::reflect),
         collected(p.adjoint && p.border == Border::replicate),
+        whole(s.channels == p.inner),
         padded(s.pixels + 2 * x.radius),
-        vectors(ceil_div(s.pixels * s.channels, kLanes)),
-        ring_rows(2 * y.radius + kRows),
-        ring_stride((vectors | 1) * kLanes),
-        line_size(ceil_div(padded * s.channels, kLanes) * kLanes + 2 * kLanes),
-        source(padded),
-        line(kRows * line_size),
-        ring(ring_rows * ring_stride),
-        zeros(vectors * kLanes),
-        staged(kRows * vectors * kLanes),
-        lines(ring_rows) {
+        ring_rows(2 * y.radius + kLanes),
+        low(border == Border::circular ? 0 : min(max(x.radius - s.pixel, 0), padded)),
+        high(border == Border::circular ? padded
+                                        : max(min(p.width - s.pixel + x.radius, padded), low)) {
     for (int64_t i = 0; i < padded; ++i)
-      source[i] = border_source(border, s.pixel - x.radius + i, p.width);
+      w.source[i] = border_source(border, s.pixel - x.radius + i, p.width);
   }
 
   void run() {
     int64_t head = 0;  // the slot of row - radius
-    for (int64_t row = s.row; row < s.row + s.rows; row += kRows) {
+    for (int64_t row = s.row; row < s.row + s.rows; row += kLanes) {
       const int64_t top = row - y.radius;
-      for (int64_t k = row == s.row ? 0 : ring_rows - kRows; k < ring_rows; k += kRows)
-        fill_ring(top + k, head + k, min(kRows, ring_rows - k));
-      for (int64_t k = 0; k < ring_rows; ++k) lines[k] = blurred_row(top, k, head);
-      blur_rows(row);
-      head = wrap(head + kRows);
+      for (int64_t k = row == s.row ? 0 : ring_rows - kLanes; k < ring_rows; ++k) {
+        const int64_t from = ring_source(top + k);
+        if (from >= 0) read_row(from, slot(head + k));
+      }
+      for (int64_t k = 0; k < ring_rows; ++k) w.lines[k] = line_of(top, k, head);
+      blur_down(row);
+      fill_borders();
+      if (collected) collect();
+      if (s.channels == 1 && !collected) {
+        blur_along<true>(row);
+      } else {
+        blur_along<false>(row);
+      }
+      head = (head + kLanes) % ring_rows;
     }
   }
 
-  int64_t wrap(int64_t i) const { return i >= ring_rows ? i - ring_rows : i; }
-  float* slot(int64_t i) const { return ring.data + wrap(i) * ring_stride; }
+  float* slot(int64_t i) const {
+    return w.ring.data + (i >= ring_rows ? i - ring_rows : i) * w.ring_stride;
+  }
   bool is_inside(int64_t row) const { return row >= 0 && row < p.height; }
   bool is_needed(int64_t row) const { return row < p.height + y.radius; }
-
-  // Blurs `count` rows horizontally. All are read before the first is blurred: a load that spans
-  // two stores still on their way to the cache would wait for both.
-  void fill_ring(int64_t row, int64_t at, int64_t count) {
-    float* out[kRows];
-    for (int64_t t = 0; t < kRows; ++t) {
-      const int64_t from = t < count ? ring_source(row + t) : -1;
-      if (from >= 0) read_line(from, line.data + t * line_size);
-      out[t] = from >= 0 ? slot(at + t) : nullptr;
-    }
-    bool blurred = false;
-#if defined(__AVX512F__)
-    if (s.channels == 1) blurred = blur_lines(x.taps, x.size, line.data, line_size, vectors, out);
-#endif
-    for (int64_t t = 0; t < kRows; ++t) {
-      if (!out[t]) continue;
-      const float* from = line.data + t * line_size;
-      if (!blurred) blur_line(x.taps, x.size, from, s.channels, vectors, out[t]);
-      if (!collected) continue;
-      if (s.pixel == 0) collect(x.first.data, from, 0, out[t]);
-      const int64_t last = p.width - 1 - s.pixel;
-      if (last < s.pixels) collect(x.last.data, from, last, out[t]);
-    }
+  bool is_edge_row(int64_t row) const { return p.height > 1 && (row == 0 || row == p.height - 1); }
+  float* column(int64_t pixel, int64_t channel) const {
+    return w.columns.data + (pixel * s.channels + channel) * kLanes;
   }
 
-  // The image row whose blur the ring holds at position `row`, or -1: outside the image only the
-  // circular border needs one of its own, the other borders' sources are in the ring already.
+  // The image row that the ring holds at position `row`, or -1: outside the image only the circular
+  // border needs one of its own, the other borders' sources are in the ring already.
   int64_t ring_source(int64_t row) const {
     if (is_inside(row)) return row;
     if (border != Border::circular || !is_needed(row)) return -1;
     return border_source(border, row, p.height);
   }
 
-  const float* blurred_row(int64_t top, int64_t k, int64_t head) const {
+  const float* line_of(int64_t top, int64_t k, int64_t head) const {
     const int64_t row = top + k;
-    if (is_inside(row) || (border == Border::circular && is_needed(row))) return slot(head + k);
+    if (ring_source(row) >= 0) return slot(head + k);
     const int64_t from = is_needed(row) ? border_source(border, row, p.height) : -1;
-    return from < 0 ? zeros.data : slot(head + from - top);
+    return from < 0 ? w.zeros.data : slot(head + from - top);
   }
 
   const T* input(int64_t row) const {
@@ -133,77 +153,137 @@ struct StripBlur {
            s.channel;
   }
 
-  // Reads a row and its borders into `line`.
-  void read_line(int64_t row, float* line) {
+  // Reads pixels [low, high) of a padded row.
+  void read_row(int64_t row, float* to) const {
     const T* from = input(row);
     const int64_t c = s.channels;
-    const int64_t low = min(max(x.radius - s.pixel, 0), padded);
-    const int64_t high = max(min(p.width - s.pixel + x.radius, padded), low);
-    const int64_t first = s.pixel - x.radius + low;
-    if (c == p.inner) {
-      widen_row(from + first * c, line + low * c, (high - low) * c);
-    } else {
-      for (int64_t i = low; i < high; ++i) widen_row(from + source[i] * p.inner, line + i * c, c);
+    for (int64_t i = low;
+         i < high;) {  // runs of pixels; the circular border's pass the image's end
+      const int64_t run = whole ? min(high - i, p.width - w.source[i]) : 1;
+      widen_row(from + w.source[i] * p.inner, to + (i - low) * c, run * c);
+      i += run;
     }
-    for (int64_t i = 0; i < low; ++i) read_pixel(from, i, line);
-    for (int64_t i = high; i < padded; ++i) read_pixel(from, i, line);
-    if (!scaled) return;
-    if (p.width > 1) {
-      for (int64_t i = 0; i < padded; ++i) {
-        if (source[i] != 0 && source[i] != p.width - 1) continue;
-        for (int64_t k = 0; k < c; ++k) line[i * c + k] *= 2;
+    if (scaled && is_edge_row(row))
+      for (int64_t i = 0; i < (high - low) * c; ++i) to[i] *= 2;
+  }
+
+  // Blurs a tile's rows and stores their columns.
+  void blur_down(int64_t row) const {
+    const int64_t last = p.height - 1 - row, elements = (high - low) * s.channels;
+    for (int64_t at = 0; at < elements; at += kLanes) {
+      vfloat sum[kLanes];
+#pragma GCC unroll 2
+      for (int half = 0; half < kHalves; ++half)
+        correlate_symmetric(
+            y.taps, y.radius, [&](int64_t j) { return load(w.lines[half * kRows + j] + at); },
+            [&](int t, vfloat v) { sum[half * kRows + t] = v; }, RowPhases());
+      if (collected && row == 0) sum[0] = sum_of_lines(y.first.data, 0, at);
+      if (collected && last < kLanes) sum[last] = sum_of_lines(y.last.data, last, at);
+      transpose(sum);
+      float* const to = column(low, 0) + at * kLanes;
+#pragma GCC unroll 16
+      for (int t = 0; t < kLanes; ++t) store(to + t * kLanes, sum[t]);
+    }
+    if (!scaled || p.width == 1) return;
+    scale_column(0);
+    scale_column(p.width - 1);
+  }
+
+  void scale_column(int64_t pixel) const {
+    const int64_t i = pixel - s.pixel + x.radius;
+    if (i < low || i >= high) return;
+    for (int64_t k = 0; k < s.channels; ++k) store(column(i, k), load(column(i, k)) * 2.0f);
+  }
+
+  vfloat sum_of_lines(const float* taps, int64_t first, int64_t at) const {
+    vfloat sum = {};
+    for (int64_t j = 0; j < y.size; ++j) sum += broadcast(taps[j]) * load(w.lines[first + j] + at);
+    return sum;
+  }
+
+  // Copies or clears the columns outside the image.
+  void fill_borders() const {
+    const auto fill = [&](int64_t first, int64_t end) {
+      for (int64_t i = first; i < end; ++i) {
+        const int64_t from = w.source[i] - s.pixel + x.radius;
+        for (int64_t k = 0; k < s.channels; ++k)
+          store(column(i, k), w.source[i] < 0 ? vfloat{} : load(column(from, k)));
       }
+    };
+    fill(0, low);
+    fill(high, padded);
+  }
+
+  // What the image's first and last column collect, if they are in the strip.
+  void collect() const {
+    for (int64_t k = 0; k < 2 * s.channels; ++k) {
+      const bool first = k < s.channels;
+      const int64_t pixel = first ? 0 : p.width - 1 - s.pixel;
+      if (first ? s.pixel > 0 : pixel >= s.pixels) continue;
+      const float* const taps = (first ? x.first : x.last).data;
+      vfloat sum = {};
+      for (int64_t j = 0; j < x.size; ++j)
+        sum += broadcast(taps[j]) * load(column(pixel + j, k % s.channels));
+      store(w.collected.data + k * kLanes, sum);
     }
-    if (is_edge_row(row))
-      for (int64_t i = 0; i < padded * c; ++i) line[i] *= 2;
   }
 
-  void read_pixel(const T* from, int64_t i, float* line) {
-    if (source[i] < 0) return;  // stays zero
-    for (int64_t k = 0; k < s.channels; ++k)
-      line[i * s.channels + k] = widen(from[source[i] * p.inner + k]);
+  // Blurs a tile's columns and writes its rows. Several channels' results first take the place of
+  // the columns that they no longer need.
+  template <bool kDirect>
+  void blur_along(int64_t row) const {
+    const int64_t c = s.channels, elements = s.pixels * c,
+                  count = min(kLanes, s.row + s.rows - row);
+    const auto blur = [&](int64_t pixel, int64_t channel,
+                          const auto& sink) __attribute__((always_inline)) {
+      const float* const from = column(pixel, channel);
+      const int64_t step = kDirect ? kLanes : c * kLanes;
+      correlate_symmetric(
+          x.taps, x.radius, [=](int64_t j) { return load(from + j * step); }, sink, RowPhases());
+    };
+    if (!kDirect) {
+      for (int64_t k = 0; k < c; ++k)
+        for (int64_t i = 0; i < s.pixels; i += kRows)
+          blur(i, k, [&](int t, vfloat v) { store(column(i + t, k), v); });
+      place_collected();
+    }
+    bool in_place = false;  // rows go straight to the output where nothing is left to do to them
+    if constexpr (std::is_same_v<T, float>) in_place = !scaled && whole && elements % kLanes == 0;
+    for (int64_t at = 0; at < elements; at += kLanes) {
+      vfloat sum[kLanes];
+      if constexpr (kDirect) {
+#pragma GCC unroll 2
+        for (int half = 0; half < kHalves; ++half)
+          blur(at + half * kRows, 0, [&](int t, vfloat v) { sum[half * kRows + t] = v; });
+      } else {
+#pragma GCC unroll 16
+        for (int t = 0; t < kLanes; ++t) sum[t] = load(w.columns.data + (at + t) * kLanes);
+      }
+      transpose(sum);
+      if constexpr (std::is_same_v<T, float>) {
+        if (in_place) {
+          for (int64_t t = 0; t < count; ++t) store(output(row + t) + at, sum[t]);
+          continue;
+        }
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < kLanes; ++t) store(w.staged.data + t * w.ring_stride + at, sum[t]);
+    }
+    if (in_place) return;
+    for (int64_t t = 0; t < count; ++t) write_row(row + t, w.staged.data + t * w.ring_stride);
   }
 
-  bool is_edge_row(int64_t row) const { return p.height > 1 && (row == 0 || row == p.height - 1); }
-
-  void collect(const float* taps, const float* line, int64_t pixel, float* out) {
+  void place_collected() const {
+    if (!collected) return;
+    const int64_t last = p.width - 1 - s.pixel;
     for (int64_t k = 0; k < s.channels; ++k) {
-      const int64_t at = pixel * s.channels + k;
-      float sum = 0;
-      for (int64_t j = 0; j < x.size; ++j) sum += taps[j] * line[at + j * s.channels];
-      out[at] = sum;
+      if (s.pixel == 0) store(column(0, k), load(w.collected.data + k * kLanes));
+      if (last < s.pixels)
+        store(column(last, k), load(w.collected.data + (s.channels + k) * kLanes));
     }
   }
 
-  // Blurs kRows rows of the ring vertically and writes those inside the strip.
-  void blur_rows(int64_t row) {
-    const int64_t count = min(kRows, s.row + s.rows - row);
-    float* out[kRows];
-    bool direct = false;  // sums go straight to the output where nothing is left to do to them
-    if constexpr (sizeof(T) == sizeof(float))
-      direct = !scaled && s.channels == p.inner && s.pixels * s.channels == vectors * kLanes;
-    for (int t = 0; t < kRows; ++t) {
-      out[t] = staged.data + t * vectors * kLanes;
-      if constexpr (sizeof(T) == sizeof(float))
-        if (direct && t < count) out[t] = output(row + t);
-    }
-    const char* ahead[kRows];
-    for (int t = 0; t < kRows; ++t)
-      ahead[t] = reinterpret_cast<const char*>(
-          input(min(row + y.radius + kRows + t, p.height - 1)) + s.pixel * p.inner);
-    blur_across(y.taps, y.radius, lines.data, vectors, out,
-                {ahead, s.channels == p.inner ? kRows : 0, sizeof(T)});
-    if (collected) {
-      const int64_t last = p.height - 1 - row;
-      if (row == 0) blur_across_once(y.first.data, y.size, lines.data, vectors, out[0]);
-      if (last < count)
-        blur_across_once(y.last.data, y.size, lines.data + last, vectors, out[last]);
-    }
-    if (direct) return;
-    for (int t = 0; t < count; ++t) write_row(row + t, out[t]);
-  }
-
-  void write_row(int64_t row, float* sums) {
+  void write_row(int64_t row, float* sums) const {
     const int64_t c = s.channels;
     if (scaled) {
       if (is_edge_row(row))
@@ -215,26 +295,20 @@ struct StripBlur {
       }
     }
     T* to = output(row);
-    if (c == p.inner) return narrow_row(sums, to, s.pixels * c);
+    if (whole) return narrow_row(sums, to, s.pixels * c);
     for (int64_t i = 0; i < s.pixels; ++i) narrow_row(sums + i * c, to + i * p.inner, c);
   }
 
   const GaussianBlurParams& p;
   const AxisTaps &y, &x;
   const Strip s;
+  Work& w;
   const Border border;
   const bool scaled;     // reflect: G^T = D G D^-1 with 1/2 at both ends of D's diagonal
   const bool collected;  // replicate: the edges collect what falls outside
-  const int64_t padded, vectors, ring_rows;
-  const int64_t
-      ring_stride;  // an odd number of vectors: rows do not compete for the same lines of cache
-  const int64_t line_size;  // with room to load whole vectors past the end
-  Array<int64_t> source;    // the pixel that every position of `line` reads
-  Array<float> line;        // kRows rows of the strip with their borders
-  Array<float> ring;        // horizontally blurred rows
-  Array<float> zeros;
-  Array<float> staged;        // kRows rows of results
-  Array<const float*> lines;  // the rows that the vertical pass reads
+  const bool whole;      // the strip holds all channels of its pixels
+  const int64_t padded, ring_rows;
+  const int64_t low, high;  // the pixels of the padded strip that are read from the image
 };
 
 template <class T>
@@ -244,27 +318,31 @@ void blur(const GaussianBlurParams& p) {
   const int64_t chunks = ceil_div(p.inner, channels);
   const int64_t work = p.planes * p.height * p.width * p.inner * (y.size + x.size);
   const int threads = static_cast<int>(max(min(p.threads, work / kGrain), 1));
-  // Enough tasks for every thread: narrower strips cost little, shorter ones blur rows twice.
-  const int64_t wanted = threads > 1 ? 2 * threads : 1;
-  int64_t pixels = max(kStrip / channels / 16 * 16, channels == 1 ? 16 : 32);
-  while (pixels > 64 && p.planes * chunks * ceil_div(p.width, pixels) < wanted) pixels /= 2;
+  const int64_t pixels = min(max(kStrip / channels / 16 * 16, kPixels), p.width);
   const int64_t strips = ceil_div(p.width, pixels);
+  // Enough tasks that no thread waits long for the last; a band reads the rows around it again.
+  const int64_t wanted = threads > 1 ? 8 * threads : 1;
   int64_t bands = ceil_div(wanted, p.planes * chunks * strips);
-  bands = min(bands, max(p.height / (8 * max(p.radius_y, kRows)), 1));
-  const int64_t rows = ceil_div(ceil_div(p.height, bands), kRows) * kRows;
+  bands = min(bands, max(p.height / (4 * max(p.radius_y, kLanes)), 1));
+  const int64_t rows = ceil_div(ceil_div(p.height, bands), kLanes) * kLanes;
   bands = ceil_div(p.height, rows);
-  parallel_for(p.planes * chunks * strips * bands, threads, [&](int64_t task) {
-    Strip s;
-    s.pixel = task % strips * pixels;
-    s.pixels = min(pixels, p.width - s.pixel);
-    task /= strips;
-    s.row = task % bands * rows;
-    s.rows = min(rows, p.height - s.row);
-    task /= bands;
-    s.channel = task % chunks * channels;
-    s.channels = min(channels, p.inner - s.channel);
-    s.plane = task / chunks;
-    StripBlur<T>(p, y, x, s).run();
+  const int64_t tasks = p.planes * chunks * strips * bands;
+  int64_t next = 0;
+  parallel_for(threads, threads, [&](int64_t) {
+    Work memory(p, pixels, channels);
+    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) {
+      Strip s;
+      s.pixel = task % strips * pixels;
+      s.pixels = min(pixels, p.width - s.pixel);
+      task /= strips;
+      s.row = task % bands * rows;
+      s.rows = min(rows, p.height - s.row);
+      task /= bands;
+      s.channel = task % chunks * channels;
+      s.channels = min(channels, p.inner - s.channel);
+      s.plane = task / chunks;
+      StripBlur<T>(p, y, x, s, &memory).run();
+    }
   });
 }
 

@@ -5,13 +5,11 @@
 
 #include "elements.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace msvq {
 namespace MSVQ_ISA {
 namespace {
-
-typedef double vdouble __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t vint __attribute__((vector_size(kLanes * sizeof(float))));
 
 template <class T>
 struct Simd;
@@ -158,52 +156,6 @@ inline V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// The lower and upper halves of two vectors, lane by lane in turn.
-#define MSVQ_PAIRS_2 0, 2
-#define MSVQ_PAIRS_4 0, 4, 1, 5
-#define MSVQ_PAIRS_8 0, 8, 1, 9, 2, 10, 3, 11
-#define MSVQ_PAIRS_16 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define MSVQ_UPPER_2 1, 3
-#define MSVQ_UPPER_4 2, 6, 3, 7
-#define MSVQ_UPPER_8 4, 12, 5, 13, 6, 14, 7, 15
-#define MSVQ_UPPER_16 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#ifdef __clang__
-#define MSVQ_SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MSVQ_SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
-#endif
-#define MSVQ_INTERLEAVE(V, Index, n)                                                   \
-  inline V lower_lanes(V a, V b) { return MSVQ_SHUFFLE(Index, a, b, MSVQ_PAIRS_##n); } \
-  inline V upper_lanes(V a, V b) { return MSVQ_SHUFFLE(Index, a, b, MSVQ_UPPER_##n); }
-typedef int64_t vlong __attribute__((vector_size(kLanes * sizeof(float))));
-#if defined(__AVX512F__)
-MSVQ_INTERLEAVE(vfloat, vint, 16)
-MSVQ_INTERLEAVE(vdouble, vlong, 8)
-#elif defined(__AVX2__)
-MSVQ_INTERLEAVE(vfloat, vint, 8)
-MSVQ_INTERLEAVE(vdouble, vlong, 4)
-#else
-MSVQ_INTERLEAVE(vfloat, vint, 4)
-MSVQ_INTERLEAVE(vdouble, vlong, 2)
-#endif
-
-// Transposes lanes x lanes values in registers: log2(lanes) perfect shuffles of the rows.
-template <class T>
-inline void transpose(Vec<T> (&v)[Simd<T>::lanes]) {
-  constexpr int n = Simd<T>::lanes;
-#pragma GCC unroll 4
-  for (int step = 1; step < n; step *= 2) {
-    Vec<T> w[n];
-#pragma GCC unroll 8
-    for (int i = 0; i < n / 2; ++i) {
-      w[2 * i] = lower_lanes(v[i], v[i + n / 2]);
-      w[2 * i + 1] = upper_lanes(v[i], v[i + n / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) v[i] = w[i];
-  }
-}
-
 // How an element type is computed with.
 template <class E>
 struct Compute {
@@ -256,7 +208,7 @@ __attribute__((noinline)) void load_tokens(const E* const* tokens, int64_t chann
       for (int i = 0; i < n; ++i)
         v[i] = tokens[i] == nullptr ? Vec<T>{} : load_channels(tokens[i] + c);
     }
-    transpose<T>(v);
+    transpose(v);
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) store_vec(out + (c + i) * stride, v[i] * factor);
   }
@@ -264,7 +216,7 @@ __attribute__((noinline)) void load_tokens(const E* const* tokens, int64_t chann
   Vec<T> v[n];
   for (int i = 0; i < n; ++i)
     v[i] = tokens[i] == nullptr ? Vec<T>{} : load_channels<T>(tokens[i] + c, channels - c);
-  transpose<T>(v);
+  transpose(v);
   for (int i = 0; i < channels - c; ++i) store_vec(out + (c + i) * stride, v[i] * factor);
 }
 
@@ -293,7 +245,7 @@ __attribute__((noinline)) void store_tokens(const T* in, int64_t channels, Vec<T
     Vec<T> v[n];
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) v[i] = i < width ? load_vec(in + (c + i) * n) * factor : Vec<T>{};
-    transpose<T>(v);
+    transpose(v);
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) {
       if (tokens[i] == nullptr) continue;

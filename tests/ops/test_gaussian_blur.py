@@ -112,11 +112,15 @@ def test_native_converts_every_value_like_torch(isa: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_native_wide_image_many_channels(isa: str, layout: torch.memory_format) -> None:
-    for shape in ((1, 2, 192, 256), (1, 1, 20, 2100), (1, 70, 20, 33)):
+    # Several strips, the last of one pixel where 1025 are wide.
+    for shape in ((1, 2, 192, 256), (1, 1, 20, 2100), (1, 2, 40, 1025), (1, 70, 20, 33)):
         x = torch.randn(shape).to(memory_format=layout)
         for border in BORDERS:
-            got = native_blur(x, taps(21), taps(15), border, False, isa)
-            assert_blur_close(got, dense_blur(x, taps(21), taps(15), border), x)
+            for adjoint in (False, True):
+                got = native_blur(x, taps(21), taps(15), border, adjoint, isa)
+                edge = 21 if adjoint and border == "replicate" else 1
+                want = dense_blur(x, taps(21), taps(15), border, adjoint)
+                assert_blur_close(got, want, x * edge)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
