@@ -1,11 +1,9 @@
 // The Gaussian blur on the CPU.
 //
 // A task is one plane's strip of columns and band of rows, in tiles of kLanes rows. A ring in the
-// second-level cache holds the image's rows around a tile. The vertical pass blurs them and leaves
-// every column as a vector of the tile's rows, transposed in registers, so that the horizontal pass
-// is the same sum over columns as the vertical one over rows: both lines of a tap are added before
-// they are multiplied. Each output is one sum of sums in a fixed order, so neither the split into
-// tasks nor the register tile it falls in changes a bit of it.
+// second-level cache holds the image's rows around a tile. Each output is one sum of sums in a
+// fixed order (correlate.h), so neither the split into tasks nor the register tile it falls in
+// changes a bit of it.
 #include <type_traits>
 
 #include "elements.h"
@@ -14,7 +12,6 @@
 #include "gaussian_blur/lines.h"
 #include "parallel.h"
 #include "simd.h"
-#include "transpose.h"
 
 namespace msvq {
 namespace MSVQ_ISA {
@@ -24,7 +21,6 @@ constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 
 constexpr int64_t kChannels = 16;    // channels of a strip of a channels_last tensor
 constexpr int64_t kPixels = 128;     // of a strip at least: it blurs 2 * radius more
 constexpr int64_t kGrain = 1 << 20;  // multiply-adds worth a thread
-constexpr int kHalves = kLanes / kRows;
 
 // The taps of one axis. The adjoint of the replicate border is the constant border, but its first
 // and last output also collect what falls outside: `first` and `last` are the taps of those two.
@@ -108,14 +104,10 @@ struct StripBlur {
         if (from >= 0) read_row(from, slot(head + k));
       }
       for (int64_t k = 0; k < ring_rows; ++k) w.lines[k] = line_of(top, k, head);
-      blur_down(row);
+      blur_rows(row);
       fill_borders();
       if (collected) collect();
-      if (s.channels == 1 && !collected) {
-        blur_along<true>(row);
-      } else {
-        blur_along<false>(row);
-      }
+      blur_columns(row);
       head = (head + kLanes) % ring_rows;
     }
   }
@@ -168,22 +160,11 @@ struct StripBlur {
   }
 
   // Blurs a tile's rows and stores their columns.
-  void blur_down(int64_t row) const {
-    const int64_t last = p.height - 1 - row, elements = (high - low) * s.channels;
-    for (int64_t at = 0; at < elements; at += kLanes) {
-      vfloat sum[kLanes];
-#pragma GCC unroll 2
-      for (int half = 0; half < kHalves; ++half)
-        correlate_symmetric(
-            y.taps, y.radius, [&](int64_t j) { return load(w.lines[half * kRows + j] + at); },
-            [&](int t, vfloat v) { sum[half * kRows + t] = v; }, RowPhases());
-      if (collected && row == 0) sum[0] = sum_of_lines(y.first.data, 0, at);
-      if (collected && last < kLanes) sum[last] = sum_of_lines(y.last.data, last, at);
-      transpose(sum);
-      float* const to = column(low, 0) + at * kLanes;
-#pragma GCC unroll 16
-      for (int t = 0; t < kLanes; ++t) store(to + t * kLanes, sum[t]);
-    }
+  void blur_rows(int64_t row) const {
+    const int64_t elements = (high - low) * s.channels, last = p.height - 1 - row;
+    blur_down(y.taps, y.radius, w.lines.data, elements, column(low, 0));
+    if (collected && row == 0) collect_row(y.first.data, 0);
+    if (collected && last < kLanes) collect_row(y.last.data, last);
     if (!scaled || p.width == 1) return;
     scale_column(0);
     scale_column(p.width - 1);
@@ -195,10 +176,14 @@ struct StripBlur {
     for (int64_t k = 0; k < s.channels; ++k) store(column(i, k), load(column(i, k)) * 2.0f);
   }
 
-  vfloat sum_of_lines(const float* taps, int64_t first, int64_t at) const {
-    vfloat sum = {};
-    for (int64_t j = 0; j < y.size; ++j) sum += broadcast(taps[j]) * load(w.lines[first + j] + at);
-    return sum;
+  // What the image's first or last row collects.
+  void collect_row(const float* taps, int64_t t) const {
+    float* const to = column(low, 0) + t;
+    for (int64_t e = 0; e < (high - low) * s.channels; ++e) {
+      float sum = 0;
+      for (int64_t j = 0; j < y.size; ++j) sum += taps[j] * w.lines[t + j][e];
+      to[e * kLanes] = sum;
+    }
   }
 
   // Copies or clears the columns outside the image.
@@ -228,53 +213,29 @@ struct StripBlur {
     }
   }
 
-  // Blurs a tile's columns and writes its rows. Several channels' results first take the place of
-  // the columns that they no longer need.
-  template <bool kDirect>
-  void blur_along(int64_t row) const {
-    const int64_t c = s.channels, elements = s.pixels * c,
-                  count = min(kLanes, s.row + s.rows - row);
-    const auto blur = [&](int64_t pixel, int64_t channel,
-                          const auto& sink) __attribute__((always_inline)) {
-      const float* const from = column(pixel, channel);
-      const int64_t step = kDirect ? kLanes : c * kLanes;
-      correlate_symmetric(
-          x.taps, x.radius, [=](int64_t j) { return load(from + j * step); }, sink, RowPhases());
-    };
-    if (!kDirect) {
-      for (int64_t k = 0; k < c; ++k)
-        for (int64_t i = 0; i < s.pixels; i += kRows)
-          blur(i, k, [&](int t, vfloat v) { store(column(i + t, k), v); });
-      place_collected();
-    }
+  // Blurs a tile's columns and writes its rows.
+  void blur_columns(int64_t row) const {
+    const int64_t elements = s.pixels * s.channels, count = min(kLanes, s.row + s.rows - row);
     bool in_place = false;  // rows go straight to the output where nothing is left to do to them
     if constexpr (std::is_same_v<T, float>) in_place = !scaled && whole && elements % kLanes == 0;
-    for (int64_t at = 0; at < elements; at += kLanes) {
-      vfloat sum[kLanes];
-      if constexpr (kDirect) {
-#pragma GCC unroll 2
-        for (int half = 0; half < kHalves; ++half)
-          blur(at + half * kRows, 0, [&](int t, vfloat v) { sum[half * kRows + t] = v; });
-      } else {
-#pragma GCC unroll 16
-        for (int t = 0; t < kLanes; ++t) sum[t] = load(w.columns.data + (at + t) * kLanes);
-      }
-      transpose(sum);
+    const auto place = [&] { place_collected(); };
+    const auto put = [&](int64_t at, const vfloat(&rows)[kLanes]) __attribute__((always_inline)) {
       if constexpr (std::is_same_v<T, float>) {
         if (in_place) {
-          for (int64_t t = 0; t < count; ++t) store(output(row + t) + at, sum[t]);
-          continue;
+          for (int64_t t = 0; t < count; ++t) store(output(row + t) + at, rows[t]);
+          return;
         }
       }
 #pragma GCC unroll 16
-      for (int t = 0; t < kLanes; ++t) store(w.staged.data + t * w.ring_stride + at, sum[t]);
-    }
+      for (int t = 0; t < kLanes; ++t) store(w.staged.data + t * w.ring_stride + at, rows[t]);
+    };
+    blur_along(x.taps, x.radius, w.columns.data, s.pixels, s.channels, collected ? &place : nullptr,
+               put);
     if (in_place) return;
     for (int64_t t = 0; t < count; ++t) write_row(row + t, w.staged.data + t * w.ring_stride);
   }
 
   void place_collected() const {
-    if (!collected) return;
     const int64_t last = p.width - 1 - s.pixel;
     for (int64_t k = 0; k < s.channels; ++k) {
       if (s.pixel == 0) store(column(0, k), load(w.collected.data + k * kLanes));

@@ -1,12 +1,12 @@
 // The multi-scale loss on the CPU.
 //
 // A task is one plane's strip of columns and band of rows. Level l is x blurred l times; the last
-// is the coarsest target. Rows stream through all levels at once: a ring of horizontally blurred
-// rows feeds the vertical pass of every level, and rings of finished rows wait until the coarsest
-// level reaches them. Then the rows are compared with the contributions and the gradients are
-// written. All of it stays in the second-level cache. Squares are summed in float32 along a row and
-// in float64 beyond it, one sum for every kRows rows of a strip; strips do not depend on the number
-// of threads, and neither does the order in which the sums are added.
+// is the coarsest target. Rows stream through all levels at once, kLanes at a time: every level
+// keeps its rows in a ring until the level above has blurred them and the coarsest has reached
+// them. Then they are compared with the contributions and the gradients are written. All of it
+// stays in the second-level cache. Squares are summed in float32 along a row and in float64 beyond
+// it, one sum for every kLanes rows of a strip; strips do not depend on the number of threads, and
+// neither does the order in which the sums are added.
 #include "elements.h"
 #include "gaussian_blur/correlate.h"
 #include "gaussian_blur/lines.h"
@@ -20,7 +20,7 @@ namespace MSVQ_ISA {
 namespace {
 
 constexpr int64_t kCache = 768 << 10;  // bytes of rows of a strip
-constexpr int64_t kChannels = 64;      // channels of a strip of a channels_last tensor
+constexpr int64_t kChannels = 16;      // channels of a strip of a channels_last tensor
 constexpr int64_t kGrain = 1 << 20;    // multiply-adds worth a thread
 
 // How the images are cut. Only the rows of a band depend on the number of threads.
@@ -29,22 +29,30 @@ struct Cut {
       : levels(p.num_scales - 1), radius(levels > 0 ? p.radius : 0) {
     channels = min(p.inner, kChannels);
     chunks = ceil_div(p.inner, channels);
-    int64_t kept = 1;  // rows of a strip
-    for (int64_t l = 1; l <= levels; ++l) kept += 2 * radius + (levels - l) * radius;
+    int64_t kept = kLanes;  // rows of a strip
+    for (int64_t l = 0; l <= levels; ++l) kept += kept_rows(l);
     const int64_t least = max(4 * radius * levels, 64);  // or what lies around takes more time
     const int64_t fits = max(kCache / static_cast<int64_t>(sizeof(float)) / kept / channels, least);
     strips = ceil_div(p.width, fits);
     pixels = ceil_div(ceil_div(p.width, strips), kLanes) * kLanes;
     strips = ceil_div(p.width, pixels);
-    groups = ceil_div(p.height, kRows);
+    groups = ceil_div(p.height, kLanes);
     const int64_t pieces = p.planes * chunks * strips;
     const int64_t work = p.planes * p.height * p.width * p.inner * (4 + levels * 4 * radius);
     threads = static_cast<int>(max(min(p.threads, work / kGrain), 1));
     int64_t wanted = ceil_div(threads > 1 ? 2 * threads : 1, pieces);
     wanted = min(wanted, max(p.height / max(2 * radius * levels, 16), 1));
-    rows = ceil_div(groups, wanted) * kRows;
+    rows = ceil_div(groups, wanted) * kLanes;
     bands = ceil_div(p.height, rows);
     tasks = pieces * bands;
+  }
+
+  // Rows of a level that the level above still blurs, kLanes - 1 more where it is ahead of that
+  // need; x is read again where it is compared. With three levels above x, these are also the rows
+  // that wait for the coarsest: of level 1 at most kLanes + 2 * radius, rounded up, + kLanes - 1.
+  int64_t kept_rows(int64_t l) const {
+    static_assert(kMaxScales <= 4, "more levels wait longer");
+    return l < levels ? ceil_div(2 * radius + 2 * kLanes, kLanes) * kLanes : kLanes;
   }
 
   const int64_t levels, radius;
@@ -61,13 +69,8 @@ struct Range {
 struct Level {
   Range rows, columns;
   int64_t done;  // the first row that is not computed
-  // Rows of the level below, blurred horizontally.
-  float* ring;
-  int64_t ring_rows, ring_stride, vectors;
-  // Its own rows with what the horizontal blur reads around them.
-  float* lines;
-  int64_t kept, line_stride;
-  int64_t origin;  // the column at the start of a line
+  float* lines;  // `kept` of its rows
+  int64_t kept, stride;
 };
 
 inline void widen_any(const void* from, ImageType type, int64_t at, float* to, int64_t n) {
@@ -100,27 +103,26 @@ struct StripLoss {
         s(s),
         last(static_cast<int>(cut.levels)),
         radius(cut.radius),
-        size(2 * radius + 1),
         whole(s.channels == p.inner),
         sums(sums),
         staged_stride(ceil_div(s.pixels * s.channels, kLanes) * kLanes),
-        memory(lay_out(nullptr)),
-        sources(size + kRows) {
-    lay_out(memory.data);
+        memory(lay_out(cut, nullptr)),
+        sources(2 * radius + kLanes) {
+    lay_out(cut, memory.data);
     const float upstream = p.upstream ? *p.upstream : 1.0f;
     for (int64_t m = 0; m <= last; ++m)
       row_of.factors[m] = static_cast<float>(2 * p.weights[m] * p.grad_factor * upstream);
   }
 
   void run() {
-    for (int64_t row = s.row; row < s.row + s.rows; row += kRows) {
-      if (last > 0) advance(last, row + kRows);
+    for (int64_t row = s.row; row < s.row + s.rows; row += kLanes) {
+      if (last > 0) advance(last, row + kLanes);
       compare(row);
     }
   }
 
-  // Places every ring in `base` and returns how many floats they take.
-  int64_t lay_out(float* base) {
+  // Places everything in `base` and returns how many floats it takes.
+  int64_t lay_out(const Cut& cut, float* base) {
     int64_t used = 0;
     const auto take = [&](int64_t n) {
       float* const at = base ? base + used : nullptr;
@@ -133,29 +135,14 @@ struct StripLoss {
       level.rows = clip(s.row - around, s.row + s.rows + around, p.height);
       level.columns = clip(s.pixel - around, s.pixel + s.pixels + around, p.width);
       level.done = level.rows.first;
-    }
-    int64_t widest = 0;
-    for (int l = 0; l <= last; ++l) {
-      Level& level = levels[l];
+      level.kept = cut.kept_rows(l);
       // Odd numbers of vectors: rows do not compete for the same lines of cache.
-      level.vectors = ceil_div(level.columns.size() * s.channels, kLanes);
-      level.ring_stride = (level.vectors | 1) * kLanes;
-      level.ring_rows = 2 * radius + 2 * kRows;  // a level may be kRows - 1 rows ahead of its need
-      if (l > 0) level.ring = take(level.ring_rows * level.ring_stride);
-      widest = max(widest, level.vectors);
-      const Range to = l < last ? levels[l + 1].columns : level.columns;
-      const int64_t around = l < last ? radius : 0;
-      level.origin = to.first - around;
-      const int64_t before = (level.columns.first - level.origin) * s.channels % kLanes;
-      const int64_t elements = (to.size() + 2 * around) * s.channels;
-      level.line_stride = ((ceil_div(elements, kLanes) + 5) | 1) * kLanes;
-      level.kept = ceil_div(kRows + (last - l) * (radius + kRows - 1), kRows) * kRows;
-      if (l == 0) level.kept = kRows;  // x is read again
-      // The vertical blur writes whole vectors, on lines of cache.
-      level.lines = take(level.kept * level.line_stride + kLanes);
-      if (base) level.lines += (kLanes - before) % kLanes;
+      level.stride = (ceil_div(level.columns.size() * s.channels, kLanes) | 1) * kLanes;
+      level.lines = take(level.kept * level.stride);
     }
-    zeros = take(widest * kLanes);
+    zeros = take(levels[0].stride);
+    columns =
+        take(last > 0 ? (levels[1].columns.size() + 2 * radius + kLanes) * s.channels * kLanes : 0);
     for (float*& row : staged) row = take(staged_stride);
     return used;
   }
@@ -166,26 +153,20 @@ struct StripLoss {
   }
 
   float* line(const Level& level, int64_t row) const {
-    return level.lines + (row - level.rows.first) % level.kept * level.line_stride;
-  }
-  // Of a row of the level below.
-  float* ring_row(int l, int64_t row) const {
-    const Level& level = levels[l];
-    return level.ring + (row - levels[l - 1].rows.first) % level.ring_rows * level.ring_stride;
+    return level.lines + (row - level.rows.first) % level.kept * level.stride;
   }
 
-  // Computes the rows of a level before `until`, kRows at a time.
+  // Computes the rows of a level before `until`, kLanes at a time.
   void advance(int l, int64_t until) {
     Level& level = levels[l];
     while (level.done < min(until, level.rows.end)) {
-      if (l > 0) advance(l - 1, level.done + kRows + radius);
+      if (l > 0) advance(l - 1, level.done + kLanes + radius);
       if (l > 0) {
-        blur_down(l);
+        blur(l);
       } else {
         read_rows();
       }
-      if (l < last) blur_along(l);
-      level.done += kRows;
+      level.done += kLanes;
     }
   }
 
@@ -204,10 +185,10 @@ struct StripLoss {
 
   void read_rows() {
     const Level& level = levels[0];
-    const int64_t end = min(level.done + kRows, level.rows.end);
+    const int64_t end = min(level.done + kLanes, level.rows.end);
     for (int64_t row = level.done; row < end; ++row) {
       const int64_t from = border_source(p.border, row, p.height);
-      float* const to = line(level, row) - level.origin * s.channels;
+      float* const to = line(level, row) - level.columns.first * s.channels;
       int64_t i = level.columns.first;
       while (i < level.columns.end) {  // the circular border's columns pass the image's end
         const int64_t pixel = border_source(p.border, i, p.width);
@@ -218,54 +199,43 @@ struct StripLoss {
     }
   }
 
-  // Blurs the newest rows of a level horizontally, for the level above.
-  void blur_along(int l) {
-    const Level &level = levels[l], &above = levels[l + 1];
-    float* const from = line(level, level.done);
-    float* out[kRows];
-    for (int t = 0; t < kRows; ++t) {
-      const bool inside = level.done + t < level.rows.end;
-      out[t] = inside ? ring_row(l + 1, level.done + t) : nullptr;
-      if (inside && p.border != Border::circular) fill(level, above, from + t * level.line_stride);
-    }
-#if defined(__AVX512F__)
-    if (s.channels == 1 && blur_lines(p.taps, size, from, level.line_stride, above.vectors, out))
-      return;
-#endif
-    for (int t = 0; t < kRows; ++t)
-      if (out[t])
-        blur_line(p.taps, size, from + t * level.line_stride, s.channels, above.vectors, out[t]);
-  }
-
-  // Writes what lies outside the image to both ends of a line.
-  void fill(const Level& level, const Level& above, float* line) const {
-    const auto put = [&](int64_t column) {
-      const int64_t from = border_source(p.border, column, p.width);
-      float* const to = line + (column - level.origin) * s.channels;
-      for (int64_t k = 0; k < s.channels; ++k)
-        to[k] = from < 0 ? 0.0f : line[(from - level.origin) * s.channels + k];
-    };
-    for (int64_t i = level.origin; i < 0; ++i) put(i);
-    for (int64_t i = p.width; i < above.columns.end + radius; ++i) put(i);
-  }
-
-  // Blurs the next kRows rows of a level vertically.
-  void blur_down(int l) {
+  // Computes the next kLanes rows of a level from the rows of the level below.
+  void blur(int l) {
     const Level &level = levels[l], &below = levels[l - 1];
-    for (int64_t k = 0; k < size + kRows - 1; ++k) {
+    for (int64_t k = 0; k < 2 * radius + kLanes; ++k) {
       const int64_t row = level.done - radius + k;
       const bool real = p.border == Border::circular || (row >= 0 && row < p.height);
       const int64_t from = real ? row : border_source(p.border, row, p.height);
       // Rows past the end belong to outputs that nobody reads.
       const bool held = (real || from >= 0) && from >= below.rows.first && from < below.rows.end;
-      sources[k] = held ? ring_row(l, from) : zeros;
+      sources[k] = held ? line(below, from) : zeros;
     }
-    float* out[kRows];
-    for (int t = 0; t < kRows; ++t)
-      out[t] = line(level, level.done) + t * level.line_stride +
-               (level.columns.first - level.origin) * s.channels;
-    const char* rows[(2 * kMaxScales + 1) * kRows];
-    blur_across(p.taps, radius, sources.data, level.vectors, out, ahead(l, rows));
+    const int64_t origin = level.columns.first - radius, c = s.channels;
+    const char* rows[(2 * kMaxScales + 1) * kLanes];
+    blur_down(p.taps, radius, sources.data, below.columns.size() * c,
+              column(below.columns.first - origin, 0), ahead(l, rows));
+    fill(origin, below.columns.first, origin);
+    fill(below.columns.end, level.columns.end + radius, origin);
+    float* const to = line(level, level.done);
+    blur_along(p.taps, radius, columns, level.columns.size(), c, kUnchanged,
+               [&](int64_t at, const vfloat(&rows)[kLanes]) {
+#pragma GCC unroll 16
+                 for (int t = 0; t < kLanes; ++t) store(to + t * level.stride + at, rows[t]);
+               });
+  }
+
+  float* column(int64_t pixel, int64_t channel) const {
+    return columns + (pixel * s.channels + channel) * kLanes;
+  }
+
+  // Copies or clears columns outside the image.
+  void fill(int64_t first, int64_t end, int64_t origin) const {
+    if (p.border == Border::circular) return;
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t from = border_source(p.border, i, p.width);
+      for (int64_t k = 0; k < s.channels; ++k)
+        store(column(i - origin, k), from < 0 ? vfloat{} : load(column(from - origin, k)));
+    }
   }
 
   // What will be read or written next while level l is blurred vertically: x, or what the rows are
@@ -277,7 +247,7 @@ struct StripLoss {
       const int64_t at = offset(min(row, p.height - 1), pixel) * bytes;
       if (tensor && whole) rows[count++] = static_cast<const char*>(tensor) + at;
     };
-    for (int t = 0; t < kRows; ++t) {
+    for (int t = 0; t < kLanes; ++t) {
       if (l == last)
         for (int m = 0; m <= last; ++m) {
           add(p.contributions[m], levels[l].done + t, s.pixel);
@@ -298,12 +268,13 @@ struct StripLoss {
 
   void compare(int64_t row) {
     const bool direct = whole && p.type == ImageType::float32;
-    double* const sum = sums ? sums + row / kRows * kMaxScales : unused;
-    for (int64_t end = min(row + kRows, s.row + s.rows); row < end; ++row) {
+    double* const sum = sums ? sums + row / kLanes * kMaxScales : unused;
+    for (int64_t end = min(row + kLanes, s.row + s.rows); row < end; ++row) {
       for (int m = 0; m <= last; ++m) {
         const Level& level = levels[last - m];
-        row_of.targets[m] = m == last ? row_to_read(p.x, p.x_type, row, staged[2 * kMaxScales])
-                                      : line(level, row) + (s.pixel - level.origin) * s.channels;
+        row_of.targets[m] = m == last
+                                ? row_to_read(p.x, p.x_type, row, staged[2 * kMaxScales])
+                                : line(level, row) + (s.pixel - level.columns.first) * s.channels;
         row_of.contributions[m] = row_to_read(p.contributions[m], p.type, row, staged[m]);
         row_of.grads[m] = !p.grads[m] ? nullptr
                           : direct    ? static_cast<float*>(p.grads[m]) + offset(row, s.pixel)
@@ -332,12 +303,13 @@ struct StripLoss {
   const MultiscaleLossParams& p;
   const Strip s;
   const int last;
-  const int64_t radius, size;
+  const int64_t radius;
   const bool whole;    // the strip holds all channels of its pixels
-  double* const sums;  // of every kRows rows of the strip, kMaxScales each; null: none
+  double* const sums;  // of every kLanes rows of the strip, kMaxScales each; null: none
   const int64_t staged_stride;
   Level levels[kMaxScales];
   float* zeros;
+  float* columns;                     // of a tile, blurred down: its rows are the lanes
   float* staged[2 * kMaxScales + 1];  // contributions, gradients, x
   const Array<float> memory;
   const Array<const float*> sources;

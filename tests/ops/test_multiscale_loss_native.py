@@ -80,6 +80,13 @@ def test_strips_meet(shape: tuple[int, ...], scales: int, radius: int, border: s
 
 
 @pytest.mark.parametrize("border", BORDERS)
+def test_bands_meet(border: str) -> None:
+    # Rows of every level wait for the coarsest, from where the band begins.
+    for radius in (5, 9, 15):
+        check(*inputs((1, 1, 400, 300), 4), border, radius, threads=4)
+
+
+@pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize(("scales", "radius"), [(1, 0), (2, 7), (3, 15), (4, 10)])
 def test_results_do_not_depend_on_threads(scales: int, radius: int, border: str) -> None:
     """One plane of enough work that every thread gets a band of rows."""
