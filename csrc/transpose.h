@@ -4,7 +4,7 @@
 #pragma once
 #include "simd.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -87,6 +87,28 @@ inline void transpose(vfloat (&v)[16]) {
   for (int i = 0; i < 8; ++i) {
     v[i] = (vfloat)_mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
     v[i + 8] = (vfloat)_mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+  }
+}
+#elif defined(__AVX2__)
+inline void transpose(vfloat (&v)[8]) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      const __m256d low = (__m256d)a[i + k], high = (__m256d)a[i + k + 2];
+      b[i + 2 * k] = (__m256)_mm256_unpacklo_pd(low, high);
+      b[i + 2 * k + 1] = (__m256)_mm256_unpackhi_pd(low, high);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = (vfloat)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    v[i + 4] = (vfloat)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
   }
 }
 #endif

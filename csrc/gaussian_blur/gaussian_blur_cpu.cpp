@@ -66,8 +66,7 @@ struct Work {
   Array<int64_t> source;  // the pixel that every pixel of the padded strip reads
   Array<float> ring;      // the image's rows in float32
   Array<float> zeros;
-  Array<float>
-      columns;  // of the padded strip, blurred vertically: the rows of a tile are the lanes
+  Array<float> columns;       // of the padded strip, blurred down: a tile's rows are the lanes
   Array<float> collected;     // results of the first and the last column, likewise
   Array<float> staged;        // rows of results
   Array<const float*> lines;  // what the vertical pass reads
