@@ -19,11 +19,9 @@ typedef int64_t vlong __attribute__((vector_size(kLanes * sizeof(float))));
 #define MSVQ_PAIRS_2 0, 2
 #define MSVQ_PAIRS_4 0, 4, 1, 5
 #define MSVQ_PAIRS_8 0, 8, 1, 9, 2, 10, 3, 11
-#define MSVQ_PAIRS_16 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define MSVQ_UPPER_2 1, 3
 #define MSVQ_UPPER_4 2, 6, 3, 7
 #define MSVQ_UPPER_8 4, 12, 5, 13, 6, 14, 7, 15
-#define MSVQ_UPPER_16 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #ifdef __clang__
 #define MSVQ_SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -33,10 +31,8 @@ typedef int64_t vlong __attribute__((vector_size(kLanes * sizeof(float))));
   inline V lower_lanes(V a, V b) { return MSVQ_SHUFFLE(Index, a, b, MSVQ_PAIRS_##n); } \
   inline V upper_lanes(V a, V b) { return MSVQ_SHUFFLE(Index, a, b, MSVQ_UPPER_##n); }
 #if defined(__AVX512F__)
-MSVQ_INTERLEAVE(vfloat, vint, 16)
 MSVQ_INTERLEAVE(vdouble, vlong, 8)
 #elif defined(__AVX2__)
-MSVQ_INTERLEAVE(vfloat, vint, 8)
 MSVQ_INTERLEAVE(vdouble, vlong, 4)
 #else
 MSVQ_INTERLEAVE(vfloat, vint, 4)

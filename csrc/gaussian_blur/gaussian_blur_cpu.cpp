@@ -17,7 +17,7 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 187 KiB
+constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 193 KiB
 constexpr int64_t kChannels = 16;    // channels of a strip of a channels_last tensor
 constexpr int64_t kPixels = 128;     // of a strip at least: it blurs 2 * radius more
 constexpr int64_t kGrain = 1 << 20;  // multiply-adds worth a thread

@@ -49,7 +49,7 @@ struct Cut {
 
   // Rows of a level that the level above still blurs, kLanes - 1 more where it is ahead of that
   // need; x is read again where it is compared. With three levels above x, these are also the rows
-  // that wait for the coarsest: of level 1 at most kLanes + 2 * radius, rounded up, + kLanes - 1.
+  // that wait for the coarsest: of level 1 at most 2 * radius, rounded up, and 2 * kLanes.
   int64_t kept_rows(int64_t l) const {
     static_assert(kMaxScales <= 4, "more levels wait longer");
     return l < levels ? ceil_div(2 * radius + 2 * kLanes, kLanes) * kLanes : kLanes;

@@ -36,8 +36,9 @@ inline __m512i pair_of(__m512 even, __m512 odd) {
   return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_cvtps_epi32(even), high);
 }
 
-// Rounds the codes of float32 panels to pairs of integers in place, where that leaves few of a
-// typical row's codes open: where codes are of similar length, and numbers far from float32's ends.
+// Rounds the codes of float32 panels to pairs of integers in place, where that can leave few of a
+// row's codes open: where codes are of similar length, and numbers far from float32's ends. Seeds
+// and norms keep float32's units.
 inline void narrow_panels(int threads, PackedCodes* out) {
   constexpr double kLongest = 4;  // of the codes, in mean lengths; twice as long, half are open
   double squares = 0;
@@ -95,8 +96,9 @@ struct Int16Rows {
 inline void bound_rows(const PackedCodes& codes, float* norm, Int16Rows* rows) {
   constexpr int32_t kMostShift = 24;
   const float half = static_cast<float>(codes.half), most = static_cast<float>(codes.max_norm);
-  // The rounding of seeds, and the bits that a slot's number takes.
-  const float fixed = 132 + static_cast<float>(1 << codes.tag_bits);
+  // Seeds, below 2^29, are rounded to float32, to integers and by the shift; then the bits that a
+  // slot's number takes.
+  const float fixed = 32 + 3 + static_cast<float>(1 << codes.tag_bits);
   const float doubles = static_cast<float>(codes.width + 9) * 0x1p-52f;
   for (int64_t i = 0; i < kBlockRows; ++i) {
     int32_t shift = static_cast<int32_t>(bits_of(norm[i]) >> 23) - 127 - 14;

@@ -42,7 +42,8 @@ struct PackedCodes {
   float scale;                  // power of two: every |c_d| < 1, or |c| < 2^15 of int16
   double max_norm;
 
-  PackedCodes(int64_t num_codes, int64_t width, float* panels, Filter filter)
+  // With `integers`, there is room to become int16 later.
+  PackedCodes(int64_t num_codes, int64_t width, float* panels, Filter filter, bool integers)
       : panels(panels),
         filter(filter),
         seed_error(rounding_error(width)),
@@ -55,7 +56,7 @@ struct PackedCodes {
         width(width),
         seeds(slots(num_codes)),
         norms(slots(num_codes)),
-        int_seeds(slots(num_codes)),
+        int_seeds(integers ? slots(num_codes) : 0),
         mean(width),
         index(slots(num_codes)),
         scale(1),

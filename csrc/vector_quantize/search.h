@@ -1,9 +1,9 @@
 // The exact nearest code: a filter with a certified error bound, then exact distances for the rest.
 //
-// Every code's score is a lower bound of half its distance (packed_codes.h). The best code of a
-// row is certain if the second lowest bound lies above the best code's upper bound; otherwise every
-// code whose lower bound does not is measured, in float32 if that separates them, else in float64
-// in the order of the definition.
+// Every code's score is half its distance up to a term of the row, less the error that it may have
+// (packed_codes.h), or with an error that the row bounds (int16_filter.h). The best code of a row
+// is certain if no other can be nearer; otherwise every code that can is measured, in float32 if
+// that separates them, else in float64 in the order of the definition.
 #pragma once
 #include <cstdint>
 
@@ -197,7 +197,7 @@ inline int candidates_of(const Block& block, int64_t i, double limit, const Pack
 }
 
 // The slots of panel p that score up to `limit` for row `i`, as bits. The row's values are in
-// `x_row`.
+// `x_row`, but for int16.
 inline uint64_t slots_up_to(double limit, Block* block, int64_t i, const PackedCodes& codes,
                             int64_t p) {
 #if defined(__AVX512F__)
@@ -224,7 +224,7 @@ inline uint64_t slots_up_to(double limit, Block* block, int64_t i, const PackedC
 inline void measure_all(Block* block, int64_t i, double limit, const PackedCodes& codes,
                         NearestExact* nearest) {
   const bool all = !(block->norm[i] < __builtin_inff());
-  for (int64_t d = 0; d < codes.width; ++d)
+  for (int64_t d = 0; d < codes.width && codes.filter != Filter::int16; ++d)
     block->x_row[d] = (block->z_row[d] - codes.mean[d]) * -codes.scale;
   for (int64_t p = 0; p < codes.panel_count; ++p) {
     const int64_t slot = p * kPanel;
@@ -235,13 +235,15 @@ inline void measure_all(Block* block, int64_t i, double limit, const PackedCodes
   }
 }
 
-// The nearest code of row `i`, whose values are in `z_row`, where the filter leaves several.
+// The nearest code of row `i`, whose values are in `z_row`, where the filter leaves several. Counts
+// rows that are scored again.
 inline int64_t resolve(Block* block, int64_t i, double limit, const float* codebook,
-                       const PackedCodes& codes) {
+                       const PackedCodes& codes, int64_t* again) {
   NearestExact nearest(block->z_row.data, codebook, codes.width);
   int64_t candidates[kLanes];
   const int count = candidates_of(*block, i, limit, codes, candidates);
   if (count < 0) {
+    ++*again;
     measure_all(block, i, limit, codes, &nearest);
     return nearest.result();
   }

@@ -1,6 +1,7 @@
 // Latents and codes split in two bfloat16 numbers each, hi + lo, as the matrix unit (AMX) reads
 // them.
 #pragma once
+#include "transpose.h"
 #include "vector_quantize/rows.h"
 
 #if defined(__AVX512F__) && defined(__linux__)
@@ -22,33 +23,6 @@ inline bool amx_available() {
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return available;
-}
-
-// Transposes sixteen rows of sixteen words.
-inline void transpose16(__m512i (&m)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(m[i], m[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(m[i], m[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    m[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    m[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    m[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    m[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(m[i], m[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(m[i], m[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(m[i + 8], m[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(m[i + 8], m[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    m[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    m[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    m[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    m[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
 }
 
 // Rounds to bfloat16, kept in the upper half of each word.
@@ -95,18 +69,18 @@ inline void split_row(const float* x, int64_t width, int64_t row, const SplitRow
 inline void split_columns(const float* x, int64_t width, int64_t count, const SplitRows& out) {
   for (int64_t row = 0; row < count; row += 16) {
     for (int64_t d0 = 0; d0 < width; d0 += 32) {
-      __m512i hi[16], lo[16];
+      vfloat hi[16], lo[16];  // as they are, bits
       for (int i = 0; i < 16; ++i) {
         const float* p = x + (d0 + 2 * i) * kBlockRows + row;
         const Split a = split(_mm512_loadu_ps(p)), b = split(_mm512_loadu_ps(p + kBlockRows));
-        hi[i] = pair(a.hi, b.hi);
-        lo[i] = pair(a.lo, b.lo);
+        hi[i] = (vfloat)pair(a.hi, b.hi);
+        lo[i] = (vfloat)pair(a.lo, b.lo);
       }
-      transpose16(hi);
-      transpose16(lo);
+      transpose(hi);
+      transpose(lo);
       for (int64_t i = 0; i < 16; ++i) {
-        _mm512_storeu_si512(out.hi + (row + i) * width + d0, hi[i]);
-        _mm512_storeu_si512(out.lo + (row + i) * width + d0, lo[i]);
+        _mm512_storeu_si512(out.hi + (row + i) * width + d0, (__m512i)hi[i]);
+        _mm512_storeu_si512(out.lo + (row + i) * width + d0, (__m512i)lo[i]);
       }
     }
   }

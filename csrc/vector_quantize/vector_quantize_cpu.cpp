@@ -65,15 +65,8 @@ void load_block(const Rows<const T>& z, int64_t row, const PackedCodes& codes, B
     load_columns(z, row, codes, block, square);
   }
   // The margins cover the rounding of the sums of squares and the squares that underflow.
-  const float error = static_cast<float>(codes.dot_error * 1.001);
-  const float most = static_cast<float>(codes.max_norm * 1.001), wide = static_cast<float>(width);
-  for (int64_t i = 0; i < kBlockRows; ++i) {
+  for (int64_t i = 0; i < kBlockRows; ++i)
     block->norm[i] = __builtin_sqrtf(square[i]) * 1.001f + 1e-17f;
-    block->error_norm[i] = -(error * block->norm[i] + 1e-17f);
-    const float both = block->norm[i] + most;
-    block->margin[i] =
-        (wide + 9) * 0x1p-52f * both * both + 9 * (wide + 4) * 0x1p-126f * (1 + block->norm[i]);
-  }
 #if defined(__AVX512F__)
   if (codes.filter == Filter::int16) {
     Int16Rows* const rows = &block->integers;
@@ -82,8 +75,17 @@ void load_block(const Rows<const T>& z, int64_t row, const PackedCodes& codes, B
     for (int64_t i = 0; i < block->count; ++i)
       narrow_row_to_pairs(&block->x[i * width], rows->factor[i], width,
                           &rows->pair[i * pairs(width)]);
+    return;
   }
 #endif
+  const float error = static_cast<float>(codes.dot_error * 1.001);
+  const float most = static_cast<float>(codes.max_norm * 1.001), wide = static_cast<float>(width);
+  for (int64_t i = 0; i < kBlockRows; ++i) {
+    block->error_norm[i] = -(error * block->norm[i] + 1e-17f);
+    const float both = block->norm[i] + most;
+    block->margin[i] =
+        (wide + 9) * 0x1p-52f * both * both + 9 * (wide + 4) * 0x1p-126f * (1 + block->norm[i]);
+  }
 #ifdef MSVQ_AMX
   if (codes.filter == Filter::split) {
     const SplitRows split{block->hi.data, block->lo.data};
@@ -99,22 +101,25 @@ bool all_finite(const float* x, int64_t width) {
   return finite;
 }
 
+// Returns how many rows were scored again.
 template <class T>
-void search_block(const Rows<const T>& z, int64_t row, const float* codebook,
-                  const PackedCodes& codes, Block* block, int64_t* out) {
+int64_t search_block(const Rows<const T>& z, int64_t row, const float* codebook,
+                     const PackedCodes& codes, Block* block, int64_t* out) {
   load_block(z, row, codes, block);
   block->ahead = block_ahead(z, row + kBlockRows, codes.width);
   scan(block, codes);
   int64_t open[kBlockRows];
   double limits[kBlockRows];
   const int64_t opened = find_open_rows(*block, codes, out, open, limits);
+  int64_t again = 0;
   for (int64_t j = 0; j < opened; ++j) {
     const int64_t i = open[j];
     read_row(z, row + i, codes.width, block->z_row.data);
     const bool finite =
         block->norm[i] < __builtin_inff() || all_finite(block->z_row.data, codes.width);
-    out[i] = finite ? resolve(block, i, limits[i], codebook, codes) : kSkipped;
+    out[i] = finite ? resolve(block, i, limits[i], codebook, codes, &again) : kSkipped;
   }
+  return again;
 }
 
 // Writes z_q of a block and returns its sum of (z - e)^2.
@@ -194,24 +199,26 @@ void add_statistics(const VectorQuantizeParams& p, const Rows<const T>& z, int64
   });
 }
 
+// Codes, and with `sums` z_q and the squared error of every block; false where integers leave too
+// much open, which only the rows show: those far shorter than codes of one length, for example.
 template <class T>
-void quantize(const VectorQuantizeParams& p) {
+bool search(const VectorQuantizeParams& p, [[maybe_unused]] Filter best, float* panels,
+            double* errors) {
   const int64_t rows = p.outer * p.inner, width = p.width;
   const Rows<const T> z{static_cast<const T*>(p.z), p.z_strides, p.inner};
   const Rows<T> z_q{static_cast<T*>(p.z_q), p.z_q_strides, p.inner};
-  // The packed codes live where the sums will be: neither needs the room while the other does.
-  const int64_t slots = PackedCodes::slots(p.num_codes);
-  Scratch<float> own_panels(p.sums == nullptr ? slots * width : 0);
   Filter filter = Filter::float32;
 #ifdef MSVQ_AMX
-  if (p.filter == Filter::split && width % 32 == 0 && amx_available()) filter = Filter::split;
+  if (best == Filter::split && width % 32 == 0 && amx_available()) filter = Filter::split;
 #endif
-  PackedCodes codes(p.num_codes, width, p.sums == nullptr ? own_panels.data : p.sums, filter);
+  bool integers = false;
+#if defined(__AVX512F__)
+  integers = filter == Filter::float32 && best != filter && int16_products_available();
+#endif
+  PackedCodes codes(p.num_codes, width, panels, filter, integers);
   pack(p.codebook, p.num_codes, p.threads, &codes);
 #if defined(__AVX512F__)
-  if (filter == Filter::float32 && p.filter != filter && codes.count > 0 &&
-      int16_products_available())
-    narrow_panels(p.threads, &codes);
+  if (integers && codes.count > 0) narrow_panels(p.threads, &codes);
 #endif
 
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
@@ -219,7 +226,8 @@ void quantize(const VectorQuantizeParams& p) {
   const int64_t share = blocks / (4 * p.threads), task_blocks = share < 1    ? 1
                                                                 : share > 16 ? 16
                                                                              : share;
-  Scratch<double> errors(p.sums == nullptr ? 0 : blocks);
+  int64_t scored_again = 0;
+  bool given_up = false;
   parallel_for((blocks + task_blocks - 1) / task_blocks, p.threads, [&](int64_t task) {
     Block block(codes);
     for (int64_t b = task * task_blocks; b < blocks && b < (task + 1) * task_blocks; ++b) {
@@ -230,7 +238,12 @@ void quantize(const VectorQuantizeParams& p) {
       if (codes.count == 0) {
         for (int64_t i = 0; i < count; ++i) out[i] = 0;
       } else {
-        search_block(z, row, p.codebook, codes, &block, out);
+        if (__atomic_load_n(&given_up, __ATOMIC_RELAXED)) return;
+        const int64_t again = search_block(z, row, p.codebook, codes, &block, out);
+        const int64_t all = __atomic_add_fetch(&scored_again, again, __ATOMIC_RELAXED);
+        // A row scored again takes as long as some ten others.
+        if (codes.filter == Filter::int16 && again > count / 8 && all > rows / 64)
+          __atomic_store_n(&given_up, true, __ATOMIC_RELAXED);
       }
       if (p.sums == nullptr) {
         for (int64_t i = 0; i < count; ++i) out[i] = out[i] == kSkipped ? 0 : out[i];
@@ -241,12 +254,25 @@ void quantize(const VectorQuantizeParams& p) {
       errors[b] = write_block(z, z_q, row, count, p.codebook, known, width, block.x.data);
     }
   });
+  return !given_up;
+}
+
+template <class T>
+void quantize(const VectorQuantizeParams& p) {
+  const int64_t rows = p.outer * p.inner, blocks = (rows + kBlockRows - 1) / kBlockRows;
+  // The packed codes live where the sums will be: neither needs the room while the other does.
+  const int64_t slots = PackedCodes::slots(p.num_codes);
+  Scratch<float> own_panels(p.sums == nullptr ? slots * p.width : 0);
+  Scratch<double> errors(p.sums == nullptr ? 0 : blocks);
+  float* const panels = p.sums == nullptr ? own_panels.data : p.sums;
+  if (!search<T>(p, p.filter, panels, errors.data))
+    search<T>(p, Filter::float32, panels, errors.data);
   if (p.sums == nullptr) return;
   double total = 0;
   for (int64_t b = 0; b < blocks; ++b) total += errors[b];
   *p.squared_error = total;
   for (int64_t k = 0; k < p.num_codes; ++k) p.counts[k] = 0;
-  add_statistics(p, z, rows);
+  add_statistics(p, Rows<const T>{static_cast<const T*>(p.z), p.z_strides, p.inner}, rows);
   for (int64_t i = 0; i < rows; ++i) p.codes[i] = p.codes[i] == kSkipped ? 0 : p.codes[i];
 }
 

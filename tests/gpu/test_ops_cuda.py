@@ -15,11 +15,13 @@ from msvq_fast.ops import (
     nearest_code,
     vector_quantize,
 )
+from msvq_fast.ops.gaussian_blur.op import BORDERS
 from msvq_fast.ops.gaussian_blur.op import OP as BLUR
 from msvq_fast.ops.vector_quantize.op import OP as QUANTIZE
 
 BACKENDS = ["reference", "native", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -110,26 +112,44 @@ def test_quantizer_waits_for_nothing_and_is_captured(
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@every_backend
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("border", ["reflect", "circular", "constant"])
-def test_blur(device: str, backend: str, dtype: torch.dtype, layout, border: str) -> None:
-    x = torch.randn(2, 3, 70, 45).to(device, dtype).to(memory_format=layout)
+def blur_or_skip(x: Tensor, size: int, border: str, backend: str) -> Tensor:
     if BLUR.missing.get(backend):
         pytest.skip(BLUR.missing[backend])
-    x.requires_grad_()
     try:
-        out = gaussian_blur(x, 31, border=border, backend=backend)
+        return gaussian_blur(x, size, border=border, backend=backend)
     except InputError as error:
         if "cannot run" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("size", [7, 9, 31, 45])  # 9: no radius of the paper
+def test_blur(  # type: ignore[no-untyped-def]
+    device: str, backend: str, dtype: torch.dtype, layout, border: str, size: int
+) -> None:
+    x = torch.randn(2, 3, 70, 45).to(device, dtype).to(memory_format=layout)
+    x.requires_grad_()
+    out = blur_or_skip(x, size, border, backend)
     truth = x.detach().cpu().double().requires_grad_()
-    want = gaussian_blur(truth, 31, border=border, backend="reference")
+    want = gaussian_blur(truth, size, border=border, backend="reference")
     upstream = torch.randn(x.shape).to(dtype)
     out.backward(upstream.to(device))
     want.backward(upstream.double())
     assert x.grad is not None and truth.grad is not None
     assert_close("value", out.detach().cpu(), want.detach(), ulps=16)
     assert_close("grad", x.grad.cpu(), truth.grad, ulps=16)
+
+
+@every_backend
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("border", BORDERS)
+def test_blur_of_bytes(device: str, backend: str, layout, border: str) -> None:  # type: ignore[no-untyped-def]
+    x = torch.randint(0, 256, (2, 3, 70, 45), dtype=torch.uint8).to(memory_format=layout)
+    out = blur_or_skip(x.to(device), 31, border, backend)
+    want = gaussian_blur(x.double(), 31, border=border, backend="reference")
+    assert out.dtype == torch.uint8
+    assert (out.cpu().double() - want).abs().max() <= 0.5 + 1e-3

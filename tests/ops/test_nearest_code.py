@@ -187,10 +187,16 @@ def test_lengths_of_every_size(d, monkeypatch):
     for far in (3.0, 5.0, 1e3, 1e6, 1e12):
         codebook[17] = far
         assert_codes_exact(z, codebook, monkeypatch)
+    # Codes of two lengths, and of one length with ever shorter rows.
+    codebook = torch.randn(512, d) * torch.tensor([1.0, *[0.01] * 7]).repeat(64)[:, None]
+    assert_codes_exact(0.01 * torch.randn(700, d), codebook, monkeypatch)
+    codebook = torch.nn.functional.normalize(torch.randn(512, d))
+    for length in (0.03, 0.003, 1e-4):
+        assert_codes_exact(length * torch.randn(700, d), codebook, monkeypatch)
 
 
 @pytest.mark.skipif(not COMPILED, reason="only the reference is available")
-@pytest.mark.parametrize("k", (2**15 + 3, 2**17 + 5))
+@pytest.mark.parametrize("k", (2**15 + 3, 2**17, 2**17 + 5))
 def test_codes_are_exact_of_very_many(k, monkeypatch):
     assert_codes_exact(torch.randn(40, 3), torch.randn(k, 3), monkeypatch)
 
