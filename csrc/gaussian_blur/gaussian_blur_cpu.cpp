@@ -218,7 +218,9 @@ struct StripBlur {
     bool in_place = false;  // rows go straight to the output where nothing is left to do to them
     if constexpr (std::is_same_v<T, float>) in_place = !scaled && whole && elements % kLanes == 0;
     const auto place = [&] { place_collected(); };
+    NextRows next = next_rows(row);
     const auto put = [&](int64_t at, const vfloat(&rows)[kLanes]) __attribute__((always_inline)) {
+      next.ask();
       if constexpr (std::is_same_v<T, float>) {
         if (in_place) {
           for (int64_t t = 0; t < count; ++t) store(output(row + t) + at, rows[t]);
@@ -232,6 +234,32 @@ struct StripBlur {
                put);
     if (in_place) return;
     for (int64_t t = 0; t < count; ++t) write_row(row + t, w.staged.data + t * w.ring_stride);
+  }
+
+  // The rows that the next tile reads and this one does not. They are asked for row by row, some
+  // lines of cache with every vector of results: all at once would wait for memory.
+  struct NextRows {
+    const char* at;
+    int64_t rows, bytes, stride, done;
+
+    void ask() {
+      constexpr int64_t kBytes = kLanes * kLanes * sizeof(T);
+      if (rows <= 0) return;
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(at + done + i, 0, 2);
+      done += kBytes;
+      if (done < bytes) return;
+      done = 0;
+      at += stride;
+      --rows;
+    }
+  };
+  NextRows next_rows(int64_t row) const {
+    const int64_t first = row + kLanes + y.radius;
+    const int64_t end = min(first + kLanes, min(s.row + s.rows + y.radius, p.height));
+    const int64_t pixel = sizeof(T) * p.inner;
+    return {reinterpret_cast<const char*>(input(0)) + (first * p.width + s.pixel) * pixel,
+            whole ? end - first : 0, s.pixels * pixel, p.width * pixel, 0};
   }
 
   void place_collected() const {
