@@ -107,7 +107,8 @@ def _ms(seconds: float) -> str:
 
 
 def _short(value: float, digits: int) -> str:
-    return f"{value:.0f}" if value >= 10**digits else f"{value:.{digits}g}"
+    whole = round(value, 0) >= 10**digits  # 99.6 to two digits is 100, not 1e+02
+    return f"{value:.0f}" if whole else f"{value:.{digits}g}"
 
 
 def demo_table() -> str:
