@@ -107,34 +107,41 @@ inline void blur_down(const float* taps, int64_t radius, const float* const* lin
   }
 }
 
-struct Unchanged {
-  void operator()() const {}
-};
-constexpr const Unchanged* kUnchanged = nullptr;
-
 // Blurs columns of `channels` elements a pixel along, output pixel i from pixels i to i + 2 *
-// radius, and hands the result over by rows: sink(at, rows), where rows[t] holds elements at ... of
-// line t. With `change`, or several channels, the results first take the place of the columns that
-// they no longer need, where change() may alter them.
-template <class Change, class Sink>
-inline void blur_along(const float* taps, int64_t radius, float* columns, int64_t pixels,
-                       int64_t channels, const Change* change, const Sink& sink) {
-  alignas(64) float sums[kLanes * kLanes];
-  const bool direct = channels == 1 && change == nullptr;
-  if (!direct) {
-    for (int64_t k = 0; k < channels; ++k)
-      for (int64_t i = 0; i < pixels; i += kRows) {
-        float* const at = columns + (i * channels + k) * kLanes;
-        sum_columns<false>(taps, radius, at, channels, at);
-      }
-    if (change) (*change)();
-  }
-  for (int64_t at = 0; at < pixels * channels; at += kLanes) {
-    float* const from = columns + at * kLanes;
-    for (int t = 0; direct && t < kLanes; t += kRows)
-      sum_columns<true>(taps, radius, from + t * kLanes, 1, sums + t * kLanes);
+// radius, each over the first column that it needs and that no later one does.
+inline void blur_in_place(const float* taps, int64_t radius, float* columns, int64_t pixels,
+                          int64_t channels) {
+  for (int64_t k = 0; k < channels; ++k)
+    for (int64_t i = 0; i < pixels; i += kRows) {
+      float* const at = columns + (i * channels + k) * kLanes;
+      sum_columns<false>(taps, radius, at, channels, at);
+    }
+}
+
+// Hands columns over by rows: sink(at, rows), where rows[t] holds elements at ... of line t.
+template <class Sink>
+inline void read_by_rows(const float* columns, int64_t elements, const Sink& sink) {
+  for (int64_t at = 0; at < elements; at += kLanes) {
     vfloat rows[kLanes];
-    load_tile(direct ? sums : from, rows);
+    load_tile(columns + at * kLanes, rows);
+    sink(at, rows);
+  }
+}
+
+// Both, without the way through memory where there is one channel.
+template <class Sink>
+inline void blur_along(const float* taps, int64_t radius, float* columns, int64_t pixels,
+                       int64_t channels, const Sink& sink) {
+  if (channels > 1) {
+    blur_in_place(taps, radius, columns, pixels, channels);
+    return read_by_rows(columns, pixels * channels, sink);
+  }
+  alignas(64) float sums[kLanes * kLanes];
+  for (int64_t at = 0; at < pixels; at += kLanes) {
+    for (int t = 0; t < kLanes; t += kRows)
+      sum_columns<true>(taps, radius, columns + (at + t) * kLanes, 1, sums + t * kLanes);
+    vfloat rows[kLanes];
+    load_tile(sums, rows);
     sink(at, rows);
   }
 }

@@ -148,8 +148,8 @@ struct StripBlur {
   void read_row(int64_t row, float* to) const {
     const T* from = input(row);
     const int64_t c = s.channels;
-    for (int64_t i = low;
-         i < high;) {  // runs of pixels; the circular border's pass the image's end
+    // Runs of pixels: those of the circular border pass the image's end.
+    for (int64_t i = low; i < high;) {
       const int64_t run = whole ? min(high - i, p.width - w.source[i]) : 1;
       widen_row(from + w.source[i] * p.inner, to + (i - low) * c, run * c);
       i += run;
@@ -217,7 +217,6 @@ struct StripBlur {
     const int64_t elements = s.pixels * s.channels, count = min(kLanes, s.row + s.rows - row);
     bool in_place = false;  // rows go straight to the output where nothing is left to do to them
     if constexpr (std::is_same_v<T, float>) in_place = !scaled && whole && elements % kLanes == 0;
-    const auto place = [&] { place_collected(); };
     NextRows next = next_rows(row);
     const auto put = [&](int64_t at, const vfloat(&rows)[kLanes]) __attribute__((always_inline)) {
       next.ask();
@@ -230,8 +229,13 @@ struct StripBlur {
 #pragma GCC unroll 16
       for (int t = 0; t < kLanes; ++t) store(w.staged.data + t * w.ring_stride + at, rows[t]);
     };
-    blur_along(x.taps, x.radius, w.columns.data, s.pixels, s.channels, collected ? &place : nullptr,
-               put);
+    if (collected) {
+      blur_in_place(x.taps, x.radius, w.columns.data, s.pixels, s.channels);
+      place_collected();
+      read_by_rows(w.columns.data, elements, put);
+    } else {
+      blur_along(x.taps, x.radius, w.columns.data, s.pixels, s.channels, put);
+    }
     if (in_place) return;
     for (int64_t t = 0; t < count; ++t) write_row(row + t, w.staged.data + t * w.ring_stride);
   }

@@ -217,7 +217,7 @@ struct StripLoss {
     fill(origin, below.columns.first, origin);
     fill(below.columns.end, level.columns.end + radius, origin);
     float* const to = line(level, level.done);
-    blur_along(p.taps, radius, columns, level.columns.size(), c, kUnchanged,
+    blur_along(p.taps, radius, columns, level.columns.size(), c,
                [&](int64_t at, const vfloat(&rows)[kLanes]) {
 #pragma GCC unroll 16
                  for (int t = 0; t < kLanes; ++t) store(to + t * level.stride + at, rows[t]);

@@ -1,10 +1,10 @@
 // The filter's scores from products of 16-bit integers (AVX-512-VNNI).
 //
 // The longest code is scaled to a length between 2^14 and 2^15, a row to less than 2^15, both by
-// powers of two, and their values are rounded to integers: of a value as much is lost as seven
-// more bits of a bfloat16 would keep, at the same rate. A score, |c|^2 / 2 - x.c in these units,
-// fits 32 bits, so its sum is exact: it differs from the truth by what rounding values took, at
-// most `half` in length for each vector.
+// powers of two, and their values are rounded to integers: at D = 64 some four bits more of a value
+// than a bfloat16 keeps, at the same rate. A score, |c|^2 / 2 - x.c in these units, fits 32 bits,
+// so its sum is exact: it differs from the truth by what rounding values took, at most `half` in
+// length for each vector.
 #pragma once
 #include "vector_quantize/packed_codes.h"
 #include "vector_quantize/scores.h"

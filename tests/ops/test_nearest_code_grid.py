@@ -11,7 +11,7 @@ from msvq_fast.ops import nearest_code
 CODES = (1, 2, 7, 255, 256, 257, 1000, 1024, 8192, 16384)
 WIDTHS = (1, 8, 63, 64, 65, 128)
 # What the filters allow for in x.c, relative to |x| |c| at D = 64: float32 sums, two bfloat16 per
-# value, 16-bit integers, float16. Integers lose a sixteenth of that in truth, the second's range.
+# value, 16-bit integers, float16. What integers really lose, a sixteenth, is near the second.
 FILTER_ERRORS = (2.0**-18, 2.0**-14, 2.0**-12, 2.0**-11)
 
 
