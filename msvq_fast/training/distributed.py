@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported once a group is there, its functions' defaults keep it alive
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -85,10 +86,15 @@ def join(device: str) -> Iterator[World]:
             "own output says why"
         ) from error
     finally:
-        # gloo's threads let go of the last tensors under the interpreter's lock. What destroys the
-        # group may hold that lock while it waits for these threads: they go first.
-        time.sleep(0.1)
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Leave the process group and wait until its threads are gone."""
+    # gloo's threads let go of the last tensors under the interpreter's lock. What destroys the
+    # group may hold that lock while it waits for these threads: they go first.
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def choose_device(device: str, local_rank: int | None = None) -> torch.device:
