@@ -27,7 +27,8 @@ def measure_codes(
     codebook_ptr,
     part_ptr,  # (tiles, 3, BD) float64: sum, lowest and highest value of every d
     finite_ptr,  # (tiles,) how many codes are finite
-    counter_ptr,  # (2,) set to 0 for the filter
+    norm_ptr,
+    counter_ptr,  # (2,); all set to 0 for what comes after
     num_codes,
     width,
     BN: tl.constexpr,
@@ -54,6 +55,7 @@ def measure_codes(
     tl.store(finite_ptr + tile, number)
     if tile == 0:
         tl.store(counter_ptr + tl.arange(0, 2), tl.zeros((2,), tl.int32))
+        tl.store(norm_ptr + tl.arange(0, 4), tl.zeros((4,), tl.float32))
 
 
 @triton.jit(do_not_specialize=["num_codes", "tiles"])
@@ -61,11 +63,11 @@ def pack_codes(
     codebook_ptr,
     part_ptr,
     finite_ptr,
-    mean_ptr,  # (BD,)
+    shift_ptr,  # (BD,) the mean, scaled
     scale_ptr,  # (1,) a power of two
     half_ptr,  # (tiles * BN, BD) float16
     seed_ptr,  # (tiles * BN,) half the squared norms, 1e30 where there is no finite code
-    norm_ptr,  # (3, tiles) largest norm, rounded norm and rounding error of a tile
+    norm_ptr,  # (4,) largest norm, rounded norm and rounding error
     num_codes,
     width,
     tiles,
@@ -99,7 +101,7 @@ def pack_codes(
     exponent = largest.to(tl.int64, bitcast=True) & 0x7FF0000000000000
     scale = 1.0 / exponent.to(tl.float64, bitcast=True)
     if tile == 0:
-        tl.store(mean_ptr + d, mean)
+        tl.store(shift_ptr + d, (centre * scale).to(tl.float32))
         tl.store(scale_ptr, scale.to(tl.float32))
 
     norm = tl.zeros((BK,), tl.float64)
@@ -119,7 +121,7 @@ def pack_codes(
         error = tl.maximum(error, tl.sum((codes - rounded) * (codes - rounded), 1))
         tl.store(half_ptr + slots.to(tl.int64)[:, None] * BD + d[None, :], half)
         tl.store(seed_ptr + slots, tl.where(there, 0.5 * square, 1e30).to(tl.float32))
-    at = norm_ptr + tile
-    tl.store(at, (tl.sqrt(tl.max(norm, 0)) * (1 + 1e-6) + 1e-30).to(tl.float32))
-    tl.store(at + tiles, (tl.sqrt(tl.max(half_norm, 0)) * (1 + 1e-6) + 1e-30).to(tl.float32))
-    tl.store(at + 2 * tiles, (tl.sqrt(tl.max(error, 0)) * (1 + 1e-6) + 1e-30).to(tl.float32))
+    # The largest of all tiles; of numbers >= 0 in any order.
+    tl.atomic_max(norm_ptr, (tl.sqrt(tl.max(norm, 0)) * (1 + 1e-6) + 1e-30).to(tl.float32))
+    tl.atomic_max(norm_ptr + 1, (tl.sqrt(tl.max(half_norm, 0)) * (1 + 1e-6) + 1e-30).to(tl.float32))
+    tl.atomic_max(norm_ptr + 2, (tl.sqrt(tl.max(error, 0)) * (1 + 1e-6) + 1e-30).to(tl.float32))

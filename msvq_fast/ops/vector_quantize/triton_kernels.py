@@ -8,17 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
-from msvq_fast.ops.vector_quantize import triton_codes, triton_outputs, triton_search
+from msvq_fast.ops.vector_quantize import triton_outputs
 from msvq_fast.ops.vector_quantize.layout import row_strides
+from msvq_fast.ops.vector_quantize.triton_calls import MOST_WIDTH, placed, search, uniform
 from msvq_fast.ops.vector_quantize.triton_shapes import (
-    CODES,
     DTYPES,
-    STEPS,
-    block_codes,
     block_rows,
     block_width,
-    filter_rows,
-    filter_stages,
+    gathered_rows,
     variants,
 )
 
@@ -31,10 +28,10 @@ __all__ = [
     "vector_quantize_backward",
 ]
 
-_MOST_WIDTH = 256
 # Read once, as by the kernels; torch.compile cannot trace the reading.
 _INTERPRETED: bool = triton.knobs.runtime.interpret
-_PARTIAL_SUMS = 4096  # a popular code's rows are summed in as many parts as fit
+_PARTIAL_SUMS = 8192  # a popular code's rows are summed in as many parts as fit
+_MOST_KEYS = 2**15 - 1  # of 16 bits, which take half as long to sort as those of 32
 
 
 def unsupported(z: Tensor, codebook: Tensor) -> str | None:
@@ -47,8 +44,8 @@ def unsupported(z: Tensor, codebook: Tensor) -> str | None:
         return "Triton's interpreter does not round bfloat16 as a GPU does"
     if codebook.dtype != torch.float32:
         return f"the Triton kernel takes a float32 codebook, it is {codebook.dtype}"
-    if codebook.shape[1] > _MOST_WIDTH:
-        return f"the Triton kernel takes D up to {_MOST_WIDTH}, it is {codebook.shape[1]}"
+    if codebook.shape[1] > MOST_WIDTH:
+        return f"the Triton kernel takes D up to {MOST_WIDTH}, it is {codebook.shape[1]}"
     if z.numel() // codebook.shape[1] >= 2**31 - 2**16:
         return f"the Triton kernel takes fewer than 2**31 latents, z is {tuple(z.shape)}"
     return None
@@ -107,94 +104,6 @@ def ema_update_(
     )
 
 
-def _programs(tensor: Tensor) -> int:
-    """Programs of the float64 kernel: a number that does not depend on how many rows it gets."""
-    if tensor.device.type != "cuda":
-        return 1
-    return 8 * torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
-def _search(
-    z: Tensor, inner: int, strides: tuple[int, int, int], codebook: Tensor, codes: Tensor
-) -> None:
-    """Fill ``codes``: the filter, then float64 for the rows that it lists."""
-    num_codes, width = codebook.shape
-    count = codes.numel()
-    padded = block_width(width)
-    rows = filter_rows(padded)
-    tiles = triton.cdiv(num_codes, CODES)
-    sizes = {"BN": CODES, "BK": block_codes(padded), "BD": padded}
-    other = codes.new_empty(count, dtype=torch.int32)
-    pending = torch.empty_like(other)
-    counters, finite = other.new_empty(2), other.new_empty(tiles)
-    totals = codebook.new_empty(tiles, 3, padded, dtype=torch.float64)
-    mean, scale, norms = (codebook.new_empty(size) for size in (padded, 1, 3 * tiles))
-    half = codebook.new_empty(tiles * CODES, padded, dtype=torch.float16)
-    seeds = codebook.new_empty(tiles * CODES)
-    triton_codes.measure_codes[(tiles,)](
-        codebook, totals, finite, counters, num_codes, width, **sizes
-    )
-    triton_codes.pack_codes[(tiles,)](
-        codebook,
-        totals,
-        finite,
-        mean,
-        scale,
-        half,
-        seeds,
-        norms,
-        num_codes,
-        width,
-        tiles,
-        **sizes,
-    )
-    triton_search.filter_codes[(triton.cdiv(count, rows),)](
-        z,
-        mean,
-        half,
-        seeds,
-        scale,
-        norms,
-        codes,
-        other,
-        pending,
-        counters,
-        count,
-        inner,
-        *strides,
-        width,
-        tiles,
-        triton.next_power_of_2(tiles) - 1,
-        BM=rows,
-        BN=CODES,
-        BD=padded,
-        num_warps=8,
-        num_stages=filter_stages(padded),
-    )
-    triton_search.resolve_codes[(_programs(z),)](
-        z,
-        codebook,
-        codes,
-        other,
-        pending,
-        counters,
-        count,
-        inner,
-        *strides,
-        width,
-        num_codes,
-        **STEPS,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
-
-
-def _placed(dim: int, *tensors: Tensor) -> tuple[int, list[tuple[int, int, int]]]:
-    placed = row_strides(dim, *tensors)
-    assert placed is not None
-    return placed[0][1], placed[1]
-
-
 @torch.library.custom_op("msvq_fast::nearest_code_triton", mutates_args=())
 def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
@@ -202,9 +111,9 @@ def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
         return codes
     if row_strides(dim, z) is None:
         z = z.contiguous()
-    inner, (strides,) = _placed(dim, z)
+    inner, (strides,) = placed(dim, z)
     with torch.cuda.device_of(z):
-        _search(z, inner, strides, codebook.contiguous(), codes)
+        search(z, inner, strides, codebook.contiguous(), codes)
     return codes
 
 
@@ -228,51 +137,58 @@ def _vector_quantize(
     if row_strides(dim, z, out) is None:
         z = z.contiguous()
         out = torch.empty_like(z)
-    inner, (z_strides, out_strides) = _placed(dim, z, out)
+    inner, (z_strides, out_strides) = placed(dim, z, out)
     padded = block_width(width)
+    flat = inner >= count
     with torch.cuda.device_of(z):
-        _search(z, inner, z_strides, codebook, codes)
-        keys = codes.new_empty(count, dtype=torch.int32)
-        blocks = triton.cdiv(count, block_rows(padded))
-        errors = codebook.new_empty(blocks)
-        triton_outputs.write_codes[(blocks,)](
-            z,
+        keys = codes.new_empty(count, dtype=torch.int16 if num_codes < _MOST_KEYS else torch.int32)
+        # Rows that are not whole in memory are gathered from a copy, where z_q will be.
+        copy = None if z_strides[2] == 1 else out
+        search(z, inner, z_strides, codebook, codes, keys, copy)
+        # A stable sort puts a code's rows next to each other in their own order: no atomics.
+        keys, order = torch.sort(keys, stable=True)
+        limits = torch.arange(num_codes + 2, dtype=keys.dtype, device=z.device)
+        bounds = torch.searchsorted(keys, limits)  # (K + 2,)
+        splits = max(1, min(64, _PARTIAL_SUMS // num_codes, count // 1024))
+        parts = codebook.new_empty(num_codes + 1, splits, width)
+        errors = codebook.new_empty(num_codes + 1, splits)
+        triton_outputs.code_sums[(num_codes + 1, splits)](
+            z if copy is None else copy,
             codebook,
-            codes,
+            order,
+            bounds,
             out,
-            keys,
+            parts,
             errors,
-            count,
             inner,
-            *z_strides,
+            *(z_strides if copy is None else (0, width, 1)),
             *out_strides,
             width,
             num_codes,
-            BM=block_rows(padded),
-            BD=padded,
-        )
-        # A stable sort puts a code's rows next to each other in their own order: no atomics.
-        keys, order = torch.sort(keys, stable=True)
-        limits = torch.arange(num_codes + 1, dtype=torch.int32, device=z.device)
-        bounds = torch.searchsorted(keys, limits)  # (K + 1,)
-        splits = max(1, min(64, _PARTIAL_SUMS // num_codes, count // 1024))
-        parts = codebook.new_empty(num_codes, splits, width)
-        triton_outputs.code_sums[(num_codes, splits)](
-            z,
-            order,
-            bounds,
-            parts,
-            inner,
-            *z_strides,
-            width,
             splits,
-            BM=block_rows(padded),
+            FLAT=flat or copy is not None,
+            WRITE=copy is None,
+            BM=gathered_rows(padded),
             BD=padded,
         )
+        if copy is not None:
+            rows = gathered_rows(padded)
+            triton_outputs.write_codes[(triton.cdiv(count, rows),)](
+                codebook,
+                codes,
+                out,
+                count,
+                inner,
+                *out_strides,
+                width,
+                UNIFORM=uniform(rows, count, inner, out_strides),
+                BM=rows,
+                BD=padded,
+            )
     if out is not z_q:
         z_q.copy_(out)
     loss = errors.double().sum() * (commitment_weight / z.numel())
-    return z_q, codes, loss.float(), bounds.diff(), parts.sum(dim=1)
+    return z_q, codes, loss.float(), bounds[:-1].diff(), parts[:-1].sum(dim=1)
 
 
 @_vector_quantize.register_fake
@@ -305,11 +221,12 @@ def _backward(
     if row_strides(dim, upstream, z, out) is None:
         upstream, z = upstream.contiguous(), z.contiguous()
         out = torch.empty_like(z)
-    inner, (g_strides, z_strides, out_strides) = _placed(dim, upstream, z, out)
+    inner, (g_strides, z_strides, out_strides) = placed(dim, upstream, z, out)
     count = codes.numel()
     padded = block_width(codebook.shape[1])
+    rows = block_rows(padded) if z_strides[2] == 1 else gathered_rows(padded)
     with torch.cuda.device_of(z):
-        triton_outputs.grad_latents[(triton.cdiv(count, block_rows(padded)),)](
+        triton_outputs.grad_latents[(triton.cdiv(count, rows),)](
             upstream,
             grad_loss,
             z,
@@ -323,8 +240,9 @@ def _backward(
             *out_strides,
             codebook.shape[1],
             2 * commitment_weight / z.numel(),
+            UNIFORM=uniform(rows, count, inner, g_strides, z_strides, out_strides),
             THROUGH=grad_z_q is not None,
-            BM=block_rows(padded),
+            BM=rows,
             BD=padded,
         )
     return grad_z if out is grad_z else grad_z.copy_(out)

@@ -5,20 +5,47 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from msvq_fast.ops.vector_quantize.triton_search import row_offsets
+from msvq_fast.ops.vector_quantize.triton_search import block_offsets, row_offsets
 
 __all__ = ["code_sums", "grad_latents", "move_codebook", "write_codes"]
 
 
 @triton.jit(do_not_specialize=["count"])
 def write_codes(
-    z_ptr,
     codebook_ptr,
     codes_ptr,
     z_q_ptr,
-    key_ptr,
-    error_ptr,
     count,
+    inner,
+    out_outer,
+    out_inner,
+    out_d,
+    width,
+    UNIFORM: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Write z_q."""
+    first = tl.program_id(0) * BM
+    rows = first + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    mask = (rows < count)[:, None] & (d < width)[None, :]
+    codes = tl.load(codes_ptr + rows, mask=rows < count, other=0)
+    e = tl.load(codebook_ptr + codes[:, None] * width + d[None, :], mask=mask, other=0.0)
+    start, at = block_offsets(first, BM, inner, out_outer, out_inner, UNIFORM)
+    at = z_q_ptr + start + (at[:, None] + (d * out_d)[None, :])
+    tl.store(at, e.to(z_q_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_codes"])
+def code_sums(
+    z_ptr,
+    codebook_ptr,
+    order_ptr,
+    bounds_ptr,  # (K + 2,)
+    z_q_ptr,
+    sums_ptr,  # (K + 1, splits, D)
+    error_ptr,  # (K + 1, splits)
     inner,
     z_outer,
     z_inner,
@@ -28,60 +55,45 @@ def write_codes(
     out_d,
     width,
     num_codes,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Write z_q, the key to sort rows by (K: non-finite) and the block's sum of (z - e)²."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    d = tl.arange(0, BD).to(tl.int64)
-    inside = rows < count
-    mask = inside[:, None] & (d < width)[None, :]
-    at = row_offsets(rows, inner, z_outer, z_inner)[:, None] + d[None, :] * z_d
-    z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    codes = tl.load(codes_ptr + rows, mask=inside, other=0)
-    e = tl.load(codebook_ptr + codes[:, None] * width + d[None, :], mask=mask, other=0.0)
-    at = row_offsets(rows, inner, out_outer, out_inner)[:, None] + d[None, :] * out_d
-    tl.store(z_q_ptr + at, e.to(z_q_ptr.dtype.element_ty), mask=mask)
-    finite = tl.sum(tl.where(tl.abs(z) <= 3.4028234e38, 0, 1), 1) == 0
-    tl.store(key_ptr + rows, tl.where(finite, codes.to(tl.int32), num_codes), mask=inside)
-    difference = tl.where(mask, z - e, 0.0)
-    total = tl.sum(tl.sum(difference * difference, 1), 0)
-    tl.store(error_ptr + tl.program_id(0), total)
-
-
-@triton.jit
-def code_sums(
-    z_ptr,
-    order_ptr,
-    bounds_ptr,
-    sums_ptr,
-    inner,
-    z_outer,
-    z_inner,
-    z_d,
-    width,
     splits,
+    FLAT: tl.constexpr,
+    WRITE: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Sum one of ``splits`` equal parts of a code's rows, in the order of the rows."""
+    """Sum one of ``splits`` equal parts of a code's rows, in their order, and their (z - e)².
+
+    Code K stands for the rows that are not finite; they have code 0 and count in the loss alone.
+    ``WRITE``: these rows of z_q too.
+    """
     code = tl.program_id(0)
     part = tl.program_id(1)
     low = tl.load(bounds_ptr + code)
-    length = tl.load(bounds_ptr + code + 1) - low
-    stop = low + length * (part + 1) // splits
-    start = low + length * part // splits
+    high = tl.load(bounds_ptr + code + 1)
+    start = low + (high - low) * part // splits
+    stop = low + (high - low) * (part + 1) // splits
     d = tl.arange(0, BD).to(tl.int64)
+    chosen = tl.where(code < num_codes, code, 0).to(tl.int64)
+    e = tl.load(codebook_ptr + chosen * width + d, mask=d < width, other=0.0)
     total = tl.zeros((BM, BD), tl.float32)
+    error = tl.zeros((BM, BD), tl.float32)
     while start < stop:
         entry = start + tl.arange(0, BM)
         rows = tl.load(order_ptr + entry, mask=entry < stop, other=0)
         mask = (entry < stop)[:, None] & (d < width)[None, :]
-        at = row_offsets(rows, inner, z_outer, z_inner)[:, None] + d[None, :] * z_d
-        total += tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        at = row_offsets(rows, inner, z_outer, z_inner, FLAT)[:, None] + (d * z_d)[None, :]
+        z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        total += z
+        difference = tl.where(mask, z - e[None, :], 0.0)
+        error += difference * difference
+        if WRITE:
+            at = row_offsets(rows, inner, out_outer, out_inner, FLAT)[:, None]
+            vectors = tl.broadcast_to(e.to(z_q_ptr.dtype.element_ty)[None, :], (BM, BD))
+            tl.store(z_q_ptr + (at + (d * out_d)[None, :]), vectors, mask=mask)
         start += BM
-    at = (code.to(tl.int64) * splits + part) * width + d
-    tl.store(sums_ptr + at, tl.sum(total, 0), mask=d < width)
+    slot = code.to(tl.int64) * splits + part
+    tl.store(error_ptr + slot, tl.sum(tl.sum(error, 1), 0))
+    tl.store(sums_ptr + slot * width + d, tl.sum(total, 0), mask=d < width)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -105,25 +117,29 @@ def grad_latents(
     out_d,
     width,
     factor,
+    UNIFORM: tl.constexpr,
     THROUGH: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
     """Write ``grad_z_q + grad_loss factor (z - e)``."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    d = tl.arange(0, BD).to(tl.int64)
-    inside = rows < count
-    mask = inside[:, None] & (d < width)[None, :]
-    at = row_offsets(rows, inner, z_outer, z_inner)[:, None] + d[None, :] * z_d
-    z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    codes = tl.load(codes_ptr + rows, mask=inside, other=0)
+    first = tl.program_id(0) * BM
+    rows = first + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    mask = (rows < count)[:, None] & (d < width)[None, :]
+    start, at = block_offsets(first, BM, inner, z_outer, z_inner, UNIFORM)
+    at = z_ptr + start + (at[:, None] + (d * z_d)[None, :])
+    z = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    codes = tl.load(codes_ptr + rows, mask=rows < count, other=0)
     e = tl.load(codebook_ptr + codes[:, None] * width + d[None, :], mask=mask, other=0.0)
     grad = tl.load(grad_loss_ptr).to(tl.float32) * factor * (z - e)
     if THROUGH:
-        at = row_offsets(rows, inner, g_outer, g_inner)[:, None] + d[None, :] * g_d
-        grad += tl.load(grad_z_q_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    at = row_offsets(rows, inner, out_outer, out_inner)[:, None] + d[None, :] * out_d
-    tl.store(grad_z_ptr + at, grad.to(grad_z_ptr.dtype.element_ty), mask=mask)
+        start, at = block_offsets(first, BM, inner, g_outer, g_inner, UNIFORM)
+        at = grad_z_q_ptr + start + (at[:, None] + (d * g_d)[None, :])
+        grad += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    start, at = block_offsets(first, BM, inner, out_outer, out_inner, UNIFORM)
+    at = grad_z_ptr + start + (at[:, None] + (d * out_d)[None, :])
+    tl.store(at, grad.to(grad_z_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

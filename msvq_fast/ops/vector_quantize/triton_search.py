@@ -9,31 +9,64 @@ __all__ = ["filter_codes", "resolve_codes"]
 
 
 @triton.jit
-def row_offsets(rows, inner, stride_outer, stride_inner):
+def row_offsets(rows, inner, stride_outer, stride_inner, FLAT: tl.constexpr):
     """Element offset of the first value of every row, in 64 bits."""
-    return (rows // inner) * stride_outer + (rows % inner) * stride_inner
+    if FLAT:
+        offsets = rows.to(tl.int64) * stride_inner
+    else:
+        outer = rows // inner
+        offsets = outer.to(tl.int64) * stride_outer
+        offsets += (rows - outer * inner).to(tl.int64) * stride_inner
+    return offsets
 
 
 @triton.jit
-def largest_of(values_ptr, count, BLOCK: tl.constexpr):
-    """The largest of ``count`` values >= 0."""
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, count, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(values_ptr + at, mask=at < count, other=0.0))
-    return tl.max(largest, 0)
+def block_offsets(
+    first, BM: tl.constexpr, inner, stride_outer, stride_inner, UNIFORM: tl.constexpr
+):
+    """Offsets of ``BM`` rows from ``first`` on: one for all, and what each adds to it.
+
+    ``UNIFORM``: they share their outer index. Triton then sees which of them are neighbours, and
+    loads them as such.
+    """
+    rows = tl.arange(0, BM)
+    if UNIFORM:
+        outer = first // inner
+        start = outer.to(tl.int64) * stride_outer
+        start += (first - outer * inner).to(tl.int64) * stride_inner
+        each = rows * stride_inner
+    else:
+        start = 0
+        each = row_offsets(first + rows, inner, stride_outer, stride_inner, False)
+    return start, each
+
+
+@triton.jit
+def with_number(score, id_mask, number):
+    """The score with a number in its lowest bits."""
+    bits = (score.to(tl.int32, bitcast=True) & ~id_mask) | number
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def codes_of_lanes(best, id_mask, BN: tl.constexpr):
+    """Which codes the best scores of the lanes are of."""
+    number = best.to(tl.int32, bitcast=True) & id_mask
+    return (number >> 1) * BN + 2 * tl.arange(0, BN // 2)[None, :] + (number & 1)
 
 
 # Neither N nor K may choose the code that is compiled.
 @triton.jit(do_not_specialize=["count", "tiles", "id_mask"])
 def filter_codes(
     z_ptr,
-    mean_ptr,  # (BD,)
+    shift_ptr,  # (BD,) the mean of the codes, scaled
     half_ptr,  # (tiles * BN, BD) float16 codes, centred and scaled
     seed_ptr,  # (tiles * BN,) half their squared norms
     scale_ptr,  # (1,)
-    norm_ptr,  # (3, tiles) largest norm, rounded norm and rounding error of every tile
+    norm_ptr,  # (4,) largest norm, rounded norm and rounding error of the codes
     codes_ptr,
+    key_ptr,
+    copy_ptr,
     other_ptr,
     pending_ptr,
     counter_ptr,
@@ -45,85 +78,88 @@ def filter_codes(
     width,
     tiles,
     id_mask,
+    UNIFORM: tl.constexpr,
+    KEYS: tl.constexpr,
+    COPY: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
     """Code of every row that the filter can certify; the others go on one of two lists.
 
-    A score is ``|c|²/2 - x.c`` with the tile's number in its lowest bits. Rows with two codes
-    within the bound are listed from the front of ``pending``, with more from its back.
+    A score is ``|c|²/2 - x.c`` with the number of its tile and half in the lowest bits: two
+    neighbouring codes share a lane. Rows with two codes within the bound are listed from the front
+    of ``pending``, with more from its back. ``KEYS`` asks for the codes as keys to sort by too, and
+    ``COPY`` for the rows, one after another.
     """
-    # First, while no row is in registers.
-    code_norm = largest_of(norm_ptr, tiles, BN)
-    half_norm = largest_of(norm_ptr + tiles, tiles, BN)
-    code_error = largest_of(norm_ptr + 2 * tiles, tiles, BN)
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    d = tl.arange(0, BD)
-    lanes = tl.arange(0, BN)
+    first = tl.program_id(0) * BM
+    rows = first + tl.arange(0, BM)
     inside = rows < count
-    offsets = row_offsets(rows, inner, stride_outer, stride_inner)
-    z = tl.load(
-        z_ptr + offsets[:, None] + d.to(tl.int64)[None, :] * stride_d,
-        mask=inside[:, None] & (d < width)[None, :],
-        other=0.0,
-    ).to(tl.float32)  # (BM, BD)
-    finite = tl.sum(tl.where(tl.abs(z) <= 3.4028234e38, 0, 1), 1) == 0
-    scale = tl.load(scale_ptr)
-    x = (z - tl.load(mean_ptr + d)[None, :]) * scale
-    x = tl.where((d < width)[None, :], x, 0.0)
-    largest = tl.max(tl.abs(x), 1)
-    usable = finite & (largest < 1e15)
-    x = tl.where(usable[:, None], x, 0.0)
-    largest = tl.where(usable & (largest > 1e-30), largest, 1.0)
-    # The power of two at or below the largest value, from its exponent bits.
-    unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    y = x / unit[:, None]  # exact but for underflow
-    half = y.to(tl.float16)
-    error = y - half.to(tl.float32)
-    row_norm = tl.sqrt(tl.sum(y * y, 1)) * 1.001 + 1e-15
-    row_error = tl.sqrt(tl.sum(error * error, 1)) * 1.001 + 1e-15
+    d = tl.arange(0, BD)
+    mask = inside[:, None] & (d < width)[None, :]
+    start, at = block_offsets(first, BM, inner, stride_outer, stride_inner, UNIFORM)
+    z = tl.load(z_ptr + start + (at[:, None] + (d * stride_d)[None, :]), mask=mask, other=0.0)
+    if COPY:
+        at = first.to(tl.int64) * width
+        at = copy_ptr + at + ((rows - first) * width)[:, None] + d[None, :]
+        tl.store(at, z, mask=mask)
+    # Exact but for the one rounding of a difference: the scale is a power of two.
+    x = tl.fma(z.to(tl.float32), tl.load(scale_ptr), -tl.load(shift_ptr + d)[None, :])  # (BM, BD)
+    half = x.to(tl.float16)
+    error = x - half.to(tl.float32)
+    square = tl.sum(x * x, 1)
+    row_error = tl.sum(error * error, 1)
 
-    best = tl.full((BM, BN), 3e38, tl.float32)
-    second = tl.full((BM, BN), 3e38, tl.float32)
+    lanes = tl.arange(0, BN)
+    best = tl.full((BM, BN // 2), 3e38, tl.float32)
+    second = tl.full((BM, BN // 2), 3e38, tl.float32)
     for tile in range(tiles):
-        slots = tile * BN + lanes
-        codes = tl.load(half_ptr + slots[None, :] * BD + d[:, None])  # (BD, BN)
-        seeds = tl.load(seed_ptr + slots)
-        score = seeds[None, :] - unit[:, None] * tl.dot(half, codes)
-        bits = (score.to(tl.int32, bitcast=True) & ~id_mask) | tile
-        score = bits.to(tl.float32, bitcast=True)
-        second = tl.minimum(second, tl.maximum(best, score))
-        best = tl.minimum(best, score)
+        slots = lanes[None, :] * BD + d[:, None]
+        codes = tl.load(half_ptr + tile * (BN * BD) + slots)  # (BD, BN)
+        seeds = tl.load(seed_ptr + tile * BN + lanes)
+        score = seeds[None, :] - tl.dot(half, codes)
+        even, odd = tl.split(tl.reshape(score, (BM, BN // 2, 2)))
+        even = with_number(even, id_mask, 2 * tile)
+        second = tl.minimum(second, tl.maximum(best, even))
+        best = tl.minimum(best, even)
+        odd = with_number(odd, id_mask, 2 * tile + 1)
+        second = tl.minimum(second, tl.maximum(best, odd))
+        best = tl.minimum(best, odd)
 
     # What separates a score from its exact value, see ARCHITECTURE.md.
-    both = row_norm * unit + code_norm
-    dot_error = row_error * code_norm + (row_norm + row_error) * code_error
-    dot_error += (width + 32) * 1.2e-7 * (row_norm + row_error) * half_norm
-    rounding = (2.0 * id_mask + 8.0) * 1.2e-7
-    margin = 2.02 * (dot_error * unit + rounding * code_norm * both)
-    margin += (width + 8) * 2.3e-16 * both * both + 1e-30
-    lowest = tl.min(best, 1)
-    limit = lowest + margin
+    code_norm = tl.load(norm_ptr)
+    half_norm = tl.load(norm_ptr + 1)
+    code_error = tl.load(norm_ptr + 2)
+    row_norm = tl.sqrt(square) * 1.001 + 1e-15
+    row_error = tl.sqrt(row_error) * 1.001 + 1e-15
+    both = row_norm + code_norm
+    margin = row_error * code_norm + (row_norm + row_error) * code_error
+    margin += (width + 32) * 1.2e-7 * (row_norm + row_error) * half_norm
+    margin += (2.0 * id_mask + 8.0) * 1.2e-7 * code_norm * both
+    margin = 2.02 * margin + (width + 8) * 2.3e-16 * both * both + 1e-30
+    limit = tl.min(best, 1) + margin
     near = best <= limit[:, None]
     number = tl.sum(near.to(tl.int32), 1)
-    more = tl.sum((second <= limit[:, None]).to(tl.int32), 1)
-    code = (best.to(tl.int32, bitcast=True) & id_mask) * BN + lanes[None, :]
+    code = codes_of_lanes(best, id_mask, BN)
     low = tl.min(tl.where(near, code, 0x7FFFFFFF), 1)
-    high = tl.max(tl.where(near, code, -1), 1)
-    certified = usable & (limit < 1e29) & (more == 0)
+    # Beyond float16, as NaN and Inf are, or beyond the score of a slot without a code: no bound.
+    certified = (square < 4e9) & (limit < 1e29) & (tl.min(second, 1) > limit) & (number <= 2)
     pair = inside & certified & (number == 2)
-    many = inside & finite & ~(certified & ((number == 1) | (number == 2)))
-    tl.store(codes_ptr + rows, tl.where(finite & ~many, low, 0).to(tl.int64), mask=inside)
-    tl.store(other_ptr + rows, high, mask=pair)
-    ones = pair.to(tl.int32)
-    first = tl.atomic_add(counter_ptr, tl.sum(ones, 0))
-    place = first.to(tl.int64) + tl.cumsum(ones, 0) - 1
-    tl.store(pending_ptr + place, rows.to(tl.int32), mask=pair)
-    ones = many.to(tl.int32)
-    first = tl.atomic_add(counter_ptr + 1, tl.sum(ones, 0))
-    place = count - first.to(tl.int64) - tl.cumsum(ones, 0)
-    tl.store(pending_ptr + place, rows.to(tl.int32), mask=many)
+    many = inside & ~certified
+    tl.store(codes_ptr + rows, low.to(tl.int64), mask=inside)
+    if KEYS:
+        tl.store(key_ptr + rows, low.to(key_ptr.dtype.element_ty), mask=inside)
+    listed = pair.to(tl.int32) + (many.to(tl.int32) << 16)
+    total = tl.sum(listed, 0)
+    if total > 0:
+        code = codes_of_lanes(best, id_mask, BN)
+        high = tl.max(tl.where(best <= limit[:, None], code, -1), 1)
+        tl.store(other_ptr + rows, high, mask=pair)
+        place = tl.cumsum(listed, 0) - listed
+        front = tl.atomic_add(counter_ptr, total & 0xFFFF) + (place & 0xFFFF)
+        tl.store(pending_ptr + front, rows, mask=pair)
+        back = tl.atomic_add(counter_ptr + 1, total >> 16) + (place >> 16)
+        tl.store(pending_ptr + (count - 1 - back), rows, mask=many)
 
 
 @triton.jit(do_not_specialize=["count", "num_codes"])
@@ -131,6 +167,7 @@ def resolve_codes(
     z_ptr,
     codebook_ptr,
     codes_ptr,
+    key_ptr,
     other_ptr,
     pending_ptr,
     counter_ptr,
@@ -141,23 +178,25 @@ def resolve_codes(
     stride_d,
     width,
     num_codes,
+    KEYS: tl.constexpr,
     BP: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
     """Measure the listed rows as the definition does: float64, in the order of d, no contraction.
 
-    Compiled with ``enable_fp_fusion=False``: the product is rounded before it is added.
+    Compiled with ``enable_fp_fusion=False``: the product is rounded before it is added. The key of
+    a row that is not finite is K.
     """
     pairs = tl.load(counter_ptr)
     start = tl.program_id(0) * BP
     while start < pairs:
         entry = start + tl.arange(0, BP)
         mask = entry < pairs
-        rows = tl.load(pending_ptr + entry, mask=mask, other=0).to(tl.int64)
+        rows = tl.load(pending_ptr + entry, mask=mask, other=0)
         low = tl.load(codes_ptr + rows, mask=mask, other=0)
         high = tl.load(other_ptr + rows, mask=mask, other=0).to(tl.int64)
-        at = z_ptr + row_offsets(rows, inner, stride_outer, stride_inner)
+        at = z_ptr + row_offsets(rows, inner, stride_outer, stride_inner, False)
         low_distance = tl.zeros((BP,), tl.float64)
         high_distance = tl.zeros((BP,), tl.float64)
         for i in range(width):
@@ -167,7 +206,10 @@ def resolve_codes(
             low_distance += (z - e) * (z - e)
             e = tl.load(codebook_ptr + high * width + i, mask=mask, other=0.0).to(tl.float64)
             high_distance += (z - e) * (z - e)
-        tl.store(codes_ptr + rows, tl.where(high_distance < low_distance, high, low), mask=mask)
+        code = tl.where(high_distance < low_distance, high, low)
+        tl.store(codes_ptr + rows, code, mask=mask)
+        if KEYS:
+            tl.store(key_ptr + rows, code.to(key_ptr.dtype.element_ty), mask=mask)
         start += tl.num_programs(0) * BP
 
     many = tl.load(counter_ptr + 1)
@@ -175,10 +217,11 @@ def resolve_codes(
     while start < many:
         entry = start + tl.arange(0, BM)
         mask = entry < many
-        rows = tl.load(pending_ptr + (count - 1 - entry), mask=mask, other=0).to(tl.int64)
-        at = z_ptr + row_offsets(rows, inner, stride_outer, stride_inner)
+        rows = tl.load(pending_ptr + (count - 1 - entry), mask=mask, other=0)
+        at = z_ptr + row_offsets(rows, inner, stride_outer, stride_inner, False)
         best = tl.full((BM,), float("inf"), tl.float64)
         best_code = tl.zeros((BM,), tl.int32)
+        finite = mask
         for first in range(0, num_codes, BK):
             codes = first + tl.arange(0, BK)
             there = codes < num_codes
@@ -186,6 +229,7 @@ def resolve_codes(
             for i in range(width):
                 z = tl.load(at + tl.cast(i, tl.int64) * stride_d, mask=mask, other=0.0)
                 z = z.to(tl.float32).to(tl.float64)
+                finite = finite & (tl.abs(z) <= 3.4028234663852886e38)
                 e = tl.load(codebook_ptr + codes.to(tl.int64) * width + i, mask=there, other=0.0)
                 difference = z[:, None] - e.to(tl.float64)[None, :]
                 distance += difference * difference
@@ -198,4 +242,7 @@ def resolve_codes(
             best_code = tl.where(better, tl.min(here, 1), best_code)
             best = tl.where(better, lowest, best)
         tl.store(codes_ptr + rows, best_code.to(tl.int64), mask=mask)
+        if KEYS:
+            key = tl.where(finite, best_code, num_codes)
+            tl.store(key_ptr + rows, key.to(key_ptr.dtype.element_ty), mask=mask)
         start += tl.num_programs(0) * BM

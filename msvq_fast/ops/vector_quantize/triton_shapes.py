@@ -18,6 +18,7 @@ __all__ = [
     "block_width",
     "filter_rows",
     "filter_stages",
+    "gathered_rows",
     "variants",
 ]
 
@@ -27,6 +28,7 @@ STEPS = {"BP": 128, "BM": 16, "BK": 64}  # pairs, or rows and codes, of a step i
 _TYPES = {
     "half_ptr": "*fp16",
     "codes_ptr": "*i64",
+    "key_ptr": "*i16",
     "order_ptr": "*i64",
     "bounds_ptr": "*i64",
     "counts_ptr": "*i64",
@@ -35,7 +37,6 @@ _TYPES = {
     "counter_ptr": "*i32",
     "finite_ptr": "*i32",
     "part_ptr": "*fp64",
-    "key_ptr": "*i32",
     "factor": "fp32",
     "decay": "fp32",
     "rest": "fp32",
@@ -51,7 +52,7 @@ def block_width(width: int) -> int:
 
 
 def filter_rows(padded: int) -> int:
-    """Rows of a tile of the filter, which eight warps hold without spilling."""
+    """Rows of a tile of the filter, which four warps hold without spilling."""
     return 32 if padded > 128 else 64
 
 
@@ -62,12 +63,17 @@ def filter_stages(padded: int) -> int:
 
 def block_codes(padded: int) -> int:
     """Codes of a step of the kernels that pack a tile, in float64."""
-    return min(CODES, 1024 // padded)
+    return min(CODES, 4096 // padded)
 
 
 def block_rows(padded: int) -> int:
     """Rows of a block of the elementwise kernels: their addresses take most registers."""
     return 512 // padded
+
+
+def gathered_rows(padded: int) -> int:
+    """Rows of a block where rows, or the values of one, lie apart in memory."""
+    return 2048 // padded
 
 
 def variants() -> list[KernelVariant]:
@@ -82,7 +88,7 @@ def variants() -> list[KernelVariant]:
     for width in (16, 32, 64, 128, 256):
         flags = {"BN": CODES, "BK": block_codes(width), "BD": width}
         for kernel in (triton_codes.measure_codes, triton_codes.pack_codes):
-            out.append(_variant(kernel, f"d{width}", "*fp32", flags))
+            out.append(_variant(kernel, f"d{width}", "*fp32", flags, num_warps=8))
     move = triton_outputs.move_codebook
     for width in (16, 64, 256):
         for smooth in (False, True):
@@ -93,12 +99,14 @@ def variants() -> list[KernelVariant]:
 
 
 def _variants(label: str, z: str, width: int, dense: bool) -> list[KernelVariant]:
-    rows = filter_rows(width)
-    filter_sizes = {"BM": rows, "BN": CODES, "BD": width}
-    sizes = {"BM": block_rows(width), "BD": width}
+    rows = block_rows(width) if dense else gathered_rows(width)
+    filter_sizes = {"BM": filter_rows(width), "BN": CODES, "BD": width, "UNIFORM": True}
+    filter_sizes |= {"KEYS": True, "COPY": not dense}
+    sizes = {"BM": rows, "BD": width, "UNIFORM": True}
+    sum_sizes = {"BM": gathered_rows(width), "BD": width, "FLAT": False, "WRITE": True}
     one = {"stride_d": 1} if dense else {"stride_inner": 1}
     step = {name: 1 for name in (("z_d", "out_d") if dense else ("z_inner", "out_inner"))}
-    z_step = {name: 1 for name in step if name.startswith("z")}
+    out_step = {name: 1 for name in step if name.startswith("out")}
     g_step = {("g_d" if dense else "g_inner"): 1}
     search, outputs = triton_search, triton_outputs
     return [
@@ -107,13 +115,12 @@ def _variants(label: str, z: str, width: int, dense: bool) -> list[KernelVariant
             label,
             z,
             {**filter_sizes, **one},
-            num_warps=8,
             num_stages=filter_stages(width),
             tensor_cores=True,
         ),
-        _variant(search.resolve_codes, label, z, {**STEPS, **one}, fp_fusion=False),
-        _variant(outputs.write_codes, label, z, {**sizes, **step}),
-        _variant(outputs.code_sums, label, z, {**sizes, **z_step}),
+        _variant(search.resolve_codes, label, z, {**STEPS, **one, "KEYS": True}, fp_fusion=False),
+        _variant(outputs.write_codes, label, z, {**sizes, **out_step}),
+        _variant(outputs.code_sums, label, z, {**sum_sizes, **step}),
         _variant(outputs.grad_latents, label, z, {**sizes, **step, **g_step, "THROUGH": True}),
     ]
 
@@ -121,7 +128,7 @@ def _variants(label: str, z: str, width: int, dense: bool) -> list[KernelVariant
 def _variant(
     kernel: Any, label: str, z: str, constants: dict[str, Any], **options: Any
 ) -> KernelVariant:
-    images = ("z_ptr", "z_q_ptr", "grad_z_q_ptr", "grad_z_ptr")
+    images = ("z_ptr", "z_q_ptr", "grad_z_q_ptr", "grad_z_ptr", "copy_ptr")
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
