@@ -56,10 +56,12 @@ test-ui:
 	$(VENV)-ui/bin/pip install --quiet --constraint $(VENV)-ui/constraints.txt '.[test,ui]'
 	$(VENV)-ui/bin/python -m pytest tests/training/test_ui.py
 
-# On a machine with a GPU, with the Python at hand: no network, no environment, no installation.
+# On a machine with a GPU, with the Python at hand: no network, no environment, no installation. Most
+# of the time goes into compiling and into references on the CPU: with pytest-xdist in parallel.
+PARALLEL = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8 -p no:benchmark")
 test-gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -m gpu -W default::DeprecationWarning
+	PYTHONPATH=. OMP_NUM_THREADS=2 $(PYTHON) -m pytest tests/gpu -m gpu -W default::DeprecationWarning $(PARALLEL)
 
 # Every GPU kernel compiled ahead of time, no GPU needed; writes benchmarks/KERNELS.md.
 kernels-check: $(VENV)/.built

@@ -99,7 +99,7 @@ def search(
         BM=rows,
         BN=CODES,
         BD=padded,
-        num_warps=4,
+        num_warps=8,
         num_stages=filter_stages(padded),
     )
     triton_search.resolve_codes[(_programs(z),)](

@@ -52,8 +52,8 @@ def block_width(width: int) -> int:
 
 
 def filter_rows(padded: int) -> int:
-    """Rows of a tile of the filter, which four warps hold without spilling."""
-    return 32 if padded > 128 else 64
+    """Rows of a tile of the filter: every tile reads all codes, and eight warps hold no more."""
+    return 128 if padded <= 64 else 8192 // padded
 
 
 def filter_stages(padded: int) -> int:
@@ -115,6 +115,7 @@ def _variants(label: str, z: str, width: int, dense: bool) -> list[KernelVariant
             label,
             z,
             {**filter_sizes, **one},
+            num_warps=8,
             num_stages=filter_stages(width),
             tensor_cores=True,
         ),
