@@ -136,6 +136,25 @@ def test_every_layout_gives_the_same(dtype):
         assert_close(f"{name} grad", grad, want_grad, ulps=2)
 
 
+@pytest.mark.parametrize("strided", (False, True))
+def test_blocks_that_share_an_outer_index(strided):
+    """Images of a multiple of a block's rows, one after another and apart from each other."""
+    z, codebook = torch.randn(6, 5, 16, 16, device=DEVICE), torch.randn(9, 5, device=DEVICE)
+    z = z[::2] if strided else z[:2]
+    z.requires_grad_()
+    out = vector_quantize(z, codebook, dim=1, backend="triton")
+    twin = z.detach().double().requires_grad_()
+    want = vector_quantize(twin, codebook.double(), dim=1, backend="reference")
+    assert torch.equal(out.codes, want.codes) and torch.equal(out.code_counts, want.code_counts)
+    assert_close("z_q", out.z_q.detach(), want.z_q.detach())
+    assert_close("sums", out.code_sums, want.code_sums, ulps=16)
+    assert_close("loss", out.commitment_loss.detach(), want.commitment_loss.detach(), ulps=16)
+    upstream = torch.randn(z.shape, device=DEVICE)
+    (out.z_q * upstream).sum().add(out.commitment_loss).backward()
+    (want.z_q * upstream).sum().add(want.commitment_loss).backward()
+    assert_close("grad", z.grad, twin.grad)
+
+
 @pytest.mark.parametrize("shape", ((0, 4), (2, 4, 0, 3)))
 def test_empty(shape):
     z = torch.randn(shape, device=DEVICE, requires_grad=True)
