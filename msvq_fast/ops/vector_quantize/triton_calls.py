@@ -15,6 +15,7 @@ from msvq_fast.ops.vector_quantize.triton_shapes import (
     block_width,
     filter_rows,
     filter_stages,
+    filter_warps,
 )
 
 __all__ = ["MOST_WIDTH", "Strides", "placed", "search", "uniform"]
@@ -92,14 +93,14 @@ def search(
         *strides,
         width,
         tiles,
-        triton.next_power_of_2(2 * tiles) - 1,
+        triton.next_power_of_2(4 * tiles) - 1,
         UNIFORM=uniform(rows, count, inner, strides),
         KEYS=keys is not None,
         COPY=copy is not None,
         BM=rows,
         BN=CODES,
         BD=padded,
-        num_warps=8,
+        num_warps=filter_warps(padded),
         num_stages=filter_stages(padded),
     )
     triton_search.resolve_codes[(_programs(z),)](

@@ -13,9 +13,10 @@ from msvq_fast.ops.vector_quantize.layout import row_strides
 from msvq_fast.ops.vector_quantize.triton_calls import MOST_WIDTH, placed, search, uniform
 from msvq_fast.ops.vector_quantize.triton_shapes import (
     DTYPES,
-    block_rows,
+    block,
     block_width,
     gathered_rows,
+    moved_codes,
     variants,
 )
 
@@ -172,8 +173,8 @@ def _vector_quantize(
             BD=padded,
         )
         if copy is not None:
-            rows = gathered_rows(padded)
-            triton_outputs.write_codes[(triton.cdiv(count, rows),)](
+            shape = block(padded, whole=False)
+            triton_outputs.write_codes[(triton.cdiv(count, shape["BM"]),)](
                 codebook,
                 codes,
                 out,
@@ -181,9 +182,9 @@ def _vector_quantize(
                 inner,
                 *out_strides,
                 width,
-                UNIFORM=uniform(rows, count, inner, out_strides),
-                BM=rows,
+                UNIFORM=uniform(shape["BM"], count, inner, out_strides),
                 BD=padded,
+                **shape,
             )
     if out is not z_q:
         z_q.copy_(out)
@@ -224,9 +225,9 @@ def _backward(
     inner, (g_strides, z_strides, out_strides) = placed(dim, upstream, z, out)
     count = codes.numel()
     padded = block_width(codebook.shape[1])
-    rows = block_rows(padded) if z_strides[2] == 1 else gathered_rows(padded)
+    shape = block(padded, whole=z_strides[2] == 1)
     with torch.cuda.device_of(z):
-        triton_outputs.grad_latents[(triton.cdiv(count, rows),)](
+        triton_outputs.grad_latents[(triton.cdiv(count, shape["BM"]),)](
             upstream,
             grad_loss,
             z,
@@ -240,10 +241,10 @@ def _backward(
             *out_strides,
             codebook.shape[1],
             2 * commitment_weight / z.numel(),
-            UNIFORM=uniform(rows, count, inner, g_strides, z_strides, out_strides),
+            UNIFORM=uniform(shape["BM"], count, inner, g_strides, z_strides, out_strides),
             THROUGH=grad_z_q is not None,
-            BM=rows,
             BD=padded,
+            **shape,
         )
     return grad_z if out is grad_z else grad_z.copy_(out)
 
@@ -284,7 +285,7 @@ def _ema_update(
         total = decay * cluster_size.sum() + (1 - decay) * counts.sum()
     fresh = sums if restart_vectors is None else restart_vectors.to(codebook.dtype)
     with torch.cuda.device_of(codebook):
-        triton_outputs.move_codebook[(triton.cdiv(num_codes, block_rows(padded)),)](
+        triton_outputs.move_codebook[(triton.cdiv(num_codes, moved_codes(padded)),)](
             *state,
             counts.contiguous(),
             sums.contiguous(),
@@ -299,7 +300,7 @@ def _ema_update(
             max(1.0, restart_below),
             LAPLACE=laplace_eps > 0,
             RESTART=restart_vectors is not None,
-            BK=block_rows(padded),
+            BK=moved_codes(padded),
             BD=padded,
         )
     for target, moved in zip((codebook, cluster_size, code_sums_ema), state, strict=True):

@@ -42,17 +42,32 @@ def block_offsets(
 
 
 @triton.jit
-def with_number(score, id_mask, number):
-    """The score with a number in its lowest bits."""
+def keep_two(best, second, score, id_mask, number):
+    """The lowest two of each lane, once a score with a number in its lowest bits is among them."""
     bits = (score.to(tl.int32, bitcast=True) & ~id_mask) | number
-    return bits.to(tl.float32, bitcast=True)
+    score = bits.to(tl.float32, bitcast=True)
+    return tl.minimum(best, score), tl.minimum(second, tl.maximum(best, score))
+
+
+@triton.jit
+def quarters(score, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile's scores in four parts, by bits 0 and 3 of the column: a thread holds all four."""
+    even, odd = tl.split(tl.reshape(score, (BM, BN // 2, 2)))
+    a, c = tl.split(tl.permute(tl.reshape(even, (BM, BN // 16, 2, 4)), (0, 1, 3, 2)))
+    b, d = tl.split(tl.permute(tl.reshape(odd, (BM, BN // 16, 2, 4)), (0, 1, 3, 2)))
+    LANES: tl.constexpr = BN // 4
+    a, b = tl.reshape(a, (BM, LANES)), tl.reshape(b, (BM, LANES))
+    c, d = tl.reshape(c, (BM, LANES)), tl.reshape(d, (BM, LANES))
+    return a, b, c, d
 
 
 @triton.jit
 def codes_of_lanes(best, id_mask, BN: tl.constexpr):
-    """Which codes the best scores of the lanes are of."""
+    """Which codes the best scores of the lanes are of: the columns of `quarters`, put back."""
     number = best.to(tl.int32, bitcast=True) & id_mask
-    return (number >> 1) * BN + 2 * tl.arange(0, BN // 2)[None, :] + (number & 1)
+    lane = tl.arange(0, BN // 4)
+    column = lane // 4 * 16 + lane % 4 * 2
+    return (number >> 2) * BN + column[None, :] + (number & 2) * 4 + (number & 1)
 
 
 # Neither N nor K may choose the code that is compiled.
@@ -87,8 +102,8 @@ def filter_codes(
 ):
     """Code of every row that the filter can certify; the others go on one of two lists.
 
-    A score is ``|c|²/2 - x.c`` with the number of its tile and half in the lowest bits: two
-    neighbouring codes share a lane. Rows with two codes within the bound are listed from the front
+    A score is ``|c|²/2 - x.c`` with the number of its tile and quarter in the lowest bits: four
+    codes of a tile share a lane. Rows with two codes within the bound are listed from the front
     of ``pending``, with more from its back. ``KEYS`` asks for the codes as keys to sort by too, and
     ``COPY`` for the rows, one after another.
     """
@@ -110,21 +125,17 @@ def filter_codes(
     square = tl.sum(x * x, 1)
     row_error = tl.sum(error * error, 1)
 
-    lanes = tl.arange(0, BN)
-    best = tl.full((BM, BN // 2), 3e38, tl.float32)
-    second = tl.full((BM, BN // 2), 3e38, tl.float32)
+    slots = tl.arange(0, BN)
+    best = tl.full((BM, BN // 4), 3e38, tl.float32)
+    second = tl.full((BM, BN // 4), 3e38, tl.float32)
     for tile in range(tiles):
-        slots = lanes[None, :] * BD + d[:, None]
-        codes = tl.load(half_ptr + tile * (BN * BD) + slots)  # (BD, BN)
-        seeds = tl.load(seed_ptr + tile * BN + lanes)
-        score = seeds[None, :] - tl.dot(half, codes)
-        even, odd = tl.split(tl.reshape(score, (BM, BN // 2, 2)))
-        even = with_number(even, id_mask, 2 * tile)
-        second = tl.minimum(second, tl.maximum(best, even))
-        best = tl.minimum(best, even)
-        odd = with_number(odd, id_mask, 2 * tile + 1)
-        second = tl.minimum(second, tl.maximum(best, odd))
-        best = tl.minimum(best, odd)
+        codes = tl.load(
+            half_ptr + tile * (BN * BD) + (slots[None, :] * BD + d[:, None])
+        )  # (BD, BN)
+        seeds = tl.load(seed_ptr + tile * BN + slots)
+        parts = quarters(seeds[None, :] - tl.dot(half, codes), BM, BN)
+        for i in tl.static_range(4):
+            best, second = keep_two(best, second, parts[i], id_mask, 4 * tile + i)
 
     # What separates a score from its exact value, see ARCHITECTURE.md.
     code_norm = tl.load(norm_ptr)

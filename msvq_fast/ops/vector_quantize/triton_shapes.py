@@ -13,18 +13,20 @@ __all__ = [
     "CODES",
     "DTYPES",
     "STEPS",
+    "block",
     "block_codes",
-    "block_rows",
     "block_width",
     "filter_rows",
     "filter_stages",
+    "filter_warps",
     "gathered_rows",
+    "moved_codes",
     "variants",
 ]
 
 DTYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 CODES = 64  # of a tile of the filter
-STEPS = {"BP": 128, "BM": 16, "BK": 64}  # pairs, or rows and codes, of a step in float64
+STEPS = {"BP": 128, "BM": 4, "BK": 256}  # pairs, or rows and codes, of a step in float64
 _TYPES = {
     "half_ptr": "*fp16",
     "codes_ptr": "*i64",
@@ -52,8 +54,13 @@ def block_width(width: int) -> int:
 
 
 def filter_rows(padded: int) -> int:
-    """Rows of a tile of the filter: every tile reads all codes, and eight warps hold no more."""
-    return 128 if padded <= 64 else 8192 // padded
+    """Rows of a tile of the filter."""
+    return 32 if padded > 128 else 64
+
+
+def filter_warps(padded: int) -> int:
+    """Warps that hold a tile of the filter without spilling."""
+    return 8 if padded > 64 else 4
 
 
 def filter_stages(padded: int) -> int:
@@ -63,16 +70,27 @@ def filter_stages(padded: int) -> int:
 
 def block_codes(padded: int) -> int:
     """Codes of a step of the kernels that pack a tile, in float64."""
-    return min(CODES, 4096 // padded)
+    return min(CODES, 2048 // padded)
 
 
-def block_rows(padded: int) -> int:
-    """Rows of a block of the elementwise kernels: their addresses take most registers."""
+def block(padded: int, whole: bool) -> dict[str, int]:
+    """Rows and warps of a block of the elementwise kernels.
+
+    Of rows that are ``whole`` in memory the addresses take most registers; of others, values that
+    are neighbours in memory belong to neighbouring rows.
+    """
+    return (
+        {"BM": 512 // padded, "num_warps": 4} if whole else {"BM": 4096 // padded, "num_warps": 8}
+    )
+
+
+def moved_codes(padded: int) -> int:
+    """Codes of a block of the update."""
     return 512 // padded
 
 
 def gathered_rows(padded: int) -> int:
-    """Rows of a block where rows, or the values of one, lie apart in memory."""
+    """Rows that a program asks for at a time where they lie apart."""
     return 2048 // padded
 
 
@@ -92,17 +110,18 @@ def variants() -> list[KernelVariant]:
     move = triton_outputs.move_codebook
     for width in (16, 64, 256):
         for smooth in (False, True):
-            flags = {"LAPLACE": smooth, "RESTART": smooth, "BK": block_rows(width), "BD": width}
+            flags = {"LAPLACE": smooth, "RESTART": smooth, "BK": moved_codes(width), "BD": width}
             label = f"d{width}" + " laplace restart" * smooth
             out.append(_variant(move, label, "*fp32", flags))
     return out
 
 
 def _variants(label: str, z: str, width: int, dense: bool) -> list[KernelVariant]:
-    rows = block_rows(width) if dense else gathered_rows(width)
+    shape = block(width, dense)
+    warps = shape.pop("num_warps")
     filter_sizes = {"BM": filter_rows(width), "BN": CODES, "BD": width, "UNIFORM": True}
     filter_sizes |= {"KEYS": True, "COPY": not dense}
-    sizes = {"BM": rows, "BD": width, "UNIFORM": True}
+    sizes = {**shape, "BD": width, "UNIFORM": True}
     sum_sizes = {"BM": gathered_rows(width), "BD": width, "FLAT": False, "WRITE": True}
     one = {"stride_d": 1} if dense else {"stride_inner": 1}
     step = {name: 1 for name in (("z_d", "out_d") if dense else ("z_inner", "out_inner"))}
@@ -115,14 +134,20 @@ def _variants(label: str, z: str, width: int, dense: bool) -> list[KernelVariant
             label,
             z,
             {**filter_sizes, **one},
-            num_warps=8,
+            num_warps=filter_warps(width),
             num_stages=filter_stages(width),
             tensor_cores=True,
         ),
         _variant(search.resolve_codes, label, z, {**STEPS, **one, "KEYS": True}, fp_fusion=False),
-        _variant(outputs.write_codes, label, z, {**sizes, **out_step}),
+        _variant(outputs.write_codes, label, z, {**sizes, **out_step}, num_warps=warps),
         _variant(outputs.code_sums, label, z, {**sum_sizes, **step}),
-        _variant(outputs.grad_latents, label, z, {**sizes, **step, **g_step, "THROUGH": True}),
+        _variant(
+            outputs.grad_latents,
+            label,
+            z,
+            {**sizes, **step, **g_step, "THROUGH": True},
+            num_warps=warps,
+        ),
     ]
 
 
