@@ -109,6 +109,16 @@ def test_non_finite_rows_and_codes():
     assert nearest_code(z, codebook * math.nan, backend="triton").tolist() == [0] * 5
 
 
+def test_rows_far_longer_than_the_codes():
+    """Beyond what float16 holds, where the filter's scores are infinite."""
+    codebook = torch.randn(70, 8)
+    z = torch.randn(9, 8) * torch.logspace(3, 19, 9)[:, None]
+    assert_codes_exact(z, codebook)
+    # Of the two codes ahead one keeps its infinite score, and the other is the nearest.
+    codebook = torch.tensor([1.0, 2.0] + 6 * [-1.0])[:, None]
+    assert assert_codes_exact(torch.full((3, 1), 1e6), codebook)[2].tolist() == [1] * 3
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_layout_gives_the_same(dtype):
     codebook = torch.randn(11, 6, device=DEVICE)

@@ -122,8 +122,19 @@ def filter_codes(
     x = tl.fma(z.to(tl.float32), tl.load(scale_ptr), -tl.load(shift_ptr + d)[None, :])  # (BM, BD)
     half = x.to(tl.float16)
     error = x - half.to(tl.float32)
+    # What separates a score from its exact value, see ARCHITECTURE.md.
+    code_norm = tl.load(norm_ptr)
+    half_norm = tl.load(norm_ptr + 1)
+    code_error = tl.load(norm_ptr + 2)
     square = tl.sum(x * x, 1)
-    row_error = tl.sum(error * error, 1)
+    row_norm = tl.sqrt(square) * 1.001 + 1e-15
+    row_error = tl.sqrt(tl.sum(error * error, 1)) * 1.001 + 1e-15
+    both = row_norm + code_norm
+    margin = row_error * code_norm + (row_norm + row_error) * code_error
+    margin += (width + 32) * 1.2e-7 * (row_norm + row_error) * half_norm
+    margin += (2.0 * id_mask + 8.0) * 1.2e-7 * code_norm * both
+    margin = 2.02 * margin + (width + 8) * 2.3e-16 * both * both + 1e-30
+    margin = tl.where(square < 4e9, margin, 1e30)  # beyond float16, as NaN and Inf are: no bound
 
     slots = tl.arange(0, BN)
     best = tl.full((BM, BN // 4), 3e38, tl.float32)
@@ -137,24 +148,13 @@ def filter_codes(
         for i in tl.static_range(4):
             best, second = keep_two(best, second, parts[i], id_mask, 4 * tile + i)
 
-    # What separates a score from its exact value, see ARCHITECTURE.md.
-    code_norm = tl.load(norm_ptr)
-    half_norm = tl.load(norm_ptr + 1)
-    code_error = tl.load(norm_ptr + 2)
-    row_norm = tl.sqrt(square) * 1.001 + 1e-15
-    row_error = tl.sqrt(row_error) * 1.001 + 1e-15
-    both = row_norm + code_norm
-    margin = row_error * code_norm + (row_norm + row_error) * code_error
-    margin += (width + 32) * 1.2e-7 * (row_norm + row_error) * half_norm
-    margin += (2.0 * id_mask + 8.0) * 1.2e-7 * code_norm * both
-    margin = 2.02 * margin + (width + 8) * 2.3e-16 * both * both + 1e-30
     limit = tl.min(best, 1) + margin
     near = best <= limit[:, None]
     number = tl.sum(near.to(tl.int32), 1)
     code = codes_of_lanes(best, id_mask, BN)
     low = tl.min(tl.where(near, code, 0x7FFFFFFF), 1)
-    # Beyond float16, as NaN and Inf are, or beyond the score of a slot without a code: no bound.
-    certified = (square < 4e9) & (limit < 1e29) & (tl.min(second, 1) > limit) & (number <= 2)
+    # Slots without a code score 1e30; a row beyond float16 can score -Inf.
+    certified = (margin < 1e29) & (limit < 1e29) & (tl.min(second, 1) > limit) & (number <= 2)
     pair = inside & certified & (number == 2)
     many = inside & ~certified
     tl.store(codes_ptr + rows, low.to(tl.int64), mask=inside)
