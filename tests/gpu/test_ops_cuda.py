@@ -68,9 +68,9 @@ def test_codes_are_exact(device: str, backend: str, dtype: torch.dtype, layout: 
 
 @every_backend
 def test_rows_far_longer_than_the_codes(device: str, backend: str) -> None:
-    """Beyond float16, in which scores are filtered: infinite, or NaN with a number in their bits."""
+    """Beyond float16 scores are infinite, and NaN with a number in their bits."""
     codebook = torch.tensor([1.0, 2.0] + 6 * [-1.0])[:, None].to(device)
-    z = torch.tensor([1e6, -1e6, 1e19, float("inf"), float("nan"), 0.9])[:, None].to(device)
+    z = torch.tensor([1e6, -1e6, 1e12, float("inf"), float("nan"), 0.9])[:, None].to(device)
     need(QUANTIZE, backend, z, codebook)
     got = nearest_code(z, codebook, backend=backend)
     assert got.tolist() == [1, 2, 1, 0, 0, 0]
