@@ -77,10 +77,14 @@ def code_sums(
     e = tl.load(codebook_ptr + chosen * width + d, mask=d < width, other=0.0)
     total = tl.zeros((BM, BD), tl.float32)
     error = tl.zeros((BM, BD), tl.float32)
+    entry = start + tl.arange(0, BM)
+    next_rows = tl.load(order_ptr + entry, mask=entry < stop, other=0)
     while start < stop:
-        entry = start + tl.arange(0, BM)
-        rows = tl.load(order_ptr + entry, mask=entry < stop, other=0)
+        rows = next_rows
         mask = (entry < stop)[:, None] & (d < width)[None, :]
+        start += BM
+        entry += BM
+        next_rows = tl.load(order_ptr + entry, mask=entry < stop, other=0)
         at = row_offsets(rows, inner, z_outer, z_inner, FLAT)[:, None] + (d * z_d)[None, :]
         z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
         total += z
@@ -90,7 +94,6 @@ def code_sums(
             at = row_offsets(rows, inner, out_outer, out_inner, FLAT)[:, None]
             vectors = tl.broadcast_to(e.to(z_q_ptr.dtype.element_ty)[None, :], (BM, BD))
             tl.store(z_q_ptr + (at + (d * out_d)[None, :]), vectors, mask=mask)
-        start += BM
     slot = code.to(tl.int64) * splits + part
     tl.store(error_ptr + slot, tl.sum(tl.sum(error, 1), 0))
     tl.store(sums_ptr + slot * width + d, tl.sum(total, 0), mask=d < width)
