@@ -63,10 +63,16 @@ def _shape(name: str, half: bool, width: int, small: bool, biased: bool) -> Shap
     if name == "key_kernel":
         if not half:
             return Shape(4, 16, 8)
-        return Shape(8, 32, 8) if small else Shape(4, 16 if biased else 32, 4)
+        if small:
+            return Shape(8, 32, 8)
+        if biased:
+            return Shape(4, 16, 4)
+        return {64: Shape(8, 32, 4), 128: Shape(4, 32, 4)}.get(width, Shape(4, 16, 1))
     if half:
         if small:
             return Shape(8, 32, 8 if name == "query_kernel" and width == 64 else 4)
+        if name == "forward_kernel" and width == 64 and not biased:
+            return Shape(4, 32, 1)
         return Shape(4, 16, 2 if width == 128 or (biased and width == 64) else 1)
     if name == "query_kernel":
         return Shape(4, 16, 2 if width == 32 else 8)
