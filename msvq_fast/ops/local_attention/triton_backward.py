@@ -9,9 +9,12 @@ from msvq_fast.ops.local_attention.triton_windows import (
     FAR,
     LOG2E,
     NOWHERE,
+    advance,
     bias_places,
+    cells,
     choose,
     divide,
+    gather_tokens,
     head_of,
     inside,
     inverse_window,
@@ -75,18 +78,17 @@ def query_kernel(
     by_height, by_width = reciprocal(2 * height), reciprocal(2 * width)
     region_y = program % tiles // tiles_x * side * T
     region_x = program % tiles % tiles_x * side * T
-    for tile in range(side * side):
-        top, left = region_y + tile // side * T, region_x + tile % side * T
+    top, left = region_y, region_x
+    for _ in range(side * side):
         bottom, right = tl.minimum(top + T, height) - 1, tl.minimum(left + T, width) - 1
         q_y, q_x, there = tile_positions(top, left, height, width, T)
         place = q_y * width + q_x
-        old = there & (place < resume * tokens)
         query = load_tokens(query_base, place, there, q_n, d, DP)
         upstream = load_tokens(upstream_base, place, there, g_n, d, DP)
         log = tl.load(lse + place, mask=there, other=0.0)
         log = tl.where(log == float("-inf"), 0.0, log) * LOG2E
         mean = tl.load(delta + place, mask=there, other=0.0)
-        acc = load_tokens(before, place, old, d, d, DP)
+        acc = tl.zeros([T * T, DP], tl.float32)
         for n in range(first, 4):
             h, w = choose(n, h0, h1, h2, h3), choose(n, w0, w1, w2, w3)
             radius = choose(n, r0, r1, r2, r3)
@@ -117,27 +119,36 @@ def query_kernel(
                 table = choose(n, b0, b1, b2, b3)
                 centre = bias_places(c_y, c_x, size, size // 2)
             by_across = reciprocal(across)
+            rows, columns = divide(tl.full([], BLOCK, tl.int32), across, by_across)
+            column, cell, spot = x_from * 0, y_from * w + x_from, pack(y_from, x_from)
             for start in range(0, count, BLOCK):
-                j = start + tl.arange(0, BLOCK)
-                k_y, k_x = divide(j, across, by_across)
-                exists = j < count
-                k_y += y_from
-                k_x += x_from
-                index = k_y * w + k_x
-                at = tl.where(exists, pack(k_y, k_x), -1)
-                keys = load_tokens(key, index, exists, k_n, d, DP)
+                lane = tl.arange(0, BLOCK)
+                last_lane = tl.minimum(lane, count - 1 - start)
+                index = cells(cell, column, across, by_across, w, last_lane)
+                keys = gather_tokens(key, index, k_n, d, DP)
+                values = gather_tokens(value, index, v_n, d, DP)
+                # Cells past the last one are below every window.
+                at = cells(spot, column, across, by_across, pack(1, 0), lane)
                 seen = inside(low[:, None], high[:, None], hidden[:, None], more, at[None, :])
                 s = products(query, keys) * (scale * LOG2E)
                 if BIAS:
-                    places = bias_places(k_y, k_x, size, 0)
+                    places = bias_places(at >> 16, at & 65535, size, 0)
                     s += load_bias(table, head, size, centre[:, None], places[None, :], seen)
                 p = tl.where(seen, tl.exp2(s - log[:, None]), 0.0)
-                values = load_tokens(value, index, exists, v_n, d, DP)
                 dp = products(upstream, values)
                 ds = p * (dp - mean[:, None])
                 acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
-        store_tokens(grad_base, place, there & (place < last * tokens), r_n, acc * scale, d, DP)
-        store_tokens(before, place, there & (place < (1 - last) * tokens), d, acc, d, DP)
+                column, cell, spot = advance(column, cell, spot, rows, columns, across, w, BLOCK)
+        if resume != 0:
+            acc += load_tokens(before, place, there, d, d, DP)
+        if last != 0:
+            store_tokens(grad_base, place, there, r_n, acc * scale, d, DP)
+        else:
+            store_tokens(before, place, there, d, acc, d, DP)
+        left += T
+        wrap = left >= region_x + side * T
+        left = tl.where(wrap, region_x, left)
+        top += tl.where(wrap, T, 0)
 
 
 @kernel
@@ -182,6 +193,7 @@ def key_kernel(
     count = tl.maximum(y_to - y_from + 1, 0) * across
     across = tl.maximum(across, 1)
     by_across = reciprocal(across)
+    rows, columns = divide(tl.full([], BLOCK, tl.int32), across, by_across)
     if BIAS:
         by_height, by_width = reciprocal(2 * height), reciprocal(2 * width)
         places = bias_places(k_y, k_x, size, 0)
@@ -192,24 +204,23 @@ def key_kernel(
         query = head_of(q, b, q_b, head, q_h)
         upstream = head_of(grad_out, b, g_b, head, g_h)
         query_plane = (b * heads + head) * height * width
+        column, cell, spot = x_from * 0, y_from * width + x_from, pack(y_from, x_from)
         for start in range(0, count, BLOCK):
-            j = start + tl.arange(0, BLOCK)
-            q_y, q_x = divide(j, across, by_across)
-            exists = j < count
-            q_y += y_from
-            q_x += x_from
-            place = q_y * width + q_x
-            at = tl.where(exists, pack(q_y, q_x), -1)
-            queries = load_tokens(query, place, exists, q_n, d, DP)
-            grads = load_tokens(upstream, place, exists, g_n, d, DP)
-            log = tl.load(lse + query_plane + place, mask=exists, other=0.0)
+            lane = tl.arange(0, BLOCK)
+            last_lane = tl.minimum(lane, count - 1 - start)
+            place = cells(cell, column, across, by_across, width, last_lane)
+            queries = gather_tokens(query, place, q_n, d, DP)
+            grads = gather_tokens(upstream, place, g_n, d, DP)
+            log = tl.load(lse + query_plane + place)
             log = tl.where(log == float("-inf"), 0.0, log) * LOG2E
-            mean = tl.load(delta + query_plane + place, mask=exists, other=0.0)
+            mean = tl.load(delta + query_plane + place)
+            # Cells past the last one are below every inverse window.
+            at = cells(spot, column, across, by_across, pack(1, 0), lane)
             seen = inside(low[:, None], high[:, None], hidden[:, None], more[:, None], at[None, :])
             s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
             if BIAS:
-                c_y, _, _ = window(q_y, height, by_height, h, radius, y_length)
-                c_x, _, _ = window(q_x, width, by_width, w, radius, x_length)
+                c_y, _, _ = window(at >> 16, height, by_height, h, radius, y_length)
+                c_x, _, _ = window(at & 65535, width, by_width, w, radius, x_length)
                 centre = bias_places(c_y, c_x, size, size // 2)
                 s += load_bias(bias, head, size, centre[None, :], places[:, None], seen)
             p = tl.where(seen, tl.exp2(s - log[None, :]), 0.0)
@@ -217,6 +228,7 @@ def key_kernel(
             dp = tl.dot(values, tl.trans(grads), input_precision="ieee")
             ds = p * (dp - mean[None, :])
             acc_key = tl.dot(ds.to(queries.dtype), queries, acc_key, input_precision="ieee")
+            column, cell, spot = advance(column, cell, spot, rows, columns, across, width, BLOCK)
     key_base = head_of(grad_key, b, r_b, kv, r_h)
     value_base = head_of(grad_value, b, u_b, kv, u_h)
     store_tokens(key_base, index, there, r_n, acc_key * scale, d, DP)

@@ -9,9 +9,12 @@ from msvq_fast.ops.local_attention.triton_windows import (
     FAR,
     LOG2E,
     NOWHERE,
+    advance,
     bias_places,
+    cells,
     choose,
     divide,
+    gather_tokens,
     head_of,
     inside,
     kernel,
@@ -70,16 +73,15 @@ def forward_kernel(
     scale_log2 = scale * LOG2E
     region_y = program % tiles // tiles_x * side * T
     region_x = program % tiles % tiles_x * side * T
-    for tile in range(side * side):
-        top, left = region_y + tile // side * T, region_x + tile % side * T
+    top, left = region_y, region_x
+    for _ in range(side * side):
         bottom, right = tl.minimum(top + T, height) - 1, tl.minimum(left + T, width) - 1
         q_y, q_x, there = tile_positions(top, left, height, width, T)
         place = q_y * width + q_x
-        old = there & (place < resume * tokens)
         query = load_tokens(query_base, place, there, q_n, d, DP)
-        state_max = tl.load(lse + place, mask=old, other=float("-inf")) * LOG2E
-        state_sum = tl.where(state_max == float("-inf"), 0.0, 1.0)
-        acc = load_tokens(before, place, old, d, d, DP)
+        state_max = tl.full([T * T], float("-inf"), tl.float32)
+        state_sum = tl.zeros([T * T], tl.float32)
+        acc = tl.zeros([T * T, DP], tl.float32)
         for n in range(first, 4):
             h, w = choose(n, h0, h1, h2, h3), choose(n, w0, w1, w2, w3)
             radius = choose(n, r0, r1, r2, r3)
@@ -110,20 +112,21 @@ def forward_kernel(
                 table = choose(n, b0, b1, b2, b3)
                 centre = bias_places(c_y, c_x, size, size // 2)
             by_across = reciprocal(across)
+            rows, columns = divide(tl.full([], BLOCK, tl.int32), across, by_across)
+            column, cell, spot = x_from * 0, y_from * w + x_from, pack(y_from, x_from)
             for start in range(0, count, BLOCK):
-                j = start + tl.arange(0, BLOCK)
-                k_y, k_x = divide(j, across, by_across)
-                exists = j < count
-                k_y += y_from
-                k_x += x_from
-                index = k_y * w + k_x
-                at = tl.where(exists, pack(k_y, k_x), -1)
-                keys = load_tokens(key, index, exists, k_n, d, DP)
+                lane = tl.arange(0, BLOCK)
+                last_lane = tl.minimum(lane, count - 1 - start)
+                index = cells(cell, column, across, by_across, w, last_lane)
+                keys = gather_tokens(key, index, k_n, d, DP)
+                values = gather_tokens(value, index, v_n, d, DP)
                 dots = tl.dot(query, tl.trans(keys), input_precision="ieee")
+                # Cells past the last one are below every window.
+                at = cells(spot, column, across, by_across, pack(1, 0), lane)
                 seen = inside(low[:, None], high[:, None], hidden[:, None], more, at[None, :])
                 s = dots * scale_log2
                 if BIAS:
-                    places = bias_places(k_y, k_x, size, 0)
+                    places = bias_places(at >> 16, at & 65535, size, 0)
                     s += load_bias(table, head, size, centre[:, None], places[None, :], seen)
                 s = tl.where(seen, s, float("-inf"))
                 new_max = tl.maximum(state_max, tl.max(s, 1))
@@ -131,14 +134,30 @@ def forward_kernel(
                 p = tl.exp2(s - finite_max[:, None])
                 shrink = tl.exp2(state_max - finite_max)
                 state_sum = state_sum * shrink + tl.sum(p, 1)
-                values = load_tokens(value, index, exists, v_n, d, DP)
                 acc = acc * shrink[:, None]
                 acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
                 state_max = new_max
+                column, cell, spot = advance(column, cell, spot, rows, columns, across, w, BLOCK)
+        if resume != 0:
+            old_max = tl.load(lse + place, mask=there, other=float("-inf")) * LOG2E
+            new_max = tl.maximum(state_max, old_max)
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            shrink = tl.exp2(state_max - finite_max)
+            old_sum = tl.exp2(old_max - finite_max)  # the sums before are divided by theirs
+            state_sum = state_sum * shrink + old_sum
+            old = load_tokens(before, place, there, d, d, DP)
+            acc = acc * shrink[:, None] + old * old_sum[:, None]
+            state_max = new_max
         some = state_sum != 0.0  # true for NaN too
         total = tl.where(some, state_sum, 1.0)
-        result = acc / total[:, None]
-        store_tokens(out_base, place, there & (place < last * tokens), o_n, result, d, DP)
-        store_tokens(before, place, there & (place < (1 - last) * tokens), d, result, d, DP)
+        result = acc * (1.0 / total)[:, None]
+        if last != 0:
+            store_tokens(out_base, place, there, o_n, result, d, DP)
+        else:
+            store_tokens(before, place, there, d, result, d, DP)
         log = tl.where(some, (state_max + tl.log2(total)) / LOG2E, float("-inf"))
         tl.store(lse + place, log, mask=there)
+        left += T
+        wrap = left >= region_x + side * T
+        left = tl.where(wrap, region_x, left)
+        top += tl.where(wrap, T, 0)

@@ -47,6 +47,33 @@ def divide(x, divisor, inverse):
 
 
 @triton.jit
+def cells(first, column, across, inverse, pitch, lane):
+    """The cells ``lane < 64`` places past ``first`` in a rectangle, numbered by rows of ``pitch``.
+
+    ``first`` is in column ``column`` of ``across``, and ``inverse`` the `reciprocal` of that: its
+    half is the one of ``2 * across``. An odd number is never a multiple of an even one, so that
+    this product needs no correction.
+    """
+    rows = tl.umulhi((2 * (column + lane) + 1).to(tl.uint32), inverse >> 1).to(tl.int32)
+    return rows * (pitch - across) + (first + lane)
+
+
+@triton.jit
+def advance(column, cell, spot, rows, columns, across, pitch, BLOCK: tl.constexpr):
+    """The column and the two numbers (by rows of ``pitch`` and packed) of the cell BLOCK further.
+
+    BLOCK places are ``rows`` rows and ``columns`` columns.
+    """
+    column += columns
+    wrap = column >= across
+    column -= tl.where(wrap, across, 0)
+    rows += wrap.to(tl.int32)
+    cell += BLOCK + rows * (pitch - across)
+    spot += BLOCK + rows * (pack(1, 0) - across)
+    return column, cell, spot
+
+
+@triton.jit
 def window_length(radius, cells, shift):
     """Cells along an axis that a window always has: one if it is clipped at the border."""
     return tl.where(shift != 0, tl.minimum(2 * radius + 1, cells), 1)
@@ -111,12 +138,28 @@ def bias_places(y, x, size, middle):
 
 
 @triton.jit
+def offsets(index, stride):
+    """How far tokens of a head are from its first; 32 bits count its vectors of eight channels."""
+    return (index * stride).to(tl.uint32).to(tl.int64)[:, None] * 8
+
+
+@triton.jit
 def load_tokens(base, index, there, stride, d, DP: tl.constexpr):
     """The tokens ``index`` as ``(tokens, DP)``; zeros for those not ``there`` and past ``d``."""
     channel = tl.arange(0, DP)
     mask = there[:, None] & (channel < d * 8)[None, :]
-    start = base + index.to(tl.int64)[:, None] * (stride * 8)
-    return tl.load(start + channel[None, :], mask=mask, other=0.0)
+    return tl.load((base + channel)[None, :] + offsets(index, stride), mask=mask, other=0.0)
+
+
+@triton.jit
+def gather_tokens(base, index, stride, d, DP: tl.constexpr):
+    """The tokens ``index``, all of which exist; past ``d`` they repeat channels of their own.
+
+    What meets those channels is zero or not stored.
+    """
+    channel = tl.arange(0, DP)
+    channel = tl.where(channel < d * 8, channel, channel % 8)
+    return tl.load((base + channel)[None, :] + offsets(index, stride))
 
 
 @triton.jit
@@ -124,8 +167,8 @@ def store_tokens(base, index, there, stride, x, d, DP: tl.constexpr):
     """The reverse of `load_tokens`, rounded to the type of ``base``."""
     channel = tl.arange(0, DP)
     mask = there[:, None] & (channel < d * 8)[None, :]
-    start = base + index.to(tl.int64)[:, None] * (stride * 8)
-    tl.store(start + channel[None, :], x.to(base.dtype.element_ty), mask=mask)
+    start = (base + channel)[None, :] + offsets(index, stride)
+    tl.store(start, x.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
