@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +24,12 @@ _FLOAT32 = ("lse", "before", "delta", "parts")
 
 
 class Shape(NamedTuple):
-    """Tokens of a tile's side, tokens of a step of its loop, and warps."""
+    """Tokens of a tile's side, tokens of a step of its loop, warps, and registers at most."""
 
     tile: int
     block: int
     warps: int
+    registers: int | None = None
 
 
 class Launch(NamedTuple):
@@ -37,6 +39,8 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     tensor_cores: bool
+    registers: int | None = None
+    """At most, from sm_90 on: what it takes for more warps there would spill before."""
 
 
 def block_width(width: int) -> int:
@@ -54,25 +58,36 @@ def is_small(dtype: torch.dtype, width: int, grid: tuple[int, int], biased: bool
     return dtype != torch.float32 and width <= 64 and grid[0] * grid[1] <= 256 and not biased
 
 
+# Of half precision without biases: tiles, steps and warps as measured, the registers by warps.
+_MEASURED = {
+    ("forward_kernel", 16): Shape(4, 16, 1, 80),
+    ("forward_kernel", 32): Shape(4, 16, 1, 96),
+    ("forward_kernel", 64): Shape(4, 16, 1, 128),
+    ("query_kernel", 16): Shape(4, 16, 1, 96),
+    ("query_kernel", 32): Shape(4, 16, 1, 104),
+    ("query_kernel", 64): Shape(4, 16, 1, 144),
+    ("key_kernel", 16): Shape(4, 16, 1, 80),
+    ("key_kernel", 32): Shape(4, 16, 1, 104),
+    ("key_kernel", 64): Shape(4, 16, 1, 168),
+    ("key_kernel", 128): Shape(4, 32, 4),
+}
+
+
 def _shape(name: str, half: bool, width: int, small: bool, biased: bool) -> Shape:
     """The most that fits the registers of every architecture without spilling.
 
     In half precision one warp owns the 16 rows of a tile of queries, so that no softmax leaves it;
     key tiles keep two sums. A bias takes an address per pair: smaller steps or more warps.
     """
+    if half and not small and not biased and (name, width) in _MEASURED:
+        return _MEASURED[name, width]
     if name == "key_kernel":
         if not half:
             return Shape(4, 16, 8)
-        if small:
-            return Shape(8, 32, 8)
-        if biased:
-            return Shape(4, 16, 4)
-        return {64: Shape(8, 32, 4), 128: Shape(4, 32, 4)}.get(width, Shape(4, 16, 1))
+        return Shape(8, 32, 8) if small else Shape(4, 16, 4)
     if half:
         if small:
             return Shape(8, 32, 8 if name == "query_kernel" and width == 64 else 4)
-        if name == "forward_kernel" and width == 64 and not biased:
-            return Shape(4, 32, 1)
         return Shape(4, 16, 2 if width == 128 or (biased and width == 64) else 1)
     if name == "query_kernel":
         return Shape(4, 16, 2 if width == 32 else 8)
@@ -90,10 +105,10 @@ def _launches() -> dict[tuple[str, torch.dtype, int, bool, bool], Launch]:
             for small, biased in kinds:
                 for kernel in (forward_kernel, query_kernel, key_kernel):
                     name = kernel.__name__
-                    tile, block, warps = _shape(name, half, width, small, biased)
+                    tile, block, warps, registers = _shape(name, half, width, small, biased)
                     constants = {"BIAS": biased, "DP": width, "T": tile, "BLOCK": block}
                     key = (name, dtype, width, small, biased)
-                    table[key] = Launch(kernel, constants, warps, half)
+                    table[key] = Launch(kernel, constants, warps, half, registers)
             for kernel in (delta_kernel, bias_kernel, decode_kernel):
                 constants = {"DP": width, "BLOCK": step_rows(width)}
                 key = (kernel.__name__, dtype, width, False, False)
@@ -126,10 +141,17 @@ def launch(
     Pointers are aligned to 16 bytes, as in the check; the first argument is a tensor.
     """
     made = LAUNCHES[name, dtype, block_width(width), small, biased]
+    options = {"num_warps": made.num_warps, "num_stages": 1}
+    if made.registers is not None and _is_hopper(arguments[0].device):
+        options["maxnreg"] = made.registers
     with torch.cuda.device_of(arguments[0]):
-        made.kernel[(programs,)](
-            *arguments, **made.constants, num_warps=made.num_warps, num_stages=1
-        )
+        made.kernel[(programs,)](*arguments, **made.constants, **options)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of sm_90 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def variants() -> list[KernelVariant]:
@@ -149,6 +171,7 @@ def variants() -> list[KernelVariant]:
                 num_warps=made.num_warps,
                 num_stages=1,
                 tensor_cores=made.tensor_cores,
+                max_registers=made.registers,
             )
         )
     return out
