@@ -69,7 +69,7 @@ _MEASURED = {
     ("key_kernel", 16): Shape(4, 16, 1, 80),
     ("key_kernel", 32): Shape(4, 16, 1, 104),
     ("key_kernel", 64): Shape(4, 16, 1, 168),
-    ("key_kernel", 128): Shape(4, 32, 4),
+    ("key_kernel", 128): Shape(4, 16, 2),
 }
 
 
@@ -84,11 +84,13 @@ def _shape(name: str, half: bool, width: int, small: bool, biased: bool) -> Shap
     if name == "key_kernel":
         if not half:
             return Shape(4, 16, 8)
-        return Shape(8, 32, 8) if small else Shape(4, 16, 4)
+        return Shape(8, 32, 8, 96 if width == 16 else None) if small else Shape(4, 16, 4)
     if half:
         if small:
             return Shape(8, 32, 8 if name == "query_kernel" and width == 64 else 4)
-        return Shape(4, 16, 2 if width == 128 or (biased and width == 64) else 1)
+        if width >= 64:
+            return Shape(4, 16, 2)
+        return Shape(4, 16, 1, 128 if width == 16 else 200 if name == "forward_kernel" else 168)
     if name == "query_kernel":
         return Shape(4, 16, 2 if width == 32 else 8)
     return Shape(4, 16, 8 if width == 128 else 4)
@@ -114,7 +116,8 @@ def _launches() -> dict[tuple[str, torch.dtype, int, bool, bool], Launch]:
                 key = (kernel.__name__, dtype, width, False, False)
                 # With four warps, float32 keys of 32 channels spill on sm_100.
                 warps = 8 if kernel is decode_kernel and not half else 4
-                table[key] = Launch(kernel, constants, warps, False)
+                registers = 128 if kernel is bias_kernel and width >= 64 else None
+                table[key] = Launch(kernel, constants, warps, False, registers)
     return table
 
 
