@@ -23,6 +23,7 @@ from msvq_fast.ops.local_attention.triton_windows import (
     load_tokens,
     pack,
     products,
+    program_place,
     reciprocal,
     store_tokens,
     tile_positions,
@@ -59,15 +60,14 @@ def query_kernel(
     k1, k1_b: tl.int64, k1_h, k1_n, v1, v1_b: tl.int64, v1_h, v1_n, b1, h1, w1, r1, s1,
     k2, k2_b: tl.int64, k2_h, k2_n, v2, v2_b: tl.int64, v2_h, v2_n, b2, h2, w2, r2, s2,
     k3, k3_b: tl.int64, k3_h, k3_n, v3, v3_b: tl.int64, v3_h, v3_n, b3, h3, w3, r3, s3,
-    heads, group, d, height, width, tiles_x, tiles, side, scale,
+    heads, group, d, height, width, tiles_x, tiles, side, spread, share, scale,
     first, own, raster, include_self, shift, resume, last,
     BIAS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a region of queries; scales and sums over launches as in the forward."""
-    program = tl.program_id(0)
-    plane = (program // tiles).to(tl.int64)
-    b, head = plane // heads, plane % heads
-    kv = head // group
+    b, head, tile_y, tile_x = program_place(heads, tiles, tiles_x, spread, share)
+    plane = b * heads + head
+    kv = (head.to(tl.int32) // group).to(tl.int64)
     query_base = head_of(q, b, q_b, head, q_h)
     upstream_base = head_of(grad_out, b, g_b, head, g_h)
     grad_base = head_of(grad_q, b, r_b, head, r_h)
@@ -76,9 +76,8 @@ def query_kernel(
     delta += plane * tokens
     before += plane * tokens * d * 8
     by_height, by_width = reciprocal(2 * height), reciprocal(2 * width)
-    region_y = program % tiles // tiles_x * side * T
-    region_x = program % tiles % tiles_x * side * T
-    top, left = region_y, region_x
+    top, left = tile_y * side * T, tile_x * side * T
+    region_end = left + side * T
     for _ in range(side * side):
         bottom, right = tl.minimum(top + T, height) - 1, tl.minimum(left + T, width) - 1
         q_y, q_x, there = tile_positions(top, left, height, width, T)
@@ -146,8 +145,8 @@ def query_kernel(
         else:
             store_tokens(before, place, there, d, acc, d, DP)
         left += T
-        wrap = left >= region_x + side * T
-        left = tl.where(wrap, region_x, left)
+        wrap = left >= region_end
+        left -= tl.where(wrap, side * T, 0)
         top += tl.where(wrap, T, 0)
 
 
@@ -160,33 +159,31 @@ def key_kernel(
     bias, lse, delta,
     grad_key, r_b: tl.int64, r_h, r_n,
     grad_value, u_b: tl.int64, u_h, u_n,
-    heads, group, d, height, width, h, w, radius, size, tiles_x, tiles, scale,
-    own, raster, include_self, shift,
+    kv_heads, group, d, height, width, h, w, radius, size, tiles_x, tiles,
+    spread, share, scale, own, raster, include_self, shift,
     BIAS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values, over query heads and inverse windows."""
-    program = tl.program_id(0)
-    plane = (program // tiles).to(tl.int64)
-    kv_heads = heads // group
-    b, kv = plane // kv_heads, plane % kv_heads
-    top, left = program % tiles // tiles_x * T, program % tiles % tiles_x * T
+    b, kv, tile_y, tile_x = program_place(kv_heads, tiles, tiles_x, spread, share)
+    top, left = tile_y * T, tile_x * T
     bottom, right = tl.minimum(top + T, h) - 1, tl.minimum(left + T, w) - 1
     k_y, k_x, there = tile_positions(top, left, h, w, T)
     index = k_y * w + k_x
     keys = load_tokens(head_of(key, b, k_b, kv, k_h), index, there, k_n, d, DP)
     values = load_tokens(head_of(value, b, v_b, kv, v_h), index, there, v_n, d, DP)
     y_length, x_length = window_length(radius, h, shift), window_length(radius, w, shift)
+    by_h, by_w = reciprocal(2 * h), reciprocal(2 * w)
     # The queries that see a key are a rectangle, none of them past the border.
-    y0, y1 = inverse_window(k_y, k_y, height, h, radius, y_length)
-    x0, x1 = inverse_window(k_x, k_x, width, w, radius, x_length)
+    y0, y1 = inverse_window(k_y, k_y, height, by_h, h, radius, y_length)
+    x0, x1 = inverse_window(k_x, k_x, width, by_w, w, radius, x_length)
     y1 = tl.where(there, y1, -1)
     low, high, here = pack(y0, x0), pack(y1, x1), pack(k_y, k_x)
     ordered = (own != 0) & (raster != 0)
     alone = (own != 0) & (raster == 0) & (include_self == 0)
     hidden = tl.where(ordered, -1, tl.where(alone, here, NOWHERE))
     more = tl.where(ordered, here + 1 - include_self, 0)
-    y_from, y_to = inverse_window(top, bottom, height, h, radius, y_length)
-    x_from, x_to = inverse_window(left, right, width, w, radius, x_length)
+    y_from, y_to = inverse_window(top, bottom, height, by_h, h, radius, y_length)
+    x_from, x_to = inverse_window(left, right, width, by_w, w, radius, x_length)
     y_from = tl.where(ordered, tl.maximum(y_from, top), y_from)
     # No query may have its centre near these cells if the grid is finer than the queries'.
     across = tl.maximum(x_to - x_from + 1, 0)
@@ -203,7 +200,7 @@ def key_kernel(
         head = kv * group + member
         query = head_of(q, b, q_b, head, q_h)
         upstream = head_of(grad_out, b, g_b, head, g_h)
-        query_plane = (b * heads + head) * height * width
+        query_plane = (b * kv_heads * group + head) * height * width
         column, cell, spot = x_from * 0, y_from * width + x_from, pack(y_from, x_from)
         for start in range(0, count, BLOCK):
             lane = tl.arange(0, BLOCK)

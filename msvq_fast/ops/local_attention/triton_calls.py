@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -55,15 +56,17 @@ class Call:
         if self.small or self.planes * _cells(self.grid, 2 * tile)[0] < _FULL:
             side = 1
         tiles, across = _cells(self.grid, side * tile)
+        programs = self.planes * tiles
         arguments = (
             *tensors,
             tensors[-1] if self.sums is None else self.sums,
             *self._slots(part),
-            self.heads, self.group, self.width // 8, *self.grid, across, tiles, side, self.scale,
+            self.heads, self.group, self.width // 8, *self.grid, across, tiles, side,
+            *_shares(programs, self.q.device), self.scale,
             *self._progress(part),
         )  # fmt: skip
         biased = any(self.tables[n] is not None for n in part)
-        self._launch(name, self.planes * tiles, arguments, self.small, biased)
+        self._launch(name, programs, arguments, self.small, biased)
 
     def over_positions(self, tensors: tuple[Any, ...], positions: Tensor, part: range) -> None:
         """Launch the kernel of a few queries for some of the scales."""
@@ -98,13 +101,13 @@ class Call:
         h, w, _ = self.scales[n]
         small = self.small and min(h, w) > 4
         tiles, across = _cells((h, w), tile_side("key_kernel", self.q.dtype, self.width, small))
+        programs = self.planes // self.group * tiles
         key, value, table, *sides = self._scale(n)
         arguments = (
             *inputs, *key, *value, table, *sums, *tokens_of(grads[0]), *tokens_of(grads[1]),
-            self.heads, self.group, self.width // 8, *self.grid, *sides, across, tiles, self.scale,
-            *self._rules(n),
+            self.heads // self.group, self.group, self.width // 8, *self.grid, *sides, across,
+            tiles, *_shares(programs, self.q.device), self.scale, *self._rules(n),
         )  # fmt: skip
-        programs = self.planes // self.group * tiles
         self._launch("key_kernel", programs, arguments, small, self.tables[n] is not None)
 
     def over_offsets(self, n: int, inputs: tuple[Any, ...], sums: tuple[Tensor, Tensor]) -> Tensor:
@@ -156,6 +159,21 @@ class Call:
         last = int(part[-1] == len(self.keys) - 1)
         rules = (self.own and last, self.raster, self.include_self, self.shift)
         return (_SCALES - len(part), *rules, int(part[0] > 0), last)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; the interpreter pretends to have a few."""
+    if device.type != "cuda":
+        return 3
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def _shares(programs: int, device: torch.device) -> tuple[int, int]:
+    """Among how many multiprocessors neighbouring programs are shared out, and each one's share."""
+    processors = _processors(device)
+    return processors, programs // processors
 
 
 def _cells(grid: tuple[int, int], side: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from msvq_fast.ops.local_attention.triton_windows import (
     load_bias,
     load_tokens,
     pack,
+    program_place,
     reciprocal,
     store_tokens,
     tile_positions,
@@ -51,7 +52,7 @@ def forward_kernel(
     k1, k1_b: tl.int64, k1_h, k1_n, v1, v1_b: tl.int64, v1_h, v1_n, b1, h1, w1, r1, s1,
     k2, k2_b: tl.int64, k2_h, k2_n, v2, v2_b: tl.int64, v2_h, v2_n, b2, h2, w2, r2, s2,
     k3, k3_b: tl.int64, k3_h, k3_n, v3, v3_b: tl.int64, v3_h, v3_n, b3, h3, w3, r3, s3,
-    heads, group, d, height, width, tiles_x, tiles, side, scale,
+    heads, group, d, height, width, tiles_x, tiles, side, spread, share, scale,
     first, own, raster, include_self, shift, resume, last,
     BIAS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -60,10 +61,9 @@ def forward_kernel(
     The scales are those in the slots from ``first`` on. With ``resume`` the softmax goes on from
     the sums ``before`` and ``lse`` of other scales; unless ``last`` the output goes to ``before``.
     """
-    program = tl.program_id(0)
-    plane = (program // tiles).to(tl.int64)
-    b, head = plane // heads, plane % heads
-    kv = head // group
+    b, head, tile_y, tile_x = program_place(heads, tiles, tiles_x, spread, share)
+    plane = b * heads + head
+    kv = (head.to(tl.int32) // group).to(tl.int64)
     query_base = head_of(q, b, q_b, head, q_h)
     out_base = head_of(out, b, o_b, head, o_h)
     tokens = height * width
@@ -71,16 +71,15 @@ def forward_kernel(
     before += plane * tokens * d * 8
     by_height, by_width = reciprocal(2 * height), reciprocal(2 * width)
     scale_log2 = scale * LOG2E
-    region_y = program % tiles // tiles_x * side * T
-    region_x = program % tiles % tiles_x * side * T
-    top, left = region_y, region_x
+    top, left = tile_y * side * T, tile_x * side * T
+    region_end = left + side * T
     for _ in range(side * side):
         bottom, right = tl.minimum(top + T, height) - 1, tl.minimum(left + T, width) - 1
         q_y, q_x, there = tile_positions(top, left, height, width, T)
         place = q_y * width + q_x
         query = load_tokens(query_base, place, there, q_n, d, DP)
         state_max = tl.full([T * T], float("-inf"), tl.float32)
-        state_sum = tl.zeros([T * T], tl.float32)
+        sums = tl.zeros([T * T, BLOCK], tl.float32)
         acc = tl.zeros([T * T, DP], tl.float32)
         for n in range(first, 4):
             h, w = choose(n, h0, h1, h2, h3), choose(n, w0, w1, w2, w3)
@@ -133,11 +132,12 @@ def forward_kernel(
                 finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
                 p = tl.exp2(s - finite_max[:, None])
                 shrink = tl.exp2(state_max - finite_max)
-                state_sum = state_sum * shrink + tl.sum(p, 1)
+                sums = sums * shrink[:, None] + p
                 acc = acc * shrink[:, None]
                 acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
                 state_max = new_max
                 column, cell, spot = advance(column, cell, spot, rows, columns, across, w, BLOCK)
+        state_sum = tl.sum(sums, 1)
         if resume != 0:
             old_max = tl.load(lse + place, mask=there, other=float("-inf")) * LOG2E
             new_max = tl.maximum(state_max, old_max)
@@ -158,6 +158,6 @@ def forward_kernel(
         log = tl.where(some, (state_max + tl.log2(total)) / LOG2E, float("-inf"))
         tl.store(lse + place, log, mask=there)
         left += T
-        wrap = left >= region_x + side * T
-        left = tl.where(wrap, region_x, left)
+        wrap = left >= region_end
+        left -= tl.where(wrap, side * T, 0)
         top += tl.where(wrap, T, 0)

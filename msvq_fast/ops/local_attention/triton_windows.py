@@ -74,6 +74,22 @@ def advance(column, cell, spot, rows, columns, across, pitch, BLOCK: tl.constexp
 
 
 @triton.jit
+def program_place(heads, tiles, tiles_x, spread, share):
+    """Batch and head of this program, and the row and column of its tile.
+
+    Programs go to the ``spread`` multiprocessors in turns. Each gets ``share`` neighbours, whose
+    halos overlap in its cache; what the shares leave over comes last.
+    """
+    program = tl.program_id(0)
+    turn, processor = divide(program, spread, reciprocal(spread))
+    program = tl.where(turn < share, processor * share + turn, program)
+    plane, tile = divide(program, tiles, reciprocal(tiles))
+    tile_y, tile_x = divide(tile, tiles_x, reciprocal(tiles_x))
+    b, head = divide(plane, heads, reciprocal(heads))
+    return b.to(tl.int64), head.to(tl.int64), tile_y, tile_x
+
+
+@triton.jit
 def window_length(radius, cells, shift):
     """Cells along an axis that a window always has: one if it is clipped at the border."""
     return tl.where(shift != 0, tl.minimum(2 * radius + 1, cells), 1)
@@ -92,18 +108,22 @@ def window(position, size, inverse, cells, radius, length):
 
 
 @triton.jit
-def first_query(cell, size, cells):
-    """The first query along an axis whose centre cell is at least ``cell``."""
-    above = 2 * cell * size - cells
-    return tl.maximum((above + 2 * cells - 1) // (2 * cells), 0)
+def first_query(cell, size, inverse, cells):
+    """The first query along an axis whose centre cell is at least ``cell``.
+
+    ``inverse`` is the `reciprocal` of ``2 * cells``.
+    """
+    query, _ = divide(2 * cell * size + cells - 1, 2 * cells, inverse)
+    return query
 
 
 @triton.jit
-def inverse_window(first, last, size, cells, radius, length):
+def inverse_window(first, last, size, inverse, cells, radius, length):
     """The first and last query along an axis that see any of the cells ``first..last``."""
     low = tl.maximum(tl.where(first < length, 0, first - radius), 0)
     high = tl.minimum(tl.where(last >= cells - length, cells - 1, last + radius), cells - 1)
-    return first_query(low, size, cells), tl.minimum(first_query(high + 1, size, cells), size) - 1
+    end = tl.minimum(first_query(high + 1, size, inverse, cells), size)
+    return first_query(low, size, inverse, cells), end - 1
 
 
 @triton.jit
