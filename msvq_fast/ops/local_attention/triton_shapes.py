@@ -24,12 +24,13 @@ _FLOAT32 = ("lse", "before", "delta", "parts")
 
 
 class Shape(NamedTuple):
-    """Tokens of a tile's side, tokens of a step of its loop, warps, and registers at most."""
+    """Tokens of a tile's side, tokens of a step of its loop, warps, registers at most, stages."""
 
     tile: int
     block: int
     warps: int
     registers: int | None = None
+    stages: int = 1
 
 
 class Launch(NamedTuple):
@@ -41,6 +42,8 @@ class Launch(NamedTuple):
     tensor_cores: bool
     registers: int | None = None
     """At most, from sm_90 on: what it takes for more warps there would spill before."""
+    stages: int = 1
+    """With 2, keys and values of a step travel at once, during the step before it."""
 
 
 def block_width(width: int) -> int:
@@ -62,13 +65,13 @@ def is_small(dtype: torch.dtype, width: int, grid: tuple[int, int], biased: bool
 _MEASURED = {
     ("forward_kernel", 16): Shape(4, 16, 1, 80),
     ("forward_kernel", 32): Shape(4, 16, 1, 96),
-    ("forward_kernel", 64): Shape(4, 16, 1, 128),
+    ("forward_kernel", 64): Shape(4, 16, 1, 144, stages=2),
     ("query_kernel", 16): Shape(4, 16, 1, 96),
     ("query_kernel", 32): Shape(4, 16, 1, 104),
-    ("query_kernel", 64): Shape(4, 16, 1, 144),
+    ("query_kernel", 64): Shape(4, 16, 1, 160, stages=2),
     ("key_kernel", 16): Shape(4, 16, 1, 80),
     ("key_kernel", 32): Shape(4, 16, 1, 104),
-    ("key_kernel", 64): Shape(4, 16, 1, 168),
+    ("key_kernel", 64): Shape(4, 16, 1, 168, stages=2),
     ("key_kernel", 128): Shape(4, 16, 2),
 }
 
@@ -107,10 +110,13 @@ def _launches() -> dict[tuple[str, torch.dtype, int, bool, bool], Launch]:
             for small, biased in kinds:
                 for kernel in (forward_kernel, query_kernel, key_kernel):
                     name = kernel.__name__
-                    tile, block, warps, registers = _shape(name, half, width, small, biased)
-                    constants = {"BIAS": biased, "DP": width, "T": tile, "BLOCK": block}
+                    made = _shape(name, half, width, small, biased)
+                    tile = {"T": made.tile, "BLOCK": made.block}
+                    constants = {"BIAS": biased, "DP": width, **tile}
                     key = (name, dtype, width, small, biased)
-                    table[key] = Launch(kernel, constants, warps, half, registers)
+                    table[key] = Launch(
+                        kernel, constants, made.warps, half, made.registers, made.stages
+                    )
             for kernel in (delta_kernel, bias_kernel, decode_kernel):
                 constants = {"DP": width, "BLOCK": step_rows(width)}
                 key = (kernel.__name__, dtype, width, False, False)
@@ -144,7 +150,7 @@ def launch(
     Pointers are aligned to 16 bytes, as in the check; the first argument is a tensor.
     """
     made = LAUNCHES[name, dtype, block_width(width), small, biased]
-    options = {"num_warps": made.num_warps, "num_stages": 1}
+    options = {"num_warps": made.num_warps, "num_stages": made.stages}
     if made.registers is not None and _is_hopper(arguments[0].device):
         options["maxnreg"] = made.registers
     with torch.cuda.device_of(arguments[0]):
@@ -172,7 +178,7 @@ def variants() -> list[KernelVariant]:
                 },
                 constants=made.constants,
                 num_warps=made.num_warps,
-                num_stages=1,
+                num_stages=made.stages,
                 tensor_cores=made.tensor_cores,
                 max_registers=made.registers,
             )
