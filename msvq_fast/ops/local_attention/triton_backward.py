@@ -33,26 +33,9 @@ from msvq_fast.ops.local_attention.triton_windows import (
 
 
 @kernel
-def delta_kernel(
-    out, o_b: tl.int64, o_h, o_n,
-    grad_out, g_b: tl.int64, g_h, g_n,
-    delta, heads, d, tokens,
-    DP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``dO·O`` of every query."""
-    blocks = tl.cdiv(tokens, BLOCK)
-    plane = (tl.program_id(0) // blocks).to(tl.int64)
-    b, head = plane // heads, plane % heads
-    index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    there = index < tokens
-    o = load_tokens(head_of(out, b, o_b, head, o_h), index, there, o_n, d, DP).to(tl.float32)
-    g = load_tokens(head_of(grad_out, b, g_b, head, g_h), index, there, g_n, d, DP).to(tl.float32)
-    tl.store(delta + plane * tokens + index, tl.sum(o * g, 1), mask=there)
-
-
-@kernel
 def query_kernel(
     q, q_b: tl.int64, q_h, q_n,
+    out, o_b: tl.int64, o_h, o_n,
     grad_out, g_b: tl.int64, g_h, g_n,
     grad_q, r_b: tl.int64, r_h, r_n,
     lse, delta, before,
@@ -64,11 +47,15 @@ def query_kernel(
     first, own, raster, include_self, shift, resume, last,
     BIAS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a region of queries; scales and sums over launches as in the forward."""
+    """The gradients of a region of queries; scales and sums over launches as in the forward.
+
+    ``delta`` gets ``dO·O`` of every query, for the other gradients.
+    """
     b, head, tile_y, tile_x = program_place(heads, tiles, tiles_x, spread, share)
     plane = b * heads + head
     kv = (head.to(tl.int32) // group).to(tl.int64)
     query_base = head_of(q, b, q_b, head, q_h)
+    out_base = head_of(out, b, o_b, head, o_h)
     upstream_base = head_of(grad_out, b, g_b, head, g_h)
     grad_base = head_of(grad_q, b, r_b, head, r_h)
     tokens = height * width
@@ -84,9 +71,11 @@ def query_kernel(
         place = q_y * width + q_x
         query = load_tokens(query_base, place, there, q_n, d, DP)
         upstream = load_tokens(upstream_base, place, there, g_n, d, DP)
+        outputs = load_tokens(out_base, place, there, o_n, d, DP)
+        mean = tl.sum(outputs.to(tl.float32) * upstream.to(tl.float32), 1)
+        tl.store(delta + place, mean, mask=there)
         log = tl.load(lse + place, mask=there, other=0.0)
         log = tl.where(log == float("-inf"), 0.0, log) * LOG2E
-        mean = tl.load(delta + place, mask=there, other=0.0)
         acc = tl.zeros([T * T, DP], tl.float32)
         for n in range(first, 4):
             h, w = choose(n, h0, h1, h2, h3), choose(n, w0, w1, w2, w3)
@@ -119,15 +108,15 @@ def query_kernel(
                 centre = bias_places(c_y, c_x, size, size // 2)
             by_across = reciprocal(across)
             rows, columns = divide(tl.full([], BLOCK, tl.int32), across, by_across)
-            column, cell, spot = x_from * 0, y_from * w + x_from, pack(y_from, x_from)
+            odd, cell, spot = x_from * 0 + 1, y_from * w + x_from, pack(y_from, x_from)
             for start in range(0, count, BLOCK):
                 lane = tl.arange(0, BLOCK)
                 last_lane = tl.minimum(lane, count - 1 - start)
-                index = cells(cell, column, across, by_across, w, last_lane)
+                index = cells(cell, odd, across, by_across, w, last_lane)
                 keys = gather_tokens(key, index, k_n, d, DP)
                 values = gather_tokens(value, index, v_n, d, DP)
                 # Cells past the last one are below every window.
-                at = cells(spot, column, across, by_across, pack(1, 0), lane)
+                at = cells(spot, odd, across, by_across, pack(1, 0), lane)
                 seen = inside(low[:, None], high[:, None], hidden[:, None], more, at[None, :])
                 s = products(query, keys) * (scale * LOG2E)
                 if BIAS:
@@ -137,7 +126,7 @@ def query_kernel(
                 dp = products(upstream, values)
                 ds = p * (dp - mean[:, None])
                 acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
-                column, cell, spot = advance(column, cell, spot, rows, columns, across, w, BLOCK)
+                odd, cell, spot = advance(odd, cell, spot, rows, columns, across, w, BLOCK)
         if resume != 0:
             acc += load_tokens(before, place, there, d, d, DP)
         if last != 0:
@@ -201,18 +190,18 @@ def key_kernel(
         query = head_of(q, b, q_b, head, q_h)
         upstream = head_of(grad_out, b, g_b, head, g_h)
         query_plane = (b * kv_heads * group + head) * height * width
-        column, cell, spot = x_from * 0, y_from * width + x_from, pack(y_from, x_from)
+        odd, cell, spot = x_from * 0 + 1, y_from * width + x_from, pack(y_from, x_from)
         for start in range(0, count, BLOCK):
             lane = tl.arange(0, BLOCK)
             last_lane = tl.minimum(lane, count - 1 - start)
-            place = cells(cell, column, across, by_across, width, last_lane)
+            place = cells(cell, odd, across, by_across, width, last_lane)
             queries = gather_tokens(query, place, q_n, d, DP)
             grads = gather_tokens(upstream, place, g_n, d, DP)
             log = tl.load(lse + query_plane + place)
             log = tl.where(log == float("-inf"), 0.0, log) * LOG2E
             mean = tl.load(delta + query_plane + place)
             # Cells past the last one are below every inverse window.
-            at = cells(spot, column, across, by_across, pack(1, 0), lane)
+            at = cells(spot, odd, across, by_across, pack(1, 0), lane)
             seen = inside(low[:, None], high[:, None], hidden[:, None], more[:, None], at[None, :])
             s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
             if BIAS:
@@ -225,7 +214,7 @@ def key_kernel(
             dp = tl.dot(values, tl.trans(grads), input_precision="ieee")
             ds = p * (dp - mean[None, :])
             acc_key = tl.dot(ds.to(queries.dtype), queries, acc_key, input_precision="ieee")
-            column, cell, spot = advance(column, cell, spot, rows, columns, across, width, BLOCK)
+            odd, cell, spot = advance(odd, cell, spot, rows, columns, across, width, BLOCK)
     key_base = head_of(grad_key, b, r_b, kv, r_h)
     value_base = head_of(grad_value, b, u_b, kv, u_h)
     store_tokens(key_base, index, there, r_n, acc_key * scale, d, DP)

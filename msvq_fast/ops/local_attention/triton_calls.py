@@ -82,14 +82,6 @@ class Call:
         )  # fmt: skip
         self._launch("decode_kernel", self.planes * self.tokens, arguments)
 
-    def deltas(self, out: Tensor, grad_out: Tensor, delta: Tensor) -> None:
-        """Launch the sums of ``out * grad_out`` over channels into ``delta``."""
-        programs = self.planes * triton.cdiv(self.tokens, step_rows(self.width))
-        sizes = (self.heads, self.width // 8, self.tokens)
-        self._launch(
-            "delta_kernel", programs, (*tokens_of(out), *tokens_of(grad_out), delta, *sizes)
-        )
-
     def over_keys(
         self,
         n: int,

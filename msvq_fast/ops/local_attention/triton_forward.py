@@ -112,16 +112,16 @@ def forward_kernel(
                 centre = bias_places(c_y, c_x, size, size // 2)
             by_across = reciprocal(across)
             rows, columns = divide(tl.full([], BLOCK, tl.int32), across, by_across)
-            column, cell, spot = x_from * 0, y_from * w + x_from, pack(y_from, x_from)
+            odd, cell, spot = x_from * 0 + 1, y_from * w + x_from, pack(y_from, x_from)
             for start in range(0, count, BLOCK):
                 lane = tl.arange(0, BLOCK)
                 last_lane = tl.minimum(lane, count - 1 - start)
-                index = cells(cell, column, across, by_across, w, last_lane)
+                index = cells(cell, odd, across, by_across, w, last_lane)
                 keys = gather_tokens(key, index, k_n, d, DP)
                 values = gather_tokens(value, index, v_n, d, DP)
                 dots = tl.dot(query, tl.trans(keys), input_precision="ieee")
                 # Cells past the last one are below every window.
-                at = cells(spot, column, across, by_across, pack(1, 0), lane)
+                at = cells(spot, odd, across, by_across, pack(1, 0), lane)
                 seen = inside(low[:, None], high[:, None], hidden[:, None], more, at[None, :])
                 s = dots * scale_log2
                 if BIAS:
@@ -136,7 +136,7 @@ def forward_kernel(
                 acc = acc * shrink[:, None]
                 acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
                 state_max = new_max
-                column, cell, spot = advance(column, cell, spot, rows, columns, across, w, BLOCK)
+                odd, cell, spot = advance(odd, cell, spot, rows, columns, across, w, BLOCK)
         state_sum = tl.sum(sums, 1)
         if resume != 0:
             old_max = tl.load(lse + place, mask=there, other=float("-inf")) * LOG2E

@@ -205,11 +205,11 @@ def _local_attention_backward(
     call = Call(q, keys, values, bias, sizes, rules, scale)
     grad_out, out = vectors(grad_out), vectors(out)
     delta = torch.empty_like(lse)
-    call.deltas(out, grad_out, delta)
     inputs = (*tokens_of(call.q), *tokens_of(grad_out))
     results = [*map(room_for, grads[: 1 + 2 * len(keys)])]
+    outputs = (*tokens_of(out), *tokens_of(grad_out), *tokens_of(results[0]))
     for part in call.parts:
-        call.over_queries("query_kernel", (*inputs, *tokens_of(results[0]), lse, delta), part)
+        call.over_queries("query_kernel", (*tokens_of(call.q), *outputs, lse, delta), part)
     tables = iter(grads[1 + 2 * len(keys) :])
     for n, table in enumerate(call.tables):
         rooms = (results[1 + n], results[1 + len(keys) + n])

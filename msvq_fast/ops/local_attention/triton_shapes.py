@@ -10,7 +10,6 @@ import torch
 from msvq_fast.ops.backend import KernelVariant
 from msvq_fast.ops.local_attention.triton_backward import (
     bias_kernel,
-    delta_kernel,
     key_kernel,
     query_kernel,
 )
@@ -64,13 +63,13 @@ def is_small(dtype: torch.dtype, width: int, grid: tuple[int, int], biased: bool
 # Of half precision without biases: tiles, steps and warps as measured, the registers by warps.
 _MEASURED = {
     ("forward_kernel", 16): Shape(4, 16, 1, 80),
-    ("forward_kernel", 32): Shape(4, 16, 1, 96),
+    ("forward_kernel", 32): Shape(4, 16, 1, 104),
     ("forward_kernel", 64): Shape(4, 16, 1, 144, stages=2),
     ("query_kernel", 16): Shape(4, 16, 1, 96),
     ("query_kernel", 32): Shape(4, 16, 1, 104),
     ("query_kernel", 64): Shape(4, 16, 1, 160, stages=2),
     ("key_kernel", 16): Shape(4, 16, 1, 80),
-    ("key_kernel", 32): Shape(4, 16, 1, 104),
+    ("key_kernel", 32): Shape(4, 16, 1, 112),
     ("key_kernel", 64): Shape(4, 16, 1, 168, stages=2),
     ("key_kernel", 128): Shape(4, 16, 2),
 }
@@ -117,7 +116,7 @@ def _launches() -> dict[tuple[str, torch.dtype, int, bool, bool], Launch]:
                     table[key] = Launch(
                         kernel, constants, made.warps, half, made.registers, made.stages
                     )
-            for kernel in (delta_kernel, bias_kernel, decode_kernel):
+            for kernel in (bias_kernel, decode_kernel):
                 constants = {"DP": width, "BLOCK": step_rows(width)}
                 key = (kernel.__name__, dtype, width, False, False)
                 # With four warps, float32 keys of 32 channels spill on sm_100.

@@ -47,30 +47,30 @@ def divide(x, divisor, inverse):
 
 
 @triton.jit
-def cells(first, column, across, inverse, pitch, lane):
+def cells(first, odd, across, inverse, pitch, lane):
     """The cells ``lane < 64`` places past ``first`` in a rectangle, numbered by rows of ``pitch``.
 
-    ``first`` is in column ``column`` of ``across``, and ``inverse`` the `reciprocal` of that: its
-    half is the one of ``2 * across``. An odd number is never a multiple of an even one, so that
-    this product needs no correction.
+    ``odd`` is twice the column of ``first`` and one, of ``across``, and ``inverse`` the
+    `reciprocal` of that: its half is the one of ``2 * across``. An odd number is never a multiple
+    of an even one, so that this product needs no correction.
     """
-    rows = tl.umulhi((2 * (column + lane) + 1).to(tl.uint32), inverse >> 1).to(tl.int32)
+    rows = tl.umulhi((odd + 2 * lane).to(tl.uint32), inverse >> 1).to(tl.int32)
     return rows * (pitch - across) + (first + lane)
 
 
 @triton.jit
-def advance(column, cell, spot, rows, columns, across, pitch, BLOCK: tl.constexpr):
-    """The column and the two numbers (by rows of ``pitch`` and packed) of the cell BLOCK further.
+def advance(odd, cell, spot, rows, columns, across, pitch, BLOCK: tl.constexpr):
+    """What `cells` takes of the cell BLOCK places further, numbered by ``pitch`` and packed.
 
     BLOCK places are ``rows`` rows and ``columns`` columns.
     """
-    column += columns
-    wrap = column >= across
-    column -= tl.where(wrap, across, 0)
+    odd += 2 * columns
+    wrap = odd > 2 * across
+    odd -= tl.where(wrap, 2 * across, 0)
     rows += wrap.to(tl.int32)
     cell += BLOCK + rows * (pitch - across)
     spot += BLOCK + rows * (pack(1, 0) - across)
-    return column, cell, spot
+    return odd, cell, spot
 
 
 @triton.jit
