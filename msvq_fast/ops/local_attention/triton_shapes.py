@@ -60,7 +60,8 @@ def is_small(dtype: torch.dtype, width: int, grid: tuple[int, int], biased: bool
     return dtype != torch.float32 and width <= 64 and grid[0] * grid[1] <= 256 and not biased
 
 
-# Of half precision without biases: tiles, steps and warps as measured, the registers by warps.
+# Of half precision without biases: tiles of one warp, the fastest on an H200, and of its registers
+# as few as do not spill.
 _MEASURED = {
     ("forward_kernel", 16): Shape(4, 16, 1, 80),
     ("forward_kernel", 32): Shape(4, 16, 1, 104),
