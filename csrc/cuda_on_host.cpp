@@ -7,20 +7,22 @@
 
 namespace msvq {
 
-void gaussian_blur_cuda_on_host(const GaussianBlurParams& g, int64_t blocks, bool reversed) {
+void gaussian_blur_cuda_on_host(const GaussianBlurParams& g, int64_t processors, bool reversed) {
   if (g.planes * g.height * g.width * g.inner == 0) return;
   cuda::for_radius(g.radius_y == g.radius_x ? g.radius_x : 0, [&](auto radius) {
     constexpr int kRadius = decltype(radius)::value;
-    const auto params = cuda::blur_params<kRadius>(g, blocks);
-    const int bytes =
-        cuda::BlurShared(cuda::BlurLayout(params.strips), cuda::SharedCarver{nullptr, 0}).bytes;
-    for (int64_t task = 0; task < params.strips.tasks; ++task) {
-      std::vector<float> memory(static_cast<size_t>(bytes) / sizeof(float), NAN);
-      cuda::Block<cuda::BlurState<kRadius>> block{
-          std::vector<cuda::BlurState<kRadius>>(cuda::kThreads), reversed};
-      cuda::BlurStream<kRadius> stream(params, reinterpret_cast<char*>(memory.data()));
-      stream.run(block, task);
-    }
+    const auto params = cuda::blur_params<kRadius>(g, processors, 100 * 1024);
+    const cuda::BlurStrips& s = params.strips;
+    cuda::for_type(g.type, [&](auto type) {
+      using T = typename decltype(type)::type;
+      using State = cuda::BlurState<kRadius, T>;
+      for (int64_t task = 0; task < s.tasks; ++task) {
+        std::vector<float> memory(static_cast<size_t>(s.bytes) / sizeof(float), NAN);
+        cuda::Block<State> block{std::vector<State>(static_cast<size_t>(s.threads)), reversed};
+        cuda::BlurStream<kRadius, T> stream(params, reinterpret_cast<char*>(memory.data()));
+        stream.run(block, task);
+      }
+    });
   });
 }
 

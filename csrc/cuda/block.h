@@ -155,6 +155,21 @@ MSVQ_DEVICE float widen_bits(uint32_t bits) {
   return widen(value);
 }
 
+// Four neighbouring elements at a multiple of their size: one access.
+template <class T>
+MSVQ_DEVICE void narrow_quad(const float* from, T* to) {
+  struct alignas(4 * sizeof(T)) Quad {
+    T value[4];
+  } quad;
+  MSVQ_UNROLL
+  for (int k = 0; k < 4; ++k) narrow(from[k], quad.value + k);
+#if !defined(__CUDACC__)
+  if (reinterpret_cast<uintptr_t>(to) % sizeof quad != 0)
+    throw std::out_of_range("a kernel wrote four elements off their boundary");
+#endif
+  *reinterpret_cast<Quad*>(to) = quad;
+}
+
 template <class T>
 struct Type {
   using type = T;

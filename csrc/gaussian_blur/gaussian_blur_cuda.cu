@@ -5,39 +5,33 @@ namespace msvq {
 namespace cuda {
 namespace {
 
-// Blocks that share a multiprocessor: 4 leave a thread 128 registers, 3 leave it 168. Radius 15
-// spills in 128.
-template <int kRadius>
-constexpr int kBlocks = kRadius > 10 ? 3 : 4;
-
-template <int kRadius>
-__global__ void __launch_bounds__(kThreads, kBlocks<kRadius>)
+template <int kRadius, class T>
+__global__ void __launch_bounds__(kBlurThreads<kRadius>, 1)
     gaussian_blur_kernel(const BlurParams<kRadius> params) {
   extern __shared__ float4 memory[];
-  Block<BlurState<kRadius>> block;
-  BlurStream<kRadius> stream(params, reinterpret_cast<char*>(memory));
+  Block<BlurState<kRadius, T>> block;
+  BlurStream<kRadius, T> stream(params, reinterpret_cast<char*>(memory));
   for (int64_t task = blockIdx.x; task < params.strips.tasks; task += gridDim.x)
     stream.run(block, task);
 }
 
-template <int kRadius>
+template <int kRadius, class T>
 cudaError_t launch(const GaussianBlurParams& g, int device, cudaStream_t stream) {
-  const auto kernel = gaussian_blur_kernel<kRadius>;
-  BlurParams<kRadius> params = blur_params<kRadius>(g, 1);
-  const int bytes = BlurShared(BlurLayout(params.strips), SharedCarver{nullptr, 0}).bytes;
-  int processors = 0, resident = 0;
+  const auto kernel = gaussian_blur_kernel<kRadius, T>;
+  int processors = 0, room = 0;
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, bytes);
+    error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   if (error != cudaSuccess) return error;
-  params = blur_params<kRadius>(g, int64_t{processors} * (resident > 0 ? resident : 1));
-  const int64_t tasks = params.strips.tasks;
-  const int64_t grid = tasks < INT32_MAX ? tasks : INT32_MAX;
-  kernel<<<static_cast<unsigned>(grid), kThreads, bytes, stream>>>(params);
+  const BlurParams<kRadius> params = blur_params<kRadius>(g, processors, room);
+  const BlurStrips& s = params.strips;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t grid = s.tasks < INT32_MAX ? s.tasks : INT32_MAX;
+  kernel<<<static_cast<unsigned>(grid), static_cast<unsigned>(s.threads),
+           static_cast<size_t>(s.bytes), stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -46,8 +40,22 @@ cudaError_t launch(const GaussianBlurParams& g, int device, cudaStream_t stream)
 
 int gaussian_blur_cuda(const GaussianBlurParams& g, int device, void* stream) {
   if (g.planes * g.height * g.width * g.inner == 0) return cudaSuccess;
+  // Rows, and offsets within a row, are 32-bit integers.
+  constexpr int64_t most = INT32_MAX - 2048;
+  if (g.height > most || g.width * g.inner > most) return cudaErrorInvalidValue;
+  const auto on = static_cast<cudaStream_t>(stream);
   return cuda::for_radius(g.radius_y == g.radius_x ? g.radius_x : 0, [&](auto radius) {
-    return cuda::launch<decltype(radius)::value>(g, device, static_cast<cudaStream_t>(stream));
+    constexpr int kRadius = decltype(radius)::value;
+    switch (g.type) {
+      case ImageType::float32:
+        return cuda::launch<kRadius, float>(g, device, on);
+      case ImageType::float16:
+        return cuda::launch<kRadius, cuda::float16>(g, device, on);
+      case ImageType::bfloat16:
+        return cuda::launch<kRadius, cuda::bfloat16>(g, device, on);
+      default:
+        return cuda::launch<kRadius, uint8_t>(g, device, on);
+    }
   });
 }
 

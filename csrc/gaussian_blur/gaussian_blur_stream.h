@@ -1,12 +1,11 @@
 // The Gaussian blur on a CUDA device: a block streams the rows of a strip of columns.
 //
-// A step takes kRows rows. Its first phase blurs them along the line, kRows neighbouring outputs in
-// the registers of a thread, and asks the memory for the next rows; its second phase blurs down the
-// columns, one per thread: every row that passes is added to the 2 * kRadius + 1 sums it belongs
-// to, and the kRows sums that are then complete go to memory. Sums move down by kRows places
-// between steps, which costs nothing: the first product of a step is added to the old sum and
-// stored in the new place. kRadius = 0 is any radius up to kMaxRadius: columns are summed from a
-// ring of rows.
+// A step takes kRows rows and passes through three stages, one phase each, so that a phase holds a
+// stage of three steps. Down the columns, one per thread, straight from memory: every row that
+// arrives is added to the sums it belongs to, and the kRows sums that are then complete go to shared
+// memory. Along the lines, kRows neighbouring outputs in the registers of a thread. To memory, in
+// the order of memory. The rows of the next step are asked for before the sums of this one.
+// kRadius = 0 is any radius up to kMaxRadius: its columns read again what lies around a step.
 #pragma once
 #include "cuda/block.h"
 #include "gaussian_blur/gaussian_blur_cuda.h"
@@ -15,282 +14,333 @@
 namespace msvq {
 namespace cuda {
 
-constexpr int kFetched = 10;  // elements of the next rows that a thread keeps in registers
-constexpr int kThreads = 128;
+// Sums of a column in blocks of kRows outputs. The rows of step i belong to the blocks
+// i - kAhead to i, whose sums lie kRows apart from sum 0 on; block i - kAhead is then complete.
+template <int kRadius>
+struct BlurColumn {
+  static constexpr int kAhead = (2 * kRadius + kRows - 1) / kRows;
 
-// Where things lie in shared memory; rows are 4 words past a multiple of 8 apart, so that the
-// 16-byte accesses of 4 neighbours on each of two rows meet in no bank.
-struct BlurLayout {
-  MSVQ_HOST_DEVICE explicit BlurLayout(const BlurStrips& s)
-      : wide(ceil_to(s.pixels, kRows)),
-        blocks(s.channels * wide / kRows),
-        elements(s.channels * (s.pixels + 2 * s.radius_x)),
-        line(wide + ceil_to(2 * s.radius_x + 1, kRows)),
-        line_row(s.channels * line / 8 * 8 + 4 + (s.channels * line % 8 ? 8 : 0)),
-        blurred_row(s.channels * wide / 8 * 8 + 4),
-        ring_rows(s.streamed ? kRows : 2 * s.radius_y + kRows) {}
-  int wide, blocks;            // pixels of a line in whole blocks of kRows; blocks of all channels
-  int elements;                // values read of a row
-  int line, line_row;          // words of a channel's line with its borders; of a row
-  int blurred_row, ring_rows;  // words of a blurred row; rows kept
+  // Adds to block i - kAhead + kBlock; `open` then holds its sums kRows places further down.
+  template <int kBlock>
+  static MSVQ_DEVICE void add_block(const float* half, const float (&value)[kRows],
+                                    float (&open)[2 * kRadius], float (&done)[kRows]) {
+    float sum[kRows];
+    MSVQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const int at = kBlock * kRows + i;
+      sum[i] = at < 2 * kRadius ? open[at < 2 * kRadius ? at : 0] : 0.0f;
+      MSVQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const int j = at - r;  // The taps are symmetric: tap 2 * kRadius - j is tap j.
+        if (j >= 0 && j <= 2 * kRadius) sum[i] += tap_at(half, kRadius, j) * value[r];
+      }
+    }
+    MSVQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const int to = (kBlock - 1) * kRows + i;
+      if (kBlock == 0) done[i] = sum[i];
+      if (to >= 0 && to < 2 * kRadius) open[to] = sum[i];
+    }
+  }
+
+  // Adds to the blocks first to end - 1; the others are not of this task.
+  template <int kBlock = 0>
+  static MSVQ_DEVICE void add(const float* half, const float (&value)[kRows],
+                              float (&open)[2 * kRadius], float (&done)[kRows], int first,
+                              int end) {
+    if (kBlock >= first && kBlock < end) add_block<kBlock>(half, value, open, done);
+    if constexpr (kBlock < kAhead) add<kBlock + 1>(half, value, open, done, first, end);
+  }
 };
+
+template <>
+struct BlurColumn<0> {
+  static constexpr int kAhead = 0;
+};
+
+// border_source by walking, for lines not much shorter than the kernel: a division of 64-bit
+// integers would take registers that the sums need.
+MSVQ_HOST_DEVICE int walked_source(Border border, int i, int n) {
+  if (i >= 0 && i < n) return i;
+  if (border == Border::constant) return -1;
+  if (border == Border::replicate) return i < 0 ? 0 : n - 1;
+  if (n == 1) return 0;
+  const int edge = border == Border::symmetric ? 1 : 0;
+  while (i < 0 || i >= n) {
+    if (border == Border::circular)
+      i += i < 0 ? n : -n;
+    else
+      i = i < 0 ? -edge - i : 2 * (n - 1) + edge - i;
+  }
+  return i;
+}
 
 struct BlurShared {
-  MSVQ_HOST_DEVICE BlurShared(const BlurLayout& at, SharedCarver carver)
-      : lines(carver.take<float>(kRows * at.line_row)),
-        blurred(carver.take<float>(at.ring_rows * at.blurred_row)),
-        source(carver.take<int32_t>(at.elements)),
-        place(carver.take<int32_t>(at.elements)),
-        rows(carver.take<int64_t>(2 * kRows)),
-        bytes(carver.bytes) {}
-  Shared<float> lines, blurred;
-  Shared<int32_t> source, place;  // of every value of a row: its offset in memory, in `lines`
-  Shared<int64_t> rows;           // where the rows of this and of the next step begin in the plane
-  int bytes;
+  MSVQ_HOST_DEVICE BlurShared(const BlurStrips& s, SharedCarver carver)
+      : lines(carver.take<float>(2 * kRows * s.line_row)),
+        outputs(carver.take<float>(2 * kRows * s.output_row)),
+        rows(carver.take<int32_t>(4 * kRows)),
+        factors(carver.take<float>(4 * kRows)) {}
+  Shared<float> lines, outputs;  // of the rows of two steps
+  Shared<int32_t> rows;          // that the columns read in four steps, -1: zeros; near the border
+  Shared<float> factors;         // of the rows of four steps, for the adjoint of the reflect border
 };
 
-template <int kRadius>
+template <int kRadius, class T>
 struct BlurState {
-  float sum[kRadius ? 2 * kRadius : 1];  // of the rows that are not complete
-  float first, last;                     // collected outside the image: see BlurTaps
-  uint32_t fetched[kFetched];
-  int64_t out;  // this thread's column of the plane, -1: none
-  int column;   // in a blurred row
-  float factor;
+  float open[kRadius ? 2 * kRadius : 1];  // sums of the rows that are not complete
+  uint32_t next[kRows];                   // the column's values of the next step
+  const T* from;                          // the column's first value in the plane, null: zeros
+  int place;                              // the column's in a row of lines, -1: none
+  int along_from, along_to;               // the outputs' in rows of lines and of outputs, -1: none
+  bool twice;                             // an edge column, for the reflect border's adjoint
+  int out, output;                        // the output's in a row of the tensor, -1: none, and of outputs
 };
 
-template <int kRadius>
+template <int kRadius, class T>
 struct BlurStream {
-  using State = BlurState<kRadius>;
+  using State = BlurState<kRadius, T>;
+  using Column = BlurColumn<kRadius>;
   const BlurParams<kRadius>& p;
   const BlurStrips& s;
-  const BlurLayout at;
   const BlurShared shared;
-  const int64_t pitch;  // elements of a row of the tensor
-  int64_t plane, pixel, channel, row, rows;
-  int channels;
+  int64_t plane, pitch;
+  int pixel, channel, channels, row, steps;  // channels: there are; steps: of outputs
 
   MSVQ_DEVICE BlurStream(const BlurParams<kRadius>& params, char* memory)
-      : p(params),
-        s(params.strips),
-        at(s),
-        shared(at, SharedCarver{memory, 0}),
-        pitch(s.width * s.inner) {}
+      : p(params), s(params.strips), shared(s, SharedCarver{memory, 0}), pitch(s.pitch) {}
 
   MSVQ_DEVICE int radius_x() const { return kRadius ? kRadius : s.radius_x; }
   MSVQ_DEVICE int radius_y() const { return kRadius ? kRadius : s.radius_y; }
 
   MSVQ_DEVICE void run(Block<State>& block, int64_t task) {
-    pixel = task % s.count_x * s.pixels;
+    pixel = static_cast<int>(task % s.count_x) * s.pixels;
     task /= s.count_x;
-    row = task % s.count_y * s.rows;
-    rows = s.height - row < s.rows ? s.height - row : s.rows;
+    row = static_cast<int>(task % s.count_y) * s.rows;
+    steps = ((s.height - row < s.rows ? s.height - row : s.rows) + kRows - 1) / kRows;
     task /= s.count_y;
-    channel = task % s.count_channels * s.channels;
-    channels = static_cast<int>(s.inner - channel < s.channels ? s.inner - channel : s.channels);
-    plane = task / s.count_channels;
-    const int64_t top = row - radius_y();
-    const int steps = static_cast<int>((rows + 2 * radius_y() + kRows - 1) / kRows);
+    channel = static_cast<int>(task % s.count_channels) * s.channels;
+    channels = s.inner - channel < s.channels ? s.inner - channel : s.channels;
+    plane = task / s.count_channels * s.height * pitch;
     block.each([&](int thread, State& state) {
       prepare(thread, state);
-      name_rows(thread, top, 0);
-      name_rows(thread, top, 1);
+      name_rows(thread, 0);
+      name_rows(thread, 1);
     });
-    block.each([&](int thread, State& state) {
-      fetch(thread, state, 0);
-      put(thread, state, 0);
-    });
+    if constexpr (kRadius > 0) block.each([&](int, State& state) { fetch(state, 0); });
     MSVQ_NO_UNROLL
-    for (int step = 0; step < steps; ++step) {
-      const int64_t y = top + int64_t{step} * kRows;
-      const bool more = step + 1 < steps;
+    for (int step = 0; step < steps + Column::kAhead + 2; ++step)
       block.each([&](int thread, State& state) {
-        if (more) fetch(thread, state, step + 1);
-        blur_lines(thread, step);
+        name_rows(thread, step + 2);
+        if (step < steps + Column::kAhead) blur_columns(state, step);
+        if (s.collected && step >= Column::kAhead) collect_rows(state, step);
+        if (step > Column::kAhead && step <= steps + Column::kAhead) blur_lines(state, step - 1);
+        if (step > Column::kAhead + 1) write(thread, state, step - 2);
       });
-      block.each([&](int thread, State& state) {
-        if (more) put(thread, state, step + 1);
-        name_rows(thread, top, step + 2);
-        blur_columns(state, y, step);
-      });
-    }
   }
 
-  MSVQ_DEVICE void prepare(int thread, State& state) {
-    for (int i = thread; i < at.elements; i += kThreads) {
-      const int c = i % s.channels, x = i / s.channels;
-      const int64_t from = border_source(s.border, pixel + x - radius_x(), s.width);
-      const bool there = from >= 0 && c < channels;
-      shared.source[i] = there ? static_cast<int32_t>(from * s.inner + c) : -1;
-      shared.place[i] = c * at.line + x;
-    }
-    // The line's end is read by the last block of outputs and belongs to none that is kept.
-    for (int i = thread; i < kRows * at.line_row; i += kThreads) shared.lines[i] = 0;
-    for (int j = 0; j < (kRadius ? 2 * kRadius : 1); ++j) state.sum[j] = 0;
-    state.first = state.last = 0;
+  MSVQ_DEVICE void prepare(int thread, State& state) const {
     const int c = thread % s.channels, x = thread / s.channels;
-    const bool there = x < s.pixels && pixel + x < s.width && c < channels;
-    state.out = there ? (pixel + x) * s.inner + channel + c : -1;
-    state.column = c * at.wide + x;
-    const bool edge = pixel + x == 0 || pixel + x == s.width - 1;
-    state.factor = s.scaled && edge && s.width > 1 ? 0.5f : 1.0f;
-  }
-
-  // Once per step: the fold at the border divides. -1 is a row of zeros.
-  MSVQ_DEVICE void name_rows(int thread, int64_t top, int step) const {
-    if (thread >= kRows) return;
-    const int64_t y = top + int64_t{step} * kRows + thread;
-    const bool needed = y < row + rows + radius_y();
-    const int64_t from = needed ? border_source(s.border, y, s.height) : -1;
-    shared.rows[step % 2 * kRows + thread] = from < 0 ? -1 : from * pitch;
-  }
-
-  // Part k of a step's rows: row k % kRows, 32 neighbouring elements per warp.
-  template <class Visit>
-  MSVQ_DEVICE void visit(int thread, int k, int step, const Visit& visit_element) const {
-    const int part = thread / 32 + k * (kThreads / 32);
-    const int r = part % kRows, i = part / kRows * 32 + thread % 32;
-    if (i < at.elements) visit_element(r, i, shared.rows[step % 2 * kRows + r]);
-  }
-  MSVQ_DEVICE int parts() const {
-    return ((at.elements + 31) / 32 * kRows + kThreads / 32 - 1) / (kThreads / 32);
-  }
-
-  template <class T>
-  MSVQ_DEVICE uint32_t read(const T* from, int64_t line, int i) const {
-    const int at_row = shared.source[i];
-    return line < 0 || at_row < 0 ? 0 : read_bits(from + line + at_row);
-  }
-  template <class T>
-  MSVQ_DEVICE const T* input() const {
-    return static_cast<const T*>(p.x) + plane * s.height * pitch + channel;
-  }
-
-  MSVQ_DEVICE void fetch(int thread, State& state, int step) const {
-    for_type(s.type, [&](auto type) {
-      const auto* from = input<typename decltype(type)::type>();
-      MSVQ_UNROLL
-      for (int k = 0; k < kFetched; ++k)
-        visit(thread, k, step,
-              [&](int, int i, int64_t line) { state.fetched[k] = read(from, line, i); });
-    });
-  }
-
-  MSVQ_DEVICE void put(int thread, State& state, int step) const {
-    for_type(s.type, [&](auto type) {
-      using T = typename decltype(type)::type;
-      const T* from = input<T>();
-      MSVQ_UNROLL
-      for (int k = 0; k < kFetched; ++k)
-        visit(thread, k, step, [&](int r, int i, int64_t line) {
-          shared.lines[r * at.line_row + shared.place[i]] =
-              edge_scaled(widen_bits<T>(state.fetched[k]), line, i);
-        });
-      MSVQ_NO_UNROLL
-      for (int k = kFetched; k < parts(); ++k)
-        visit(thread, k, step, [&](int r, int i, int64_t line) {
-          shared.lines[r * at.line_row + shared.place[i]] =
-              edge_scaled(widen_bits<T>(read(from, line, i)), line, i);
-        });
-    });
-  }
-
-  // The adjoint of the reflect border: twice the edge rows and columns in, half of them out.
-  MSVQ_DEVICE float edge_scaled(float value, int64_t line, int i) const {
-    if (!s.scaled) return value;
-    const int64_t at_row = shared.source[i];
-    if (s.width > 1 && (at_row < s.inner || at_row >= pitch - s.inner)) value *= 2;
-    return is_edge_row(line) ? 2 * value : value;
-  }
-  MSVQ_DEVICE bool is_edge_row(int64_t line) const {
-    return s.height > 1 && (line == 0 || line == (s.height - 1) * pitch);
-  }
-
-  MSVQ_DEVICE void blur_lines(int thread, int step) const {
+    const int at = walked_source(s.border, pixel + x - radius_x(), s.width);
+    const bool column = thread < s.columns, there = column && at >= 0 && c < channels;
+    const T* from = static_cast<const T*>(p.x) + plane;
+    state.from = there ? from + (at * s.inner + channel + c) : nullptr;
+    state.twice = is_edge_column(at);
+    state.place = column ? c * s.line + x : -1;
+    MSVQ_UNROLL
+    for (int r = 0; r < kRows; ++r) state.next[r] = 0;
+    MSVQ_UNROLL
+    for (int j = 0; j < (kRadius ? 2 * kRadius : 1); ++j) state.open[j] = 0;
     const int rest = thread / 8;
-    const int r = thread / 4 % 2 + 2 * (rest % 4), b = thread % 4 + 4 * (rest / 4);
-    if (b >= at.blocks) return;
-    const int c = b * kRows / at.wide, x = b * kRows % at.wide;
-    const int from = r * at.line_row + c * at.line + x;
-    const int to = slot(step * kRows + r) * at.blurred_row + c * at.wide + x;
-    float sum[kRows] = {};
-    correlate_line<kRadius>(p.taps.along, radius_x(), shared.lines, from, sum);
-    store_quad(shared.blurred, to, sum);
-    store_quad(shared.blurred, to + 4, sum + 4);
-    if (s.collected) collect_line(from, to, pixel + x);
+    const int r = thread / 4 % 2 + 2 * (rest % 4), i = (thread % 4 + 4 * (rest / 4)) * kRows;
+    const bool along = i < s.channels * s.wide;
+    state.along_from = along ? r * s.line_row + i / s.wide * s.line + i % s.wide : -1;
+    state.along_to = r * s.output_row + i;
+    const bool output = x < s.pixels && pixel + x < s.width && c < channels;
+    state.out = output ? (pixel + x) * s.inner + channel + c : -1;
+    state.output = c * s.wide + x;
   }
 
-  MSVQ_DEVICE void collect_line(int from, int to, int64_t x) const {
-    for (int i = 0; i < kRows; ++i) {
-      const bool first = x + i == 0, last = x + i == s.width - 1;
-      if (!first && !last) continue;
-      float sum = 0;
-      for (int j = 0; j <= radius_x() && j < s.width; ++j) {
-        const int at_pixel = from + i + radius_x() + (first ? j : -j);
-        sum += p.taps.tail_along[j] * shared.lines[at_pixel];
+  // The first row that a step adds to its columns' sums.
+  MSVQ_DEVICE int first_row(int step) const {
+    return row + radius_y() + (step - Column::kAhead) * kRows;
+  }
+  MSVQ_DEVICE bool is_inside(int y) const { return y >= 0 && y + kRows <= s.height; }
+
+  MSVQ_DEVICE void name_rows(int thread, int step) const {
+    const int y = first_row(step);
+    if (thread >= kRows || (is_inside(y) && !s.scaled)) return;
+    const int from = walked_source(s.border, y + thread, s.height);
+    shared.rows[step % 4 * kRows + thread] = from;
+    shared.factors[step % 4 * kRows + thread] = is_edge_row(from) ? 2.0f : 1.0f;
+  }
+
+  MSVQ_DEVICE void fetch(State& state, int step) const {
+    if (!state.from) return;
+    const int y = first_row(step);
+    if (is_inside(y)) {
+      const T* from = state.from + y * pitch;
+      MSVQ_UNROLL
+      for (int r = 0; r < kRows; ++r) state.next[r] = read_bits(from + r * pitch);
+    } else {
+      MSVQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const int at = shared.rows[step % 4 * kRows + r];
+        state.next[r] = at < 0 ? 0 : read_bits(state.from + at * pitch);
       }
-      shared.blurred[to + i] = sum;
     }
   }
 
-  MSVQ_DEVICE int slot(int i) const { return kRadius ? i % kRows : i % at.ring_rows; }
+  // The adjoint of the reflect border takes twice the edge rows and columns in, half of them out.
+  MSVQ_DEVICE bool is_edge_row(int y) const {
+    return s.height > 1 && (y == 0 || y == s.height - 1);
+  }
+  MSVQ_DEVICE bool is_edge_column(int x) const {
+    return s.width > 1 && (x == 0 || x == s.width - 1);
+  }
 
-  MSVQ_DEVICE void blur_columns(State& state, int64_t y, int step) {
-    if (state.out < 0) return;
-    float value[kRows], done[kRows];
-    MSVQ_UNROLL
-    for (int r = 0; r < kRows; ++r)
-      value[r] = shared.blurred[slot(step * kRows + r) * at.blurred_row + state.column];
+  MSVQ_DEVICE void blur_columns(State& state, int step) {
+    if (state.place < 0) return;
+    const int to = step % 2 * kRows * s.line_row + state.place;
+    float done[kRows];
     if constexpr (kRadius > 0) {
-      add_rows<kRadius>(p.taps.across, value, state.sum, done);
+      const int first = Column::kAhead - step, end = steps + Column::kAhead - step;
+      if (first <= 0 && end > Column::kAhead && is_inside(first_row(step + 1)) && !s.scaled)
+        return stream_rows(state, step, to);
+      float value[kRows];
+      MSVQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        value[r] = widen_bits<T>(state.next[r]);
+        if (s.scaled) value[r] *= shared.factors[step % 4 * kRows + r];
+      }
+      Column::add(p.taps.across, value, state.open, done, first, end);
+      if (end > 1) fetch(state, step + 1);
+      if (first > 0) return;
     } else {
       sum_rows(state, step, done);
     }
-    if (s.collected) collect_rows(state, value, done, y);
-    const int64_t first = y - radius_y();
-    for_type(s.type, [&](auto type) {
-      using T = typename decltype(type)::type;
-      T* to = static_cast<T*>(p.out) + (plane * s.height + first) * pitch + state.out;
+    MSVQ_UNROLL
+    for (int r = 0; r < kRows; ++r)
+      shared.lines[to + r * s.line_row] = s.scaled && state.twice ? 2 * done[r] : done[r];
+  }
+
+  // A step and the next one away from the task's and the image's edges: as soon as a row is in its
+  // sums, the same row of the next step is asked for, in the same register.
+  MSVQ_DEVICE void stream_rows(State& state, int step, int to) {
+    const T* from = state.from + first_row(step + 1) * pitch;
+    float sum[2 * kRadius + kRows];
+    MSVQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float value = widen_bits<T>(state.next[r]);
       MSVQ_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        if (first + r < row || first + r >= row + rows) continue;
-        const float half = s.scaled && is_edge_row((first + r) * pitch) ? 0.5f : 1.0f;
-        narrow(done[r] * half * state.factor, to + r * pitch);
+      for (int j = 0; j <= 2 * kRadius; ++j) {
+        const float before = j == 2 * kRadius ? 0.0f : r > 0 ? sum[r + j] : state.open[j];
+        sum[r + j] = before + tap_at(p.taps.across, kRadius, j) * value;
       }
-    });
+      if (state.from) state.next[r] = read_bits(from + r * pitch);
+      shared.lines[to + r * s.line_row] = sum[r];
+    }
+    MSVQ_UNROLL
+    for (int j = 0; j < 2 * kRadius; ++j) state.open[j] = sum[kRows + j];
+  }
+
+  MSVQ_DEVICE float read(const State& state, int y) const {
+    const int at = walked_source(s.border, y, s.height);
+    if (at < 0 || !state.from) return 0;
+    const float value = widen(state.from[at * pitch]);
+    return s.scaled && is_edge_row(at) ? 2 * value : value;
   }
 
   MSVQ_DEVICE void sum_rows(const State& state, int step, float (&done)[kRows]) const {
-    // The oldest row of the ring is y - 2 * radius_y.
-    int oldest = slot(step * kRows + kRows);
-    for (int r = 0; r < kRows; ++r) done[r] = 0;
+    const int top = row + step * kRows - s.radius_y;
+    float word[2 * kRows];
+    MSVQ_UNROLL
+    for (int i = 0; i < kRows; ++i) done[i] = 0, word[i] = read(state, top + i);
     MSVQ_NO_UNROLL
-    for (int j = 0; j < at.ring_rows; ++j) {
-      const int line = oldest + j < at.ring_rows ? oldest + j : oldest + j - at.ring_rows;
-      if ((step + 1) * kRows - at.ring_rows + j < 0) continue;  // not a row of this task yet
-      const float value = shared.blurred[line * at.blurred_row + state.column];
+    for (int j0 = 0; j0 <= 2 * s.radius_y; j0 += kRows) {
       MSVQ_UNROLL
-      for (int r = 0; r < kRows; ++r)
-        if (j >= r && j - r <= 2 * s.radius_y)
-          done[r] += tap_at(p.taps.across, radius_y(), j - r) * value;
+      for (int i = 0; i < kRows; ++i)
+        word[kRows + i] = read(state, top + j0 + kRows + i);
+      MSVQ_UNROLL
+      for (int j = 0; j < kRows; ++j) {
+        if (j0 + j > 2 * s.radius_y) break;
+        const float weight = tap_at(p.taps.across, s.radius_y, j0 + j);
+        MSVQ_UNROLL
+        for (int i = 0; i < kRows; ++i) done[i] += weight * word[i + j];
+      }
+      MSVQ_UNROLL
+      for (int i = 0; i < kRows; ++i) word[i] = word[kRows + i];
     }
   }
 
   // The adjoint of the replicate border: what lies outside is collected by the edge rows.
-  MSVQ_DEVICE void collect_rows(State& state, const float (&value)[kRows], float (&done)[kRows],
-                                int64_t y) const {
-    MSVQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t below = y + r, above = s.height - 1 - below;
-      if (below < 0 || above < 0) continue;
-      if (below <= radius_y()) state.first += p.taps.tail_across[below] * value[r];
-      if (above <= radius_y()) state.last += p.taps.tail_across[above] * value[r];
+  MSVQ_DEVICE void collect_rows(const State& state, int step) const {
+    if (state.place < 0 || step >= steps + Column::kAhead) return;
+    const int to = step % 2 * kRows * s.line_row + state.place;
+    const int first = row + (step - Column::kAhead) * kRows, last = s.height - 1;
+    MSVQ_NO_UNROLL
+    for (int edge = 0; edge < 2; ++edge) {
+      const int y = edge ? last : 0;
+      if (y < first || y >= first + kRows) continue;
+      float sum = 0;
+      MSVQ_NO_UNROLL
+      for (int j = 0; j <= radius_y() && j <= last; ++j)
+        sum += p.taps.tail_across[j] * read(state, edge ? last - j : j);
+      shared.lines[to + (y - first) * s.line_row] = sum;
     }
-    MSVQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t to = y - radius_y() + r;
-      if (to == 0) done[r] = state.first;
-      if (to == s.height - 1) done[r] = state.last;
+  }
+
+  MSVQ_DEVICE void blur_lines(const State& state, int step) const {
+    if (state.along_from < 0) return;
+    const int from = step % 2 * kRows * s.line_row + state.along_from;
+    const int to = step % 2 * kRows * s.output_row + state.along_to;
+    float sum[kRows] = {};
+    correlate_line<kRadius>(p.taps.along, radius_x(), shared.lines, from, sum);
+    store_quad(shared.outputs, to, sum);
+    store_quad(shared.outputs, to + 4, sum + 4);
+    if (s.collected) collect_line(from, to, pixel + state.along_to % s.output_row % s.wide);
+  }
+
+  MSVQ_DEVICE void collect_line(int from, int to, int x) const {
+    MSVQ_NO_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const bool first = x + i == 0, last = x + i == s.width - 1;
+      if (!first && !last) continue;
+      float sum = 0;
+      MSVQ_NO_UNROLL
+      for (int j = 0; j <= radius_x() && j < s.width; ++j) {
+        const int at_pixel = from + i + radius_x() + (first ? j : -j);
+        sum += p.taps.tail_along[j] * shared.lines[at_pixel];
+      }
+      shared.outputs[to + i] = sum;
+    }
+  }
+
+  MSVQ_DEVICE void write(int thread, const State& state, int step) const {
+    const int y = row + (step - Column::kAhead) * kRows, at = step % 2 * kRows * s.output_row;
+    const int count = s.height - y < kRows ? s.height - y : kRows;
+    T* to = static_cast<T*>(p.out) + plane + y * pitch;
+    if (s.quads) {
+      for (int r = thread / 32; r < count; r += s.threads / 32)
+        for (int x = thread % 32 * 4; x < s.pixels && pixel + x < s.width; x += 128) {
+          float quad[4];
+          load_quad(shared.outputs, at + r * s.output_row + x, quad);
+          narrow_quad(quad, to + r * pitch + pixel + x);
+        }
+    } else if (state.out >= 0) {
+      to += state.out;
+      const int from = at + state.output;
+      if (s.scaled) {
+        const float half = is_edge_column(pixel + thread / s.channels) ? 0.5f : 1.0f;
+        MSVQ_NO_UNROLL
+        for (int r = 0; r < count; ++r)
+          narrow(shared.outputs[from + r * s.output_row] * (is_edge_row(y + r) ? half / 2 : half),
+                 to + r * pitch);
+      } else {
+        MSVQ_UNROLL
+        for (int r = 0; r < kRows; ++r)
+          if (r < count) narrow(shared.outputs[from + r * s.output_row], to + r * pitch);
+      }
     }
   }
 };
