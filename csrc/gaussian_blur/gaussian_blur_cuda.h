@@ -20,7 +20,8 @@ struct BlurStrips {
   int radius_y, radius_x, pixels, channels, columns, threads;
   int wide;                 // pixels of a line in whole blocks of 8
   int line, line_row;       // words of a channel's line with its borders; of a row of lines
-  int output_row, bytes;    // words of a row of outputs; shared memory of a block
+  int output_row, out_rows; // words of a row of outputs; rows that are written at a time
+  int bytes;                // shared memory of a block
   int height, width, inner, pitch;  // pitch: elements of a row of the tensor
   int64_t planes;
   int rows;
@@ -67,6 +68,7 @@ inline void lay_out(BlurStrips& s, int pixels) {
   s.threads = to_multiple(s.columns > outputs ? s.columns : outputs, 32);
   s.line_row = s.channels * s.line + 4;
   s.output_row = outputs + 4;
+  s.out_rows = s.quads ? std::min(s.threads / (pixels / 4), 8) : 1;
   s.bytes = 2 * 8 * 4 * (s.line_row + s.output_row) + 2 * 4 * 8 * 4;
 }
 

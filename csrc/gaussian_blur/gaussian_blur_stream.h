@@ -90,11 +90,9 @@ template <int kRadius, class T>
 struct BlurState {
   float open[kRadius ? 2 * kRadius : 1];  // sums of the rows that are not complete
   uint32_t next[kRows];                   // the column's values of the next step
-  const T* from;                          // the column's first value in the plane, null: zeros
-  int place;                              // the column's in a row of lines, -1: none
+  int column, place;                      // the column's in a row of the tensor, of lines, -1: none
   int along_from, along_to;               // the outputs' in rows of lines and of outputs, -1: none
-  bool twice;                             // an edge column, for the reflect border's adjoint
-  int out, output;                        // the output's in a row of the tensor, -1: none, and of outputs
+  int out, output, out_row;               // see write
 };
 
 template <int kRadius, class T>
@@ -104,7 +102,8 @@ struct BlurStream {
   const BlurParams<kRadius>& p;
   const BlurStrips& s;
   const BlurShared shared;
-  int64_t plane, pitch;
+  const int64_t pitch;
+  int64_t plane, next;  // where the plane and the next step's rows begin in the tensor
   int pixel, channel, channels, row, steps;  // channels: there are; steps: of outputs
 
   MSVQ_DEVICE BlurStream(const BlurParams<kRadius>& params, char* memory)
@@ -127,9 +126,11 @@ struct BlurStream {
       name_rows(thread, 0);
       name_rows(thread, 1);
     });
+    next = plane + first_row(0) * pitch;
     if constexpr (kRadius > 0) block.each([&](int, State& state) { fetch(state, 0); });
     MSVQ_NO_UNROLL
-    for (int step = 0; step < steps + Column::kAhead + 2; ++step)
+    for (int step = 0; step < steps + Column::kAhead + 2; ++step) {
+      next += kRows * pitch;
       block.each([&](int thread, State& state) {
         name_rows(thread, step + 2);
         if (step < steps + Column::kAhead) blur_columns(state, step);
@@ -137,16 +138,17 @@ struct BlurStream {
         if (step > Column::kAhead && step <= steps + Column::kAhead) blur_lines(state, step - 1);
         if (step > Column::kAhead + 1) write(thread, state, step - 2);
       });
+    }
   }
 
   MSVQ_DEVICE void prepare(int thread, State& state) const {
     const int c = thread % s.channels, x = thread / s.channels;
     const int at = walked_source(s.border, pixel + x - radius_x(), s.width);
-    const bool column = thread < s.columns, there = column && at >= 0 && c < channels;
-    const T* from = static_cast<const T*>(p.x) + plane;
-    state.from = there ? from + (at * s.inner + channel + c) : nullptr;
-    state.twice = is_edge_column(at);
-    state.place = column ? c * s.line + x : -1;
+    const bool there = thread < s.columns && at >= 0 && c < channels;
+    state.column = there ? at * s.inner + channel + c : -1;
+    state.place = c * s.line + x;
+    if (thread < s.columns && !there)
+      for (int r = 0; r < 2 * kRows; ++r) shared.lines[r * s.line_row + state.place] = 0;
     MSVQ_UNROLL
     for (int r = 0; r < kRows; ++r) state.next[r] = 0;
     MSVQ_UNROLL
@@ -156,9 +158,18 @@ struct BlurStream {
     const bool along = i < s.channels * s.wide;
     state.along_from = along ? r * s.line_row + i / s.wide * s.line + i % s.wide : -1;
     state.along_to = r * s.output_row + i;
-    const bool output = x < s.pixels && pixel + x < s.width && c < channels;
-    state.out = output ? (pixel + x) * s.inner + channel + c : -1;
-    state.output = c * s.wide + x;
+    settle_output(thread, state);
+  }
+
+  // A thread writes one element, or four neighbours where that can be done, of the rows out_row,
+  // out_row + out_rows, ... of a step.
+  MSVQ_DEVICE void settle_output(int thread, State& state) const {
+    const int across = s.quads ? s.pixels / 4 : s.threads, i = thread % across;
+    const int c = s.quads ? 0 : i % s.channels, x = s.quads ? 4 * i : i / s.channels;
+    state.out_row = thread / across;
+    const bool there = state.out_row < s.out_rows && x < s.pixels && pixel + x < s.width;
+    state.out = there && c < channels ? (pixel + x) * s.inner + channel + c : -1;
+    state.output = state.out_row * s.output_row + c * s.wide + x;
   }
 
   // The first row that a step adds to its columns' sums.
@@ -169,25 +180,20 @@ struct BlurStream {
 
   MSVQ_DEVICE void name_rows(int thread, int step) const {
     const int y = first_row(step);
-    if (thread >= kRows || (is_inside(y) && !s.scaled)) return;
+    if ((is_inside(y) && !s.scaled) || thread >= kRows) return;
     const int from = walked_source(s.border, y + thread, s.height);
     shared.rows[step % 4 * kRows + thread] = from;
     shared.factors[step % 4 * kRows + thread] = is_edge_row(from) ? 2.0f : 1.0f;
   }
 
   MSVQ_DEVICE void fetch(State& state, int step) const {
-    if (!state.from) return;
+    if (state.column < 0) return;
     const int y = first_row(step);
-    if (is_inside(y)) {
-      const T* from = state.from + y * pitch;
-      MSVQ_UNROLL
-      for (int r = 0; r < kRows; ++r) state.next[r] = read_bits(from + r * pitch);
-    } else {
-      MSVQ_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const int at = shared.rows[step % 4 * kRows + r];
-        state.next[r] = at < 0 ? 0 : read_bits(state.from + at * pitch);
-      }
+    const T* from = static_cast<const T*>(p.x) + plane + state.column;
+    MSVQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const int at = is_inside(y) ? y + r : shared.rows[step % 4 * kRows + r];
+      state.next[r] = at < 0 ? 0 : read_bits(from + at * pitch);
     }
   }
 
@@ -200,13 +206,13 @@ struct BlurStream {
   }
 
   MSVQ_DEVICE void blur_columns(State& state, int step) {
-    if (state.place < 0) return;
+    if (state.column < 0) return;
     const int to = step % 2 * kRows * s.line_row + state.place;
     float done[kRows];
     if constexpr (kRadius > 0) {
       const int first = Column::kAhead - step, end = steps + Column::kAhead - step;
       if (first <= 0 && end > Column::kAhead && is_inside(first_row(step + 1)) && !s.scaled)
-        return stream_rows(state, step, to);
+        return stream_rows(state, to);
       float value[kRows];
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
@@ -219,15 +225,16 @@ struct BlurStream {
     } else {
       sum_rows(state, step, done);
     }
+    const bool twice = s.scaled && is_edge_column(state.column / s.inner);
     MSVQ_UNROLL
     for (int r = 0; r < kRows; ++r)
-      shared.lines[to + r * s.line_row] = s.scaled && state.twice ? 2 * done[r] : done[r];
+      shared.lines[to + r * s.line_row] = twice ? 2 * done[r] : done[r];
   }
 
   // A step and the next one away from the task's and the image's edges: as soon as a row is in its
   // sums, the same row of the next step is asked for, in the same register.
-  MSVQ_DEVICE void stream_rows(State& state, int step, int to) {
-    const T* from = state.from + first_row(step + 1) * pitch;
+  MSVQ_DEVICE void stream_rows(State& state, int to) {
+    const T* from = static_cast<const T*>(p.x) + next + state.column;
     float sum[2 * kRadius + kRows];
     MSVQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -237,7 +244,8 @@ struct BlurStream {
         const float before = j == 2 * kRadius ? 0.0f : r > 0 ? sum[r + j] : state.open[j];
         sum[r + j] = before + tap_at(p.taps.across, kRadius, j) * value;
       }
-      if (state.from) state.next[r] = read_bits(from + r * pitch);
+      state.next[r] = read_bits(from);
+      from += pitch;
       shared.lines[to + r * s.line_row] = sum[r];
     }
     MSVQ_UNROLL
@@ -246,8 +254,8 @@ struct BlurStream {
 
   MSVQ_DEVICE float read(const State& state, int y) const {
     const int at = walked_source(s.border, y, s.height);
-    if (at < 0 || !state.from) return 0;
-    const float value = widen(state.from[at * pitch]);
+    if (at < 0) return 0;
+    const float value = widen(static_cast<const T*>(p.x)[plane + at * pitch + state.column]);
     return s.scaled && is_edge_row(at) ? 2 * value : value;
   }
 
@@ -275,7 +283,7 @@ struct BlurStream {
 
   // The adjoint of the replicate border: what lies outside is collected by the edge rows.
   MSVQ_DEVICE void collect_rows(const State& state, int step) const {
-    if (state.place < 0 || step >= steps + Column::kAhead) return;
+    if (state.column < 0 || step >= steps + Column::kAhead) return;
     const int to = step % 2 * kRows * s.line_row + state.place;
     const int first = row + (step - Column::kAhead) * kRows, last = s.height - 1;
     MSVQ_NO_UNROLL
@@ -317,29 +325,37 @@ struct BlurStream {
   }
 
   MSVQ_DEVICE void write(int thread, const State& state, int step) const {
-    const int y = row + (step - Column::kAhead) * kRows, at = step % 2 * kRows * s.output_row;
+    if (state.out < 0) return;
+    const int y = row + (step - Column::kAhead) * kRows;
     const int count = s.height - y < kRows ? s.height - y : kRows;
-    T* to = static_cast<T*>(p.out) + plane + y * pitch;
+    int from = step % 2 * kRows * s.output_row + state.output;
+    T* to = static_cast<T*>(p.out) + plane + (y + state.out_row) * pitch + state.out;
     if (s.quads) {
-      for (int r = thread / 32; r < count; r += s.threads / 32)
-        for (int x = thread % 32 * 4; x < s.pixels && pixel + x < s.width; x += 128) {
-          float quad[4];
-          load_quad(shared.outputs, at + r * s.output_row + x, quad);
-          narrow_quad(quad, to + r * pitch + pixel + x);
-        }
-    } else if (state.out >= 0) {
-      to += state.out;
-      const int from = at + state.output;
-      if (s.scaled) {
-        const float half = is_edge_column(pixel + thread / s.channels) ? 0.5f : 1.0f;
-        MSVQ_NO_UNROLL
-        for (int r = 0; r < count; ++r)
-          narrow(shared.outputs[from + r * s.output_row] * (is_edge_row(y + r) ? half / 2 : half),
-                 to + r * pitch);
-      } else {
-        MSVQ_UNROLL
-        for (int r = 0; r < kRows; ++r)
-          if (r < count) narrow(shared.outputs[from + r * s.output_row], to + r * pitch);
+      MSVQ_NO_UNROLL
+      for (int r = state.out_row; r < count; r += s.out_rows) {
+        float quad[4];
+        load_quad(shared.outputs, from, quad);
+        narrow_quad(quad, to);
+        from += s.out_rows * s.output_row;
+        to += s.out_rows * pitch;
+      }
+    } else if (s.scaled) {
+      const float half = is_edge_column(pixel + thread / s.channels) ? 0.5f : 1.0f;
+      MSVQ_NO_UNROLL
+      for (int r = 0; r < count; ++r)
+        narrow(shared.outputs[from + r * s.output_row] * (is_edge_row(y + r) ? half / 2 : half),
+               to + r * pitch);
+    } else if (count == kRows) {
+      MSVQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        narrow(shared.outputs[from], to);
+        from += s.output_row, to += pitch;
+      }
+    } else {
+      MSVQ_NO_UNROLL
+      for (int r = 0; r < count; ++r) {
+        narrow(shared.outputs[from], to);
+        from += s.output_row, to += pitch;
       }
     }
   }
