@@ -68,7 +68,8 @@ inline void lay_out(BlurStrips& s, int pixels) {
   s.threads = to_multiple(s.columns > outputs ? s.columns : outputs, 32);
   s.line_row = s.channels * s.line + 4;
   s.output_row = outputs + 4;
-  s.out_rows = s.quads ? std::min(s.threads / (pixels / 4), 8) : 1;
+  const int rows = s.quads ? s.threads / (pixels / 4) : 1;
+  s.out_rows = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
   s.bytes = 2 * 8 * 4 * (s.line_row + s.output_row) + 2 * 4 * 8 * 4;
 }
 

@@ -92,7 +92,8 @@ struct BlurState {
   uint32_t next[kRows];                   // the column's values of the next step
   int column, place;                      // the column's in a row of the tensor, of lines, -1: none
   int along_from, along_to;               // the outputs' in rows of lines and of outputs, -1: none
-  int out, output, out_row;               // see write
+  int output;                             // see settle_output
+  int64_t out;
 };
 
 template <int kRadius, class T>
@@ -128,16 +129,34 @@ struct BlurStream {
     });
     next = plane + first_row(0) * pitch;
     if constexpr (kRadius > 0) block.each([&](int, State& state) { fetch(state, 0); });
+    // Steps in the middle, whose three stages and next two steps meet no edge.
+    const int middle = Column::kAhead + 2, inside = (s.height - first_row(2)) / kRows;
+    const int end = kRadius == 0 || s.scaled || s.collected ? 0 : inside < steps ? inside : steps;
+    int step = 0;
+    const auto advance = [&] { ++step, next += kRows * pitch; };
+    next += kRows * pitch;
     MSVQ_NO_UNROLL
-    for (int step = 0; step < steps + Column::kAhead + 2; ++step) {
-      next += kRows * pitch;
+    while (step < steps + Column::kAhead + 2) {
       block.each([&](int thread, State& state) {
         name_rows(thread, step + 2);
         if (step < steps + Column::kAhead) blur_columns(state, step);
         if (s.collected && step >= Column::kAhead) collect_rows(state, step);
-        if (step > Column::kAhead && step <= steps + Column::kAhead) blur_lines(state, step - 1);
+        if (step > Column::kAhead && step <= steps + Column::kAhead) {
+          blur_lines(state, step - 1);
+          if (s.collected) collect_line(state, step - 1);
+        }
         if (step > Column::kAhead + 1) write(thread, state, step - 2);
       });
+      advance();
+      if constexpr (kRadius > 0) {
+        MSVQ_NO_UNROLL
+        for (; step >= middle && step < end; advance())
+          block.each([&](int, State& state) {
+            stream_rows(state, step);
+            blur_lines(state, step - 1);
+            write_rows(state, step - 2);
+          });
+      }
     }
   }
 
@@ -161,15 +180,15 @@ struct BlurStream {
     settle_output(thread, state);
   }
 
-  // A thread writes one element, or four neighbours where that can be done, of the rows out_row,
-  // out_row + out_rows, ... of a step.
+  // A thread writes one element, or four neighbours where that can be done, of every row of a step
+  // or of every out_rows-th: the first at `out` from the step's rows, taken from `output`.
+  MSVQ_DEVICE int out_row(int thread) const { return s.quads ? thread / (s.pixels / 4) : 0; }
   MSVQ_DEVICE void settle_output(int thread, State& state) const {
-    const int across = s.quads ? s.pixels / 4 : s.threads, i = thread % across;
+    const int r = out_row(thread), i = s.quads ? thread % (s.pixels / 4) : thread;
     const int c = s.quads ? 0 : i % s.channels, x = s.quads ? 4 * i : i / s.channels;
-    state.out_row = thread / across;
-    const bool there = state.out_row < s.out_rows && x < s.pixels && pixel + x < s.width;
-    state.out = there && c < channels ? (pixel + x) * s.inner + channel + c : -1;
-    state.output = state.out_row * s.output_row + c * s.wide + x;
+    const bool there = r < s.out_rows && x < s.pixels && pixel + x < s.width && c < channels;
+    state.out = there ? r * pitch + (pixel + x) * s.inner + channel + c : -1;
+    state.output = r * s.output_row + c * s.wide + x;
   }
 
   // The first row that a step adds to its columns' sums.
@@ -182,8 +201,8 @@ struct BlurStream {
     const int y = first_row(step);
     if ((is_inside(y) && !s.scaled) || thread >= kRows) return;
     const int from = walked_source(s.border, y + thread, s.height);
-    shared.rows[step % 4 * kRows + thread] = from;
-    shared.factors[step % 4 * kRows + thread] = is_edge_row(from) ? 2.0f : 1.0f;
+    shared.rows[(step & 3) * kRows + thread] = from;
+    shared.factors[(step & 3) * kRows + thread] = is_edge_row(from) ? 2.0f : 1.0f;
   }
 
   MSVQ_DEVICE void fetch(State& state, int step) const {
@@ -192,7 +211,7 @@ struct BlurStream {
     const T* from = static_cast<const T*>(p.x) + plane + state.column;
     MSVQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const int at = is_inside(y) ? y + r : shared.rows[step % 4 * kRows + r];
+      const int at = is_inside(y) ? y + r : shared.rows[(step & 3) * kRows + r];
       state.next[r] = at < 0 ? 0 : read_bits(from + at * pitch);
     }
   }
@@ -207,17 +226,14 @@ struct BlurStream {
 
   MSVQ_DEVICE void blur_columns(State& state, int step) {
     if (state.column < 0) return;
-    const int to = step % 2 * kRows * s.line_row + state.place;
     float done[kRows];
     if constexpr (kRadius > 0) {
       const int first = Column::kAhead - step, end = steps + Column::kAhead - step;
-      if (first <= 0 && end > Column::kAhead && is_inside(first_row(step + 1)) && !s.scaled)
-        return stream_rows(state, to);
       float value[kRows];
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
         value[r] = widen_bits<T>(state.next[r]);
-        if (s.scaled) value[r] *= shared.factors[step % 4 * kRows + r];
+        if (s.scaled) value[r] *= shared.factors[(step & 3) * kRows + r];
       }
       Column::add(p.taps.across, value, state.open, done, first, end);
       if (end > 1) fetch(state, step + 1);
@@ -225,15 +241,22 @@ struct BlurStream {
     } else {
       sum_rows(state, step, done);
     }
+    const int to = lines_of(step) + state.place;
     const bool twice = s.scaled && is_edge_column(state.column / s.inner);
     MSVQ_UNROLL
     for (int r = 0; r < kRows; ++r)
       shared.lines[to + r * s.line_row] = twice ? 2 * done[r] : done[r];
   }
 
-  // A step and the next one away from the task's and the image's edges: as soon as a row is in its
-  // sums, the same row of the next step is asked for, in the same register.
-  MSVQ_DEVICE void stream_rows(State& state, int to) {
+  // Where the rows of a step begin in shared memory.
+  MSVQ_DEVICE int lines_of(int step) const { return (step & 1) * kRows * s.line_row; }
+  MSVQ_DEVICE int outputs_of(int step) const { return (step & 1) * kRows * s.output_row; }
+
+  // blur_columns where no edge is near: as soon as a row is in its sums, the same row of the next
+  // step is asked for, in the same register.
+  MSVQ_DEVICE void stream_rows(State& state, int step) {
+    if (state.column < 0) return;
+    int to = lines_of(step) + state.place;
     const T* from = static_cast<const T*>(p.x) + next + state.column;
     float sum[2 * kRadius + kRows];
     MSVQ_UNROLL
@@ -246,7 +269,8 @@ struct BlurStream {
       }
       state.next[r] = read_bits(from);
       from += pitch;
-      shared.lines[to + r * s.line_row] = sum[r];
+      shared.lines[to] = sum[r];
+      to += s.line_row;
     }
     MSVQ_UNROLL
     for (int j = 0; j < 2 * kRadius; ++j) state.open[j] = sum[kRows + j];
@@ -284,7 +308,7 @@ struct BlurStream {
   // The adjoint of the replicate border: what lies outside is collected by the edge rows.
   MSVQ_DEVICE void collect_rows(const State& state, int step) const {
     if (state.column < 0 || step >= steps + Column::kAhead) return;
-    const int to = step % 2 * kRows * s.line_row + state.place;
+    const int to = lines_of(step) + state.place;
     const int first = row + (step - Column::kAhead) * kRows, last = s.height - 1;
     MSVQ_NO_UNROLL
     for (int edge = 0; edge < 2; ++edge) {
@@ -300,16 +324,18 @@ struct BlurStream {
 
   MSVQ_DEVICE void blur_lines(const State& state, int step) const {
     if (state.along_from < 0) return;
-    const int from = step % 2 * kRows * s.line_row + state.along_from;
-    const int to = step % 2 * kRows * s.output_row + state.along_to;
+    const int from = lines_of(step) + state.along_from;
+    const int to = outputs_of(step) + state.along_to;
     float sum[kRows] = {};
     correlate_line<kRadius>(p.taps.along, radius_x(), shared.lines, from, sum);
     store_quad(shared.outputs, to, sum);
     store_quad(shared.outputs, to + 4, sum + 4);
-    if (s.collected) collect_line(from, to, pixel + state.along_to % s.output_row % s.wide);
   }
 
-  MSVQ_DEVICE void collect_line(int from, int to, int x) const {
+  MSVQ_DEVICE void collect_line(const State& state, int step) const {
+    if (state.along_from < 0) return;
+    const int from = lines_of(step) + state.along_from, to = outputs_of(step) + state.along_to;
+    const int x = pixel + state.along_to % s.output_row % s.wide;
     MSVQ_NO_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const bool first = x + i == 0, last = x + i == s.width - 1;
@@ -327,33 +353,41 @@ struct BlurStream {
   MSVQ_DEVICE void write(int thread, const State& state, int step) const {
     if (state.out < 0) return;
     const int y = row + (step - Column::kAhead) * kRows;
-    const int count = s.height - y < kRows ? s.height - y : kRows;
-    int from = step % 2 * kRows * s.output_row + state.output;
-    T* to = static_cast<T*>(p.out) + plane + (y + state.out_row) * pitch + state.out;
+    const int from = outputs_of(step) + state.output;
+    T* to = static_cast<T*>(p.out) + plane + y * pitch + state.out;
+    const float half = s.scaled && is_edge_column(pixel + thread / s.channels) ? 0.5f : 1.0f;
+    MSVQ_NO_UNROLL
+    for (int r = 0; r < kRows; r += s.out_rows) {
+      const int at = y + r + out_row(thread);
+      if (at >= s.height || r + out_row(thread) >= kRows) return;
+      if (s.quads) {
+        write_quad(from + r * s.output_row, to + r * pitch);
+      } else {
+        const float value = shared.outputs[from + r * s.output_row];
+        narrow(s.scaled && is_edge_row(at) ? half / 2 * value : half * value, to + r * pitch);
+      }
+    }
+  }
+  MSVQ_DEVICE void write_quad(int from, T* to) const {
+    float quad[4];
+    load_quad(shared.outputs, from, quad);
+    narrow_quad(quad, to);
+  }
+
+  // write where no edge is near.
+  MSVQ_DEVICE void write_rows(const State& state, int step) const {
+    if (state.out < 0) return;
+    int from = outputs_of(step) + state.output;
+    T* to = static_cast<T*>(p.out) + (next - (3 * kRows + radius_y()) * pitch + state.out);
     if (s.quads) {
       MSVQ_NO_UNROLL
-      for (int r = state.out_row; r < count; r += s.out_rows) {
-        float quad[4];
-        load_quad(shared.outputs, from, quad);
-        narrow_quad(quad, to);
-        from += s.out_rows * s.output_row;
-        to += s.out_rows * pitch;
-      }
-    } else if (s.scaled) {
-      const float half = is_edge_column(pixel + thread / s.channels) ? 0.5f : 1.0f;
-      MSVQ_NO_UNROLL
-      for (int r = 0; r < count; ++r)
-        narrow(shared.outputs[from + r * s.output_row] * (is_edge_row(y + r) ? half / 2 : half),
-               to + r * pitch);
-    } else if (count == kRows) {
-      MSVQ_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        narrow(shared.outputs[from], to);
-        from += s.output_row, to += pitch;
+      for (int r = 0; r < kRows; r += s.out_rows) {
+        write_quad(from, to);
+        from += s.out_rows * s.output_row, to += s.out_rows * pitch;
       }
     } else {
-      MSVQ_NO_UNROLL
-      for (int r = 0; r < count; ++r) {
+      MSVQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
         narrow(shared.outputs[from], to);
         from += s.output_row, to += pitch;
       }
