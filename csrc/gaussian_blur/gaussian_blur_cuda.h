@@ -23,7 +23,7 @@ struct BlurStrips {
   int output_row, out_rows; // words of a row of outputs; rows that are written at a time
   int bytes;                // shared memory of a block
   int height, width, inner, pitch;  // pitch: elements of a row of the tensor
-  int64_t planes;
+  int64_t planes, out_pitch;  // out_pitch: elements of out_rows rows
   int rows;
   int64_t count_x, count_y, count_channels, tasks;
 };
@@ -70,6 +70,7 @@ inline void lay_out(BlurStrips& s, int pixels) {
   s.output_row = outputs + 4;
   const int rows = s.quads ? s.threads / (pixels / 4) : 1;
   s.out_rows = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+  s.out_pitch = int64_t{s.out_rows} * s.pitch;
   s.bytes = 2 * 8 * 4 * (s.line_row + s.output_row) + 2 * 4 * 8 * 4;
 }
 

@@ -104,7 +104,7 @@ struct BlurStream {
   const BlurStrips& s;
   const BlurShared shared;
   const int64_t pitch;
-  int64_t plane, next;  // where the plane and the next step's rows begin in the tensor
+  int64_t plane, next, written;  // where the plane, the next step's rows, those written begin
   int pixel, channel, channels, row, steps;  // channels: there are; steps: of outputs
 
   MSVQ_DEVICE BlurStream(const BlurParams<kRadius>& params, char* memory)
@@ -127,14 +127,14 @@ struct BlurStream {
       name_rows(thread, 0);
       name_rows(thread, 1);
     });
-    next = plane + first_row(0) * pitch;
+    next = plane + first_row(1) * pitch;
+    written = plane + (row - (Column::kAhead + 2) * kRows) * pitch;
     if constexpr (kRadius > 0) block.each([&](int, State& state) { fetch(state, 0); });
     // Steps in the middle, whose three stages and next two steps meet no edge.
     const int middle = Column::kAhead + 2, inside = (s.height - first_row(2)) / kRows;
     const int end = kRadius == 0 || s.scaled || s.collected ? 0 : inside < steps ? inside : steps;
     int step = 0;
-    const auto advance = [&] { ++step, next += kRows * pitch; };
-    next += kRows * pitch;
+    const auto advance = [&] { ++step, next += kRows * pitch, written += kRows * pitch; };
     MSVQ_NO_UNROLL
     while (step < steps + Column::kAhead + 2) {
       block.each([&](int thread, State& state) {
@@ -208,11 +208,20 @@ struct BlurStream {
   MSVQ_DEVICE void fetch(State& state, int step) const {
     if (state.column < 0) return;
     const int y = first_row(step);
-    const T* from = static_cast<const T*>(p.x) + plane + state.column;
-    MSVQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const int at = is_inside(y) ? y + r : shared.rows[(step & 3) * kRows + r];
-      state.next[r] = at < 0 ? 0 : read_bits(from + at * pitch);
+    const T* from = static_cast<const T*>(p.x) + state.column + plane;
+    if (is_inside(y)) {
+      from += y * pitch;
+      MSVQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        state.next[r] = read_bits(from);
+        from += pitch;
+      }
+    } else {
+      MSVQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const int at = shared.rows[(step & 3) * kRows + r];
+        state.next[r] = at < 0 ? 0 : read_bits(from + at * pitch);
+      }
     }
   }
 
@@ -351,21 +360,21 @@ struct BlurStream {
   }
 
   MSVQ_DEVICE void write(int thread, const State& state, int step) const {
-    if (state.out < 0) return;
     const int y = row + (step - Column::kAhead) * kRows;
-    const int from = outputs_of(step) + state.output;
-    T* to = static_cast<T*>(p.out) + plane + y * pitch + state.out;
+    if (y + kRows <= s.height && !s.scaled) return write_rows(state, step);
+    if (state.out < 0) return;
     const float half = s.scaled && is_edge_column(pixel + thread / s.channels) ? 0.5f : 1.0f;
+    int from = outputs_of(step) + state.output;
+    T* to = static_cast<T*>(p.out) + (written + state.out);
     MSVQ_NO_UNROLL
-    for (int r = 0; r < kRows; r += s.out_rows) {
-      const int at = y + r + out_row(thread);
-      if (at >= s.height || r + out_row(thread) >= kRows) return;
+    for (int at = y + out_row(thread); at < y + kRows && at < s.height; at += s.out_rows) {
       if (s.quads) {
-        write_quad(from + r * s.output_row, to + r * pitch);
+        write_quad(from, to);
       } else {
-        const float value = shared.outputs[from + r * s.output_row];
-        narrow(s.scaled && is_edge_row(at) ? half / 2 * value : half * value, to + r * pitch);
+        const float value = shared.outputs[from];
+        narrow(s.scaled && is_edge_row(at) ? half / 2 * value : half * value, to);
       }
+      from += s.out_rows * s.output_row, to += s.out_pitch;
     }
   }
   MSVQ_DEVICE void write_quad(int from, T* to) const {
@@ -374,16 +383,16 @@ struct BlurStream {
     narrow_quad(quad, to);
   }
 
-  // write where no edge is near.
+  // write of whole rows.
   MSVQ_DEVICE void write_rows(const State& state, int step) const {
     if (state.out < 0) return;
     int from = outputs_of(step) + state.output;
-    T* to = static_cast<T*>(p.out) + (next - (3 * kRows + radius_y()) * pitch + state.out);
+    T* to = static_cast<T*>(p.out) + (written + state.out);
     if (s.quads) {
       MSVQ_NO_UNROLL
       for (int r = 0; r < kRows; r += s.out_rows) {
         write_quad(from, to);
-        from += s.out_rows * s.output_row, to += s.out_rows * pitch;
+        from += s.out_rows * s.output_row, to += s.out_pitch;
       }
     } else {
       MSVQ_UNROLL
