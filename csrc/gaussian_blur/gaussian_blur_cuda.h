@@ -20,8 +20,7 @@ struct BlurStrips {
   int radius_y, radius_x, pixels, channels, columns, threads;
   int wide;                 // pixels of a line in whole blocks of 8
   int line, line_row;       // words of a channel's line with its borders; of a row of lines
-  int output_row, out_rows; // words of a row of outputs; rows that are written at a time
-  int bytes;                // shared memory of a block
+  int out_rows, bytes;      // rows that are written at a time; shared memory of a block
   int height, width, inner, pitch;  // pitch: elements of a row of the tensor
   int64_t planes, out_pitch;  // out_pitch: elements of out_rows rows
   int rows;
@@ -45,9 +44,9 @@ struct BlurParams {
   BlurTaps<kRadius> taps;
 };
 
-// Threads that share a multiprocessor's registers: 896 leave each 72, 672 leave it 96.
+// Threads that share a multiprocessor's registers: 896 leave each 72, 640 leave it 96.
 template <int kRadius>
-constexpr int kBlurThreads = kRadius > 15 ? 672 : 896;
+constexpr int kBlurThreads = kRadius > 15 ? 640 : 896;
 
 // What blocks share: `threads` and the bytes of `room` on each of `processors`.
 struct BlurDevice {
@@ -57,8 +56,8 @@ struct BlurDevice {
 
 inline int to_multiple(int64_t n, int unit) { return static_cast<int>((n + unit - 1) / unit * unit); }
 
-// Rows of lines and of outputs are 4 words past a multiple of 8 apart, so that the 16-byte accesses
-// of 4 neighbours on each of two rows meet in no bank. Both are kept for two steps of 8 rows.
+// Rows of lines are 4 words past a multiple of 8 apart, so that the 16-byte accesses of 4 neighbours
+// on each of two rows meet in no bank. Lines and outputs are kept for two steps of 8 rows.
 inline void lay_out(BlurStrips& s, int pixels) {
   s.pixels = pixels;
   s.wide = to_multiple(pixels, 8);
@@ -67,11 +66,10 @@ inline void lay_out(BlurStrips& s, int pixels) {
   const int outputs = s.channels * s.wide;
   s.threads = to_multiple(s.columns > outputs ? s.columns : outputs, 32);
   s.line_row = s.channels * s.line + 4;
-  s.output_row = outputs + 4;
   const int rows = s.quads ? s.threads / (pixels / 4) : 1;
   s.out_rows = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
   s.out_pitch = int64_t{s.out_rows} * s.pitch;
-  s.bytes = 2 * 8 * 4 * (s.line_row + s.output_row) + 2 * 4 * 8 * 4;
+  s.bytes = 2 * 2 * 8 * 4 * s.line_row + 2 * 4 * 8 * 4;
 }
 
 // Cuts for the least time, which the busiest multiprocessor takes for its rows; every task also
@@ -87,7 +85,7 @@ inline BlurStrips cut(const GaussianBlurParams& g, const BlurDevice& device) {
   s.height = static_cast<int>(g.height), s.width = static_cast<int>(g.width);
   s.inner = static_cast<int>(g.inner), s.pitch = static_cast<int>(g.width * g.inner);
   s.channels = s.inner < 4 ? s.inner : 4;
-  s.quads = s.inner == 1 && s.width % 4 == 0 && !s.scaled &&
+  s.quads = s.inner == 1 && s.width % 4 == 0 && s.width < INT32_MAX / 8 && !s.scaled &&
             reinterpret_cast<uintptr_t>(g.out) % 16 == 0;
   s.count_channels = (s.inner + s.channels - 1) / s.channels;
   BlurStrips best = s;
@@ -103,8 +101,8 @@ inline BlurStrips cut(const GaussianBlurParams& g, const BlurDevice& device) {
     } while (s.bytes + 1024 > device.room && most > 0);
     const int64_t strips = s.planes * s.count_x * s.count_channels;
     const int held = std::min(device.threads / s.threads, device.room / (s.bytes + 1024));
-    // Fewer than 12 warps take as long as 12.
-    const int64_t work = s.columns + s.channels * s.wide, idle = 2 * 12 * 32;
+    // Threads that are too few to hide what each waits for take as long as three quarters of all.
+    const int64_t work = s.threads + s.channels * s.wide, idle = 2 * (device.threads / 4 * 3);
     for (int n = 1; n <= 64 && n <= (s.height + 7) / 8; ++n) {
       s.rows = to_multiple((s.height + n - 1) / n, 8);
       s.count_y = (s.height + s.rows - 1) / s.rows;

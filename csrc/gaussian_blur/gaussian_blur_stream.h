@@ -20,36 +20,31 @@ template <int kRadius>
 struct BlurColumn {
   static constexpr int kAhead = (2 * kRadius + kRows - 1) / kRows;
 
-  // Adds to block i - kAhead + kBlock; `open` then holds its sums kRows places further down.
-  template <int kBlock>
-  static MSVQ_DEVICE void add_block(const float* half, const float (&value)[kRows],
-                                    float (&open)[2 * kRadius], float (&done)[kRows]) {
-    float sum[kRows];
-    MSVQ_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const int at = kBlock * kRows + i;
-      sum[i] = at < 2 * kRadius ? open[at < 2 * kRadius ? at : 0] : 0.0f;
+  // Adds to the blocks first to end - 1, counted from i - kAhead; the others are not of this task.
+  // `open` then holds the sums kRows places further down, `done` is called with those complete.
+  template <int kBlock = 0, class Done>
+  static MSVQ_DEVICE void add(const float* half, const float (&value)[kRows],
+                              float (&open)[2 * kRadius], int first, int end, const Done& done) {
+    if (kBlock >= first && kBlock < end) {
+      float sum[kRows];
       MSVQ_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const int j = at - r;  // The taps are symmetric: tap 2 * kRadius - j is tap j.
-        if (j >= 0 && j <= 2 * kRadius) sum[i] += tap_at(half, kRadius, j) * value[r];
+      for (int i = 0; i < kRows; ++i) {
+        const int at = kBlock * kRows + i;
+        sum[i] = at < 2 * kRadius ? open[at < 2 * kRadius ? at : 0] : 0.0f;
+        MSVQ_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const int j = at - r;  // The taps are symmetric: tap 2 * kRadius - j is tap j.
+          if (j >= 0 && j <= 2 * kRadius) sum[i] += tap_at(half, kRadius, j) * value[r];
+        }
+      }
+      if constexpr (kBlock == 0) done(sum);
+      MSVQ_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const int to = (kBlock - 1) * kRows + i;
+        if (to >= 0 && to < 2 * kRadius) open[to] = sum[i];
       }
     }
-    MSVQ_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const int to = (kBlock - 1) * kRows + i;
-      if (kBlock == 0) done[i] = sum[i];
-      if (to >= 0 && to < 2 * kRadius) open[to] = sum[i];
-    }
-  }
-
-  // Adds to the blocks first to end - 1; the others are not of this task.
-  template <int kBlock = 0>
-  static MSVQ_DEVICE void add(const float* half, const float (&value)[kRows],
-                              float (&open)[2 * kRadius], float (&done)[kRows], int first,
-                              int end) {
-    if (kBlock >= first && kBlock < end) add_block<kBlock>(half, value, open, done);
-    if constexpr (kBlock < kAhead) add<kBlock + 1>(half, value, open, done, first, end);
+    if constexpr (kBlock < kAhead) add<kBlock + 1>(half, value, open, first, end, done);
   }
 };
 
@@ -78,7 +73,7 @@ MSVQ_HOST_DEVICE int walked_source(Border border, int i, int n) {
 struct BlurShared {
   MSVQ_HOST_DEVICE BlurShared(const BlurStrips& s, SharedCarver carver)
       : lines(carver.take<float>(2 * kRows * s.line_row)),
-        outputs(carver.take<float>(2 * kRows * s.output_row)),
+        outputs(carver.take<float>(2 * kRows * s.line_row)),
         rows(carver.take<int32_t>(4 * kRows)),
         factors(carver.take<float>(4 * kRows)) {}
   Shared<float> lines, outputs;  // of the rows of two steps
@@ -91,9 +86,8 @@ struct BlurState {
   float open[kRadius ? 2 * kRadius : 1];  // sums of the rows that are not complete
   uint32_t next[kRows];                   // the column's values of the next step
   int column, place;                      // the column's in a row of the tensor, of lines, -1: none
-  int along_from, along_to;               // the outputs' in rows of lines and of outputs, -1: none
-  int output;                             // see settle_output
-  int64_t out;
+  int along;                              // the outputs' in rows of lines, -1: none
+  int output, out;                        // see settle_output
 };
 
 template <int kRadius, class T>
@@ -175,8 +169,7 @@ struct BlurStream {
     const int rest = thread / 8;
     const int r = thread / 4 % 2 + 2 * (rest % 4), i = (thread % 4 + 4 * (rest / 4)) * kRows;
     const bool along = i < s.channels * s.wide;
-    state.along_from = along ? r * s.line_row + i / s.wide * s.line + i % s.wide : -1;
-    state.along_to = r * s.output_row + i;
+    state.along = along ? r * s.line_row + i / s.wide * s.line + i % s.wide : -1;
     settle_output(thread, state);
   }
 
@@ -187,8 +180,8 @@ struct BlurStream {
     const int r = out_row(thread), i = s.quads ? thread % (s.pixels / 4) : thread;
     const int c = s.quads ? 0 : i % s.channels, x = s.quads ? 4 * i : i / s.channels;
     const bool there = r < s.out_rows && x < s.pixels && pixel + x < s.width && c < channels;
-    state.out = there ? r * pitch + (pixel + x) * s.inner + channel + c : -1;
-    state.output = r * s.output_row + c * s.wide + x;
+    state.out = there ? r * s.pitch + (pixel + x) * s.inner + channel + c : -1;
+    state.output = r * s.line_row + c * s.line + x;
   }
 
   // The first row that a step adds to its columns' sums.
@@ -235,31 +228,32 @@ struct BlurStream {
 
   MSVQ_DEVICE void blur_columns(State& state, int step) {
     if (state.column < 0) return;
-    float done[kRows];
+    const auto put = [&](const float(&done)[kRows]) {
+      const int to = lines_of(step) + state.place;
+      const bool twice = s.scaled && is_edge_column(state.column / s.inner);
+      MSVQ_UNROLL
+      for (int r = 0; r < kRows; ++r)
+        shared.lines[to + r * s.line_row] = twice ? 2 * done[r] : done[r];
+    };
     if constexpr (kRadius > 0) {
-      const int first = Column::kAhead - step, end = steps + Column::kAhead - step;
       float value[kRows];
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
         value[r] = widen_bits<T>(state.next[r]);
         if (s.scaled) value[r] *= shared.factors[(step & 3) * kRows + r];
       }
-      Column::add(p.taps.across, value, state.open, done, first, end);
+      const int first = Column::kAhead - step, end = steps + Column::kAhead - step;
+      Column::add(p.taps.across, value, state.open, first, end, put);
       if (end > 1) fetch(state, step + 1);
-      if (first > 0) return;
     } else {
+      float done[kRows];
       sum_rows(state, step, done);
+      put(done);
     }
-    const int to = lines_of(step) + state.place;
-    const bool twice = s.scaled && is_edge_column(state.column / s.inner);
-    MSVQ_UNROLL
-    for (int r = 0; r < kRows; ++r)
-      shared.lines[to + r * s.line_row] = twice ? 2 * done[r] : done[r];
   }
 
   // Where the rows of a step begin in shared memory.
   MSVQ_DEVICE int lines_of(int step) const { return (step & 1) * kRows * s.line_row; }
-  MSVQ_DEVICE int outputs_of(int step) const { return (step & 1) * kRows * s.output_row; }
 
   // blur_columns where no edge is near: as soon as a row is in its sums, the same row of the next
   // step is asked for, in the same register.
@@ -332,19 +326,18 @@ struct BlurStream {
   }
 
   MSVQ_DEVICE void blur_lines(const State& state, int step) const {
-    if (state.along_from < 0) return;
-    const int from = lines_of(step) + state.along_from;
-    const int to = outputs_of(step) + state.along_to;
+    if (state.along < 0) return;
+    const int at = lines_of(step) + state.along;
     float sum[kRows] = {};
-    correlate_line<kRadius>(p.taps.along, radius_x(), shared.lines, from, sum);
-    store_quad(shared.outputs, to, sum);
-    store_quad(shared.outputs, to + 4, sum + 4);
+    correlate_line<kRadius>(p.taps.along, radius_x(), shared.lines, at, sum);
+    store_quad(shared.outputs, at, sum);
+    store_quad(shared.outputs, at + 4, sum + 4);
   }
 
   MSVQ_DEVICE void collect_line(const State& state, int step) const {
-    if (state.along_from < 0) return;
-    const int from = lines_of(step) + state.along_from, to = outputs_of(step) + state.along_to;
-    const int x = pixel + state.along_to % s.output_row % s.wide;
+    if (state.along < 0) return;
+    const int from = lines_of(step) + state.along;
+    const int x = pixel + state.along % s.line_row % s.line;
     MSVQ_NO_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const bool first = x + i == 0, last = x + i == s.width - 1;
@@ -355,7 +348,7 @@ struct BlurStream {
         const int at_pixel = from + i + radius_x() + (first ? j : -j);
         sum += p.taps.tail_along[j] * shared.lines[at_pixel];
       }
-      shared.outputs[to + i] = sum;
+      shared.outputs[from + i] = sum;
     }
   }
 
@@ -364,7 +357,7 @@ struct BlurStream {
     if (y + kRows <= s.height && !s.scaled) return write_rows(state, step);
     if (state.out < 0) return;
     const float half = s.scaled && is_edge_column(pixel + thread / s.channels) ? 0.5f : 1.0f;
-    int from = outputs_of(step) + state.output;
+    int from = lines_of(step) + state.output;
     T* to = static_cast<T*>(p.out) + (written + state.out);
     MSVQ_NO_UNROLL
     for (int at = y + out_row(thread); at < y + kRows && at < s.height; at += s.out_rows) {
@@ -374,7 +367,7 @@ struct BlurStream {
         const float value = shared.outputs[from];
         narrow(s.scaled && is_edge_row(at) ? half / 2 * value : half * value, to);
       }
-      from += s.out_rows * s.output_row, to += s.out_pitch;
+      from += s.out_rows * s.line_row, to += s.out_pitch;
     }
   }
   MSVQ_DEVICE void write_quad(int from, T* to) const {
@@ -386,19 +379,19 @@ struct BlurStream {
   // write of whole rows.
   MSVQ_DEVICE void write_rows(const State& state, int step) const {
     if (state.out < 0) return;
-    int from = outputs_of(step) + state.output;
+    int from = lines_of(step) + state.output;
     T* to = static_cast<T*>(p.out) + (written + state.out);
     if (s.quads) {
       MSVQ_NO_UNROLL
       for (int r = 0; r < kRows; r += s.out_rows) {
         write_quad(from, to);
-        from += s.out_rows * s.output_row, to += s.out_pitch;
+        from += s.out_rows * s.line_row, to += s.out_pitch;
       }
     } else {
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
         narrow(shared.outputs[from], to);
-        from += s.output_row, to += pitch;
+        from += s.line_row, to += pitch;
       }
     }
   }
