@@ -84,7 +84,7 @@ struct BlurShared {
 template <int kRadius, class T>
 struct BlurState {
   float open[kRadius ? 2 * kRadius : 1];  // sums of the rows that are not complete
-  uint32_t next[kRows];                   // the column's values of the next step
+  T next[kRows];                          // the column's elements of the next step
   int column, place;                      // the column's in a row of the tensor, of lines, -1: none
   int along;                              // the outputs' in rows of lines, -1: none
   int output, out;                        // see settle_output
@@ -163,7 +163,7 @@ struct BlurStream {
     if (thread < s.columns && !there)
       for (int r = 0; r < 2 * kRows; ++r) shared.lines[r * s.line_row + state.place] = 0;
     MSVQ_UNROLL
-    for (int r = 0; r < kRows; ++r) state.next[r] = 0;
+    for (int r = 0; r < kRows; ++r) state.next[r] = T{};
     MSVQ_UNROLL
     for (int j = 0; j < (kRadius ? 2 * kRadius : 1); ++j) state.open[j] = 0;
     const int rest = thread / 8;
@@ -206,14 +206,14 @@ struct BlurStream {
       from += y * pitch;
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        state.next[r] = read_bits(from);
+        state.next[r] = *from;
         from += pitch;
       }
     } else {
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const int at = shared.rows[(step & 3) * kRows + r];
-        state.next[r] = at < 0 ? 0 : read_bits(from + at * pitch);
+        state.next[r] = at < 0 ? T{} : from[at * pitch];
       }
     }
   }
@@ -239,7 +239,7 @@ struct BlurStream {
       float value[kRows];
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        value[r] = widen_bits<T>(state.next[r]);
+        value[r] = widen(state.next[r]);
         if (s.scaled) value[r] *= shared.factors[(step & 3) * kRows + r];
       }
       const int first = Column::kAhead - step, end = steps + Column::kAhead - step;
@@ -264,13 +264,13 @@ struct BlurStream {
     float sum[2 * kRadius + kRows];
     MSVQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const float value = widen_bits<T>(state.next[r]);
+      const float value = widen(state.next[r]);
       MSVQ_UNROLL
       for (int j = 0; j <= 2 * kRadius; ++j) {
         const float before = j == 2 * kRadius ? 0.0f : r > 0 ? sum[r + j] : state.open[j];
         sum[r + j] = before + tap_at(p.taps.across, kRadius, j) * value;
       }
-      state.next[r] = read_bits(from);
+      state.next[r] = *from;
       from += pitch;
       shared.lines[to] = sum[r];
       to += s.line_row;
