@@ -81,6 +81,27 @@ MSVQ_DEVICE void narrow(float x, float16* out) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
 }
 
+// Four neighbouring elements at a multiple of their size: one access, which the compiler splits
+// when it is written in C++.
+MSVQ_DEVICE void narrow_quad(const float* from, float* to) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(from[0]), "f"(from[1]),
+               "f"(from[2]), "f"(from[3])
+               : "memory");
+}
+template <class T>
+MSVQ_DEVICE void narrow_quad(const float* from, T* to) {
+  T quad[4];
+  MSVQ_UNROLL
+  for (int k = 0; k < 4; ++k) narrow(from[k], quad + k);
+  uint32_t words[sizeof(T)];
+  memcpy(words, quad, sizeof quad);
+  if constexpr (sizeof(T) == 2)
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  else
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(words[0]) : "memory");
+}
+
 #else
 
 using on_host::bfloat16;
@@ -120,6 +141,12 @@ inline void store_quad(const Shared<float>& to, int i, const float* from) {
   if (i % 4 != 0) throw std::out_of_range("a kernel wrote 16 bytes off their boundary");
   for (int k = 0; k < 4; ++k) to[i + k] = from[k];
 }
+template <class T>
+void narrow_quad(const float* from, T* to) {
+  if (reinterpret_cast<uintptr_t>(to) % (4 * sizeof(T)) != 0)
+    throw std::out_of_range("a kernel wrote four elements off their boundary");
+  for (int k = 0; k < 4; ++k) narrow(from[k], to + k);
+}
 
 #endif
 
@@ -153,21 +180,6 @@ MSVQ_DEVICE float widen_bits(uint32_t bits) {
   T value;
   memcpy(&value, &bits, sizeof value);
   return widen(value);
-}
-
-// Four neighbouring elements at a multiple of their size: one access.
-template <class T>
-MSVQ_DEVICE void narrow_quad(const float* from, T* to) {
-  struct alignas(4 * sizeof(T)) Quad {
-    T value[4];
-  } quad;
-  MSVQ_UNROLL
-  for (int k = 0; k < 4; ++k) narrow(from[k], quad.value + k);
-#if !defined(__CUDACC__)
-  if (reinterpret_cast<uintptr_t>(to) % sizeof quad != 0)
-    throw std::out_of_range("a kernel wrote four elements off their boundary");
-#endif
-  *reinterpret_cast<Quad*>(to) = quad;
 }
 
 template <class T>

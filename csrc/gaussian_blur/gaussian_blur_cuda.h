@@ -20,9 +20,9 @@ struct BlurStrips {
   int radius_y, radius_x, pixels, channels, columns, threads;
   int wide;                 // pixels of a line in whole blocks of 8
   int line, line_row;       // words of a channel's line with its borders; of a row of lines
-  int out_rows, bytes;      // rows that are written at a time; shared memory of a block
+  int line_quad, bytes;     // words of 4 rows of lines; shared memory of a block
   int height, width, inner, pitch;  // pitch: elements of a row of the tensor
-  int64_t planes, out_pitch;  // out_pitch: elements of out_rows rows
+  int64_t planes, pitch_quad;       // pitch_quad: of 4 rows
   int rows;
   int64_t count_x, count_y, count_channels, tasks;
 };
@@ -66,9 +66,7 @@ inline void lay_out(BlurStrips& s, int pixels) {
   const int outputs = s.channels * s.wide;
   s.threads = to_multiple(s.columns > outputs ? s.columns : outputs, 32);
   s.line_row = s.channels * s.line + 4;
-  const int rows = s.quads ? s.threads / (pixels / 4) : 1;
-  s.out_rows = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
-  s.out_pitch = int64_t{s.out_rows} * s.pitch;
+  s.line_quad = 4 * s.line_row;
   s.bytes = 2 * 2 * 8 * 4 * s.line_row + 2 * 4 * 8 * 4;
 }
 
@@ -84,6 +82,7 @@ inline BlurStrips cut(const GaussianBlurParams& g, const BlurDevice& device) {
   s.planes = g.planes;
   s.height = static_cast<int>(g.height), s.width = static_cast<int>(g.width);
   s.inner = static_cast<int>(g.inner), s.pitch = static_cast<int>(g.width * g.inner);
+  s.pitch_quad = 4 * g.width * g.inner;
   s.channels = s.inner < 4 ? s.inner : 4;
   s.quads = s.inner == 1 && s.width % 4 == 0 && s.width < INT32_MAX / 8 && !s.scaled &&
             reinterpret_cast<uintptr_t>(g.out) % 16 == 0;

@@ -100,6 +100,7 @@ struct BlurStream {
   const int64_t pitch;
   int64_t plane, next, written;  // where the plane, the next step's rows, those written begin
   int pixel, channel, channels, row, steps;  // channels: there are; steps: of outputs
+  int lines;  // where the step's rows, and those of the last but one, begin in shared memory
 
   MSVQ_DEVICE BlurStream(const BlurParams<kRadius>& params, char* memory)
       : p(params), s(params.strips), shared(s, SharedCarver{memory, 0}), pitch(s.pitch) {}
@@ -128,7 +129,11 @@ struct BlurStream {
     const int middle = Column::kAhead + 2, inside = (s.height - first_row(2)) / kRows;
     const int end = kRadius == 0 || s.scaled || s.collected ? 0 : inside < steps ? inside : steps;
     int step = 0;
-    const auto advance = [&] { ++step, next += kRows * pitch, written += kRows * pitch; };
+    const auto advance = [&] {
+      ++step, next += kRows * pitch, written += kRows * pitch;
+      lines = last_lines();
+    };
+    lines = 0;
     MSVQ_NO_UNROLL
     while (step < steps + Column::kAhead + 2) {
       block.each([&](int thread, State& state) {
@@ -136,8 +141,8 @@ struct BlurStream {
         if (step < steps + Column::kAhead) blur_columns(state, step);
         if (s.collected && step >= Column::kAhead) collect_rows(state, step);
         if (step > Column::kAhead && step <= steps + Column::kAhead) {
-          blur_lines(state, step - 1);
-          if (s.collected) collect_line(state, step - 1);
+          blur_lines(state);
+          if (s.collected) collect_line(state);
         }
         if (step > Column::kAhead + 1) write(thread, state, step - 2);
       });
@@ -146,9 +151,9 @@ struct BlurStream {
         MSVQ_NO_UNROLL
         for (; step >= middle && step < end; advance())
           block.each([&](int, State& state) {
-            stream_rows(state, step);
-            blur_lines(state, step - 1);
-            write_rows(state, step - 2);
+            stream_rows(state);
+            blur_lines(state);
+            write_rows(state);
           });
       }
     }
@@ -173,13 +178,13 @@ struct BlurStream {
     settle_output(thread, state);
   }
 
-  // A thread writes one element, or four neighbours where that can be done, of every row of a step
-  // or of every out_rows-th: the first at `out` from the step's rows, taken from `output`.
+  // A thread writes an element of every row of a step, or four neighbours of two rows four apart:
+  // the first at `out` from the step's rows, taken from `output`.
   MSVQ_DEVICE int out_row(int thread) const { return s.quads ? thread / (s.pixels / 4) : 0; }
   MSVQ_DEVICE void settle_output(int thread, State& state) const {
     const int r = out_row(thread), i = s.quads ? thread % (s.pixels / 4) : thread;
     const int c = s.quads ? 0 : i % s.channels, x = s.quads ? 4 * i : i / s.channels;
-    const bool there = r < s.out_rows && x < s.pixels && pixel + x < s.width && c < channels;
+    const bool there = r < 4 && x < s.pixels && pixel + x < s.width && c < channels;
     state.out = there ? r * s.pitch + (pixel + x) * s.inner + channel + c : -1;
     state.output = r * s.line_row + c * s.line + x;
   }
@@ -229,7 +234,7 @@ struct BlurStream {
   MSVQ_DEVICE void blur_columns(State& state, int step) {
     if (state.column < 0) return;
     const auto put = [&](const float(&done)[kRows]) {
-      const int to = lines_of(step) + state.place;
+      const int to = lines + state.place;
       const bool twice = s.scaled && is_edge_column(state.column / s.inner);
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r)
@@ -252,14 +257,13 @@ struct BlurStream {
     }
   }
 
-  // Where the rows of a step begin in shared memory.
-  MSVQ_DEVICE int lines_of(int step) const { return (step & 1) * kRows * s.line_row; }
+  MSVQ_DEVICE int last_lines() const { return kRows * s.line_row - lines; }
 
   // blur_columns where no edge is near: as soon as a row is in its sums, the same row of the next
   // step is asked for, in the same register.
-  MSVQ_DEVICE void stream_rows(State& state, int step) {
+  MSVQ_DEVICE void stream_rows(State& state) {
     if (state.column < 0) return;
-    int to = lines_of(step) + state.place;
+    int to = lines + state.place;
     const T* from = static_cast<const T*>(p.x) + next + state.column;
     float sum[2 * kRadius + kRows];
     MSVQ_UNROLL
@@ -311,7 +315,7 @@ struct BlurStream {
   // The adjoint of the replicate border: what lies outside is collected by the edge rows.
   MSVQ_DEVICE void collect_rows(const State& state, int step) const {
     if (state.column < 0 || step >= steps + Column::kAhead) return;
-    const int to = lines_of(step) + state.place;
+    const int to = lines + state.place;
     const int first = row + (step - Column::kAhead) * kRows, last = s.height - 1;
     MSVQ_NO_UNROLL
     for (int edge = 0; edge < 2; ++edge) {
@@ -325,18 +329,18 @@ struct BlurStream {
     }
   }
 
-  MSVQ_DEVICE void blur_lines(const State& state, int step) const {
+  MSVQ_DEVICE void blur_lines(const State& state) const {
     if (state.along < 0) return;
-    const int at = lines_of(step) + state.along;
+    const int at = last_lines() + state.along;
     float sum[kRows] = {};
     correlate_line<kRadius>(p.taps.along, radius_x(), shared.lines, at, sum);
     store_quad(shared.outputs, at, sum);
     store_quad(shared.outputs, at + 4, sum + 4);
   }
 
-  MSVQ_DEVICE void collect_line(const State& state, int step) const {
+  MSVQ_DEVICE void collect_line(const State& state) const {
     if (state.along < 0) return;
-    const int from = lines_of(step) + state.along;
+    const int from = last_lines() + state.along;
     const int x = pixel + state.along % s.line_row % s.line;
     MSVQ_NO_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -354,20 +358,21 @@ struct BlurStream {
 
   MSVQ_DEVICE void write(int thread, const State& state, int step) const {
     const int y = row + (step - Column::kAhead) * kRows;
-    if (y + kRows <= s.height && !s.scaled) return write_rows(state, step);
+    if (y + kRows <= s.height && !s.scaled) return write_rows(state);
     if (state.out < 0) return;
     const float half = s.scaled && is_edge_column(pixel + thread / s.channels) ? 0.5f : 1.0f;
-    int from = lines_of(step) + state.output;
+    const int by = s.quads ? 4 : 1;
+    int from = lines + state.output;
     T* to = static_cast<T*>(p.out) + (written + state.out);
     MSVQ_NO_UNROLL
-    for (int at = y + out_row(thread); at < y + kRows && at < s.height; at += s.out_rows) {
+    for (int at = y + out_row(thread); at < y + kRows && at < s.height; at += by) {
       if (s.quads) {
         write_quad(from, to);
       } else {
         const float value = shared.outputs[from];
         narrow(s.scaled && is_edge_row(at) ? half / 2 * value : half * value, to);
       }
-      from += s.out_rows * s.line_row, to += s.out_pitch;
+      from += by * s.line_row, to += by * pitch;
     }
   }
   MSVQ_DEVICE void write_quad(int from, T* to) const {
@@ -377,16 +382,13 @@ struct BlurStream {
   }
 
   // write of whole rows.
-  MSVQ_DEVICE void write_rows(const State& state, int step) const {
+  MSVQ_DEVICE void write_rows(const State& state) const {
     if (state.out < 0) return;
-    int from = lines_of(step) + state.output;
+    int from = lines + state.output;
     T* to = static_cast<T*>(p.out) + (written + state.out);
     if (s.quads) {
-      MSVQ_NO_UNROLL
-      for (int r = 0; r < kRows; r += s.out_rows) {
-        write_quad(from, to);
-        from += s.out_rows * s.line_row, to += s.out_pitch;
-      }
+      write_quad(from, to);
+      write_quad(from + s.line_quad, to + s.pitch_quad);
     } else {
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
