@@ -28,6 +28,10 @@ cudaError_t launch(const GaussianBlurParams& g, int device, cudaStream_t stream)
   const BlurParams<kRadius> params = blur_params<kRadius>(g, processors, room);
   const BlurStrips& s = params.strips;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.bytes);
+  // Rows pass through the first cache once; only what reads them again leaves it more than that.
+  if (error == cudaSuccess && kRadius > 0)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   const int64_t grid = s.tasks < INT32_MAX ? s.tasks : INT32_MAX;
   kernel<<<static_cast<unsigned>(grid), static_cast<unsigned>(s.threads),

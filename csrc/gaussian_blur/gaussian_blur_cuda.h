@@ -14,13 +14,13 @@ constexpr int kMaxRadius = 64;
 // columns of a piece, those around its pixels too.
 struct BlurStrips {
   Border border;
-  bool scaled;     // the adjoint of the reflect border, see BlurStream::read_rows
+  bool scaled;     // the adjoint of the reflect border, see BlurStream::is_edge_row
   bool collected;  // the adjoint of the replicate border, see BlurTaps
   bool quads;      // four outputs can be written at a time
   int radius_y, radius_x, pixels, channels, columns, threads;
-  int wide;                 // pixels of a line in whole blocks of 8
-  int line, line_row;       // words of a channel's line with its borders; of a row of lines
-  int line_quad, bytes;     // words of 4 rows of lines; shared memory of a block
+  int wide;                         // pixels of a line in whole blocks of 8
+  int line, line_row;               // words of a channel's line with its borders; of a row of lines
+  int line_quad, bytes;             // words of 4 rows of lines; shared memory of a block
   int height, width, inner, pitch;  // pitch: elements of a row of the tensor
   int64_t planes, pitch_quad;       // pitch_quad: of 4 rows
   int rows;
@@ -54,10 +54,13 @@ struct BlurDevice {
   int threads, room;
 };
 
-inline int to_multiple(int64_t n, int unit) { return static_cast<int>((n + unit - 1) / unit * unit); }
+inline int to_multiple(int64_t n, int unit) {
+  return static_cast<int>((n + unit - 1) / unit * unit);
+}
 
-// Rows of lines are 4 words past a multiple of 8 apart, so that the 16-byte accesses of 4 neighbours
-// on each of two rows meet in no bank. Lines and outputs are kept for two steps of 8 rows.
+// Rows of lines are 4 words past a multiple of 8 apart, so that the 16-byte accesses of 4
+// neighbours on each of two rows meet in no bank. Lines and outputs are kept for two steps of 8
+// rows.
 inline void lay_out(BlurStrips& s, int pixels) {
   s.pixels = pixels;
   s.wide = to_multiple(pixels, 8);

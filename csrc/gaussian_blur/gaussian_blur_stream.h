@@ -2,73 +2,17 @@
 //
 // A step takes kRows rows and passes through three stages, one phase each, so that a phase holds a
 // stage of three steps. Down the columns, one per thread, straight from memory: every row that
-// arrives is added to the sums it belongs to, and the kRows sums that are then complete go to shared
-// memory. Along the lines, kRows neighbouring outputs in the registers of a thread. To memory, in
-// the order of memory. The rows of the next step are asked for before the sums of this one.
-// kRadius = 0 is any radius up to kMaxRadius: its columns read again what lies around a step.
+// arrives is added to the sums it belongs to, and the kRows sums that are then complete go to
+// shared memory. Along the lines, kRows neighbouring outputs in the registers of a thread. To
+// memory, in the order of memory. The rows of the next step are asked for before the sums of this
+// one. kRadius = 0 is any radius up to kMaxRadius: its columns read again what lies around a step.
 #pragma once
 #include "cuda/block.h"
+#include "gaussian_blur/gaussian_blur_column.h"
 #include "gaussian_blur/gaussian_blur_cuda.h"
-#include "gaussian_blur/gaussian_blur_tile.h"
 
 namespace msvq {
 namespace cuda {
-
-// Sums of a column in blocks of kRows outputs. The rows of step i belong to the blocks
-// i - kAhead to i, whose sums lie kRows apart from sum 0 on; block i - kAhead is then complete.
-template <int kRadius>
-struct BlurColumn {
-  static constexpr int kAhead = (2 * kRadius + kRows - 1) / kRows;
-
-  // Adds to the blocks first to end - 1, counted from i - kAhead; the others are not of this task.
-  // `open` then holds the sums kRows places further down, `done` is called with those complete.
-  template <int kBlock = 0, class Done>
-  static MSVQ_DEVICE void add(const float* half, const float (&value)[kRows],
-                              float (&open)[2 * kRadius], int first, int end, const Done& done) {
-    if (kBlock >= first && kBlock < end) {
-      float sum[kRows];
-      MSVQ_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        const int at = kBlock * kRows + i;
-        sum[i] = at < 2 * kRadius ? open[at < 2 * kRadius ? at : 0] : 0.0f;
-        MSVQ_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const int j = at - r;  // The taps are symmetric: tap 2 * kRadius - j is tap j.
-          if (j >= 0 && j <= 2 * kRadius) sum[i] += tap_at(half, kRadius, j) * value[r];
-        }
-      }
-      if constexpr (kBlock == 0) done(sum);
-      MSVQ_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        const int to = (kBlock - 1) * kRows + i;
-        if (to >= 0 && to < 2 * kRadius) open[to] = sum[i];
-      }
-    }
-    if constexpr (kBlock < kAhead) add<kBlock + 1>(half, value, open, first, end, done);
-  }
-};
-
-template <>
-struct BlurColumn<0> {
-  static constexpr int kAhead = 0;
-};
-
-// border_source by walking, for lines not much shorter than the kernel: a division of 64-bit
-// integers would take registers that the sums need.
-MSVQ_HOST_DEVICE int walked_source(Border border, int i, int n) {
-  if (i >= 0 && i < n) return i;
-  if (border == Border::constant) return -1;
-  if (border == Border::replicate) return i < 0 ? 0 : n - 1;
-  if (n == 1) return 0;
-  const int edge = border == Border::symmetric ? 1 : 0;
-  while (i < 0 || i >= n) {
-    if (border == Border::circular)
-      i += i < 0 ? n : -n;
-    else
-      i = i < 0 ? -edge - i : 2 * (n - 1) + edge - i;
-  }
-  return i;
-}
 
 struct BlurShared {
   MSVQ_HOST_DEVICE BlurShared(const BlurStrips& s, SharedCarver carver)
@@ -125,8 +69,8 @@ struct BlurStream {
     next = plane + first_row(1) * pitch;
     written = plane + (row - (Column::kAhead + 2) * kRows) * pitch;
     if constexpr (kRadius > 0) block.each([&](int, State& state) { fetch(state, 0); });
-    // Steps in the middle, whose three stages and next two steps meet no edge.
-    const int middle = Column::kAhead + 2, inside = (s.height - first_row(2)) / kRows;
+    // Steps in the middle: neither they nor the next two meet an edge of the task or the image.
+    const int inside = (s.height - first_row(2)) / kRows;
     const int end = kRadius == 0 || s.scaled || s.collected ? 0 : inside < steps ? inside : steps;
     int step = 0;
     const auto advance = [&] {
@@ -149,11 +93,11 @@ struct BlurStream {
       advance();
       if constexpr (kRadius > 0) {
         MSVQ_NO_UNROLL
-        for (; step >= middle && step < end; advance())
+        for (; step >= Column::kAhead && step < end; advance())
           block.each([&](int, State& state) {
             stream_rows(state);
-            blur_lines(state);
-            write_rows(state);
+            if (step > Column::kAhead) blur_lines(state);
+            if (step > Column::kAhead + 1) write_rows(state);
           });
       }
     }
@@ -233,7 +177,7 @@ struct BlurStream {
 
   MSVQ_DEVICE void blur_columns(State& state, int step) {
     if (state.column < 0) return;
-    const auto put = [&](const float(&done)[kRows]) {
+    const auto put = [&](const float (&done)[kRows]) {
       const int to = lines + state.place;
       const bool twice = s.scaled && is_edge_column(state.column / s.inner);
       MSVQ_UNROLL
@@ -298,8 +242,7 @@ struct BlurStream {
     MSVQ_NO_UNROLL
     for (int j0 = 0; j0 <= 2 * s.radius_y; j0 += kRows) {
       MSVQ_UNROLL
-      for (int i = 0; i < kRows; ++i)
-        word[kRows + i] = read(state, top + j0 + kRows + i);
+      for (int i = 0; i < kRows; ++i) word[kRows + i] = read(state, top + j0 + kRows + i);
       MSVQ_UNROLL
       for (int j = 0; j < kRows; ++j) {
         if (j0 + j > 2 * s.radius_y) break;

@@ -90,6 +90,16 @@ def test_uint8_rounds_half_to_even(kernel_size: int, layout: torch.memory_format
     assert torch.equal(on_host(ties, [0.5], [1.0], "reflect"), (ties / 2).round().byte())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel_size", [11, 31, 45])
+def test_strips_away_from_every_edge(kernel_size: int, dtype: torch.dtype) -> None:
+    for shape, layout in (((1, 1, 203, 1004), LAYOUTS[0]), ((1, 3, 150, 349), LAYOUTS[1])):
+        x = torch.randn(shape).to(dtype).to(memory_format=layout)
+        for border in BORDERS:
+            for adjoint in (False, True):
+                check(x, taps(kernel_size), taps(kernel_size), border, adjoint, blocks=4)
+
+
 @pytest.mark.parametrize("blocks", [1, 16, 1000])
 @pytest.mark.parametrize("kernel_size", [9, 15])
 def test_the_cut_into_tasks_changes_no_bit(kernel_size: int, blocks: int) -> None:
