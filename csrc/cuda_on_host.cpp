@@ -9,7 +9,7 @@ namespace msvq {
 
 void gaussian_blur_cuda_on_host(const GaussianBlurParams& g, int64_t processors, bool reversed) {
   if (g.planes * g.height * g.width * g.inner == 0) return;
-  cuda::for_radius(g.radius_y == g.radius_x ? g.radius_x : 0, [&](auto radius) {
+  cuda::for_radius(cuda::streamed_radius(g), [&](auto radius) {
     constexpr int kRadius = decltype(radius)::value;
     const auto params = cuda::blur_params<kRadius>(g, processors, 100 * 1024);
     const cuda::BlurStrips& s = params.strips;

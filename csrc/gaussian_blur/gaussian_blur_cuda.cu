@@ -48,7 +48,7 @@ int gaussian_blur_cuda(const GaussianBlurParams& g, int device, void* stream) {
   constexpr int64_t most = INT32_MAX - 2048;
   if (g.height > most || g.width * g.inner > most) return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
-  return cuda::for_radius(g.radius_y == g.radius_x ? g.radius_x : 0, [&](auto radius) {
+  return cuda::for_radius(cuda::streamed_radius(g), [&](auto radius) {
     constexpr int kRadius = decltype(radius)::value;
     switch (g.type) {
       case ImageType::float32:

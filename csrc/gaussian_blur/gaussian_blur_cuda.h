@@ -70,7 +70,7 @@ inline void lay_out(BlurStrips& s, int pixels) {
   s.threads = to_multiple(s.columns > outputs ? s.columns : outputs, 32);
   s.line_row = s.channels * s.line + 4;
   s.line_quad = 4 * s.line_row;
-  s.bytes = 2 * 2 * 8 * 4 * s.line_row + 2 * 4 * 8 * 4;
+  s.bytes = 2 * 2 * 8 * 4 * s.line_row + 4 * 8 * 4;
 }
 
 // Cuts for the least time, which the busiest multiprocessor takes for its rows; every task also
@@ -165,6 +165,13 @@ auto for_radius(int64_t radius, const Body& body) {
     default:
       return body(Radius<0>());
   }
+}
+
+// The radius with a kernel of its own, else 0: for axes that differ, and for the adjoints that
+// treat the edges apart.
+inline int64_t streamed_radius(const GaussianBlurParams& g) {
+  const bool apart = g.adjoint && (g.border == Border::reflect || g.border == Border::replicate);
+  return g.radius_y == g.radius_x && !apart ? g.radius_x : 0;
 }
 
 }  // namespace cuda

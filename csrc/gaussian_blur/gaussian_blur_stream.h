@@ -18,11 +18,9 @@ struct BlurShared {
   MSVQ_HOST_DEVICE BlurShared(const BlurStrips& s, SharedCarver carver)
       : lines(carver.take<float>(2 * kRows * s.line_row)),
         outputs(carver.take<float>(2 * kRows * s.line_row)),
-        rows(carver.take<int32_t>(4 * kRows)),
-        factors(carver.take<float>(4 * kRows)) {}
+        rows(carver.take<int32_t>(4 * kRows)) {}
   Shared<float> lines, outputs;  // of the rows of two steps
   Shared<int32_t> rows;          // that the columns read in four steps, -1: zeros; near the border
-  Shared<float> factors;         // of the rows of four steps, for the adjoint of the reflect border
 };
 
 template <int kRadius, class T>
@@ -52,6 +50,10 @@ struct BlurStream {
   MSVQ_DEVICE int radius_x() const { return kRadius ? kRadius : s.radius_x; }
   MSVQ_DEVICE int radius_y() const { return kRadius ? kRadius : s.radius_y; }
 
+  // Adjoints that treat the edges apart: see streamed_radius.
+  MSVQ_DEVICE bool scaled() const { return kRadius == 0 && s.scaled; }
+  MSVQ_DEVICE bool collected() const { return kRadius == 0 && s.collected; }
+
   MSVQ_DEVICE void run(Block<State>& block, int64_t task) {
     pixel = static_cast<int>(task % s.count_x) * s.pixels;
     task /= s.count_x;
@@ -63,15 +65,14 @@ struct BlurStream {
     plane = task / s.count_channels * s.height * pitch;
     block.each([&](int thread, State& state) {
       prepare(thread, state);
-      name_rows(thread, 0);
-      name_rows(thread, 1);
+      for (int step = 0; step < 2; ++step) name_rows(thread, step);
     });
     next = plane + first_row(1) * pitch;
     written = plane + (row - (Column::kAhead + 2) * kRows) * pitch;
     if constexpr (kRadius > 0) block.each([&](int, State& state) { fetch(state, 0); });
     // Steps in the middle: neither they nor the next two meet an edge of the task or the image.
     const int inside = (s.height - first_row(2)) / kRows;
-    const int end = kRadius == 0 || s.scaled || s.collected ? 0 : inside < steps ? inside : steps;
+    const int end = inside < steps ? inside : steps;
     int step = 0;
     const auto advance = [&] {
       ++step, next += kRows * pitch, written += kRows * pitch;
@@ -83,10 +84,10 @@ struct BlurStream {
       block.each([&](int thread, State& state) {
         name_rows(thread, step + 2);
         if (step < steps + Column::kAhead) blur_columns(state, step);
-        if (s.collected && step >= Column::kAhead) collect_rows(state, step);
+        if (collected() && step < steps) collect_rows(state, step);
         if (step > Column::kAhead && step <= steps + Column::kAhead) {
           blur_lines(state);
-          if (s.collected) collect_line(state);
+          if (collected()) collect_line(state);
         }
         if (step > Column::kAhead + 1) write(thread, state, step - 2);
       });
@@ -141,10 +142,8 @@ struct BlurStream {
 
   MSVQ_DEVICE void name_rows(int thread, int step) const {
     const int y = first_row(step);
-    if ((is_inside(y) && !s.scaled) || thread >= kRows) return;
-    const int from = walked_source(s.border, y + thread, s.height);
-    shared.rows[(step & 3) * kRows + thread] = from;
-    shared.factors[(step & 3) * kRows + thread] = is_edge_row(from) ? 2.0f : 1.0f;
+    if (kRadius == 0 || is_inside(y) || thread >= kRows) return;
+    shared.rows[(step & 3) * kRows + thread] = walked_source(s.border, y + thread, s.height);
   }
 
   MSVQ_DEVICE void fetch(State& state, int step) const {
@@ -179,7 +178,7 @@ struct BlurStream {
     if (state.column < 0) return;
     const auto put = [&](const float (&done)[kRows]) {
       const int to = lines + state.place;
-      const bool twice = s.scaled && is_edge_column(state.column / s.inner);
+      const bool twice = scaled() && is_edge_column(state.column / s.inner);
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r)
         shared.lines[to + r * s.line_row] = twice ? 2 * done[r] : done[r];
@@ -187,10 +186,7 @@ struct BlurStream {
     if constexpr (kRadius > 0) {
       float value[kRows];
       MSVQ_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        value[r] = widen(state.next[r]);
-        if (s.scaled) value[r] *= shared.factors[(step & 3) * kRows + r];
-      }
+      for (int r = 0; r < kRows; ++r) value[r] = widen(state.next[r]);
       const int first = Column::kAhead - step, end = steps + Column::kAhead - step;
       Column::add(p.taps.across, value, state.open, first, end, put);
       if (end > 1) fetch(state, step + 1);
@@ -231,7 +227,7 @@ struct BlurStream {
     const int at = walked_source(s.border, y, s.height);
     if (at < 0) return 0;
     const float value = widen(static_cast<const T*>(p.x)[plane + at * pitch + state.column]);
-    return s.scaled && is_edge_row(at) ? 2 * value : value;
+    return scaled() && is_edge_row(at) ? 2 * value : value;
   }
 
   MSVQ_DEVICE void sum_rows(const State& state, int step, float (&done)[kRows]) const {
@@ -257,16 +253,15 @@ struct BlurStream {
 
   // The adjoint of the replicate border: what lies outside is collected by the edge rows.
   MSVQ_DEVICE void collect_rows(const State& state, int step) const {
-    if (state.column < 0 || step >= steps + Column::kAhead) return;
-    const int to = lines + state.place;
-    const int first = row + (step - Column::kAhead) * kRows, last = s.height - 1;
+    if (state.column < 0) return;
+    const int to = lines + state.place, first = row + step * kRows, last = s.height - 1;
     MSVQ_NO_UNROLL
     for (int edge = 0; edge < 2; ++edge) {
       const int y = edge ? last : 0;
       if (y < first || y >= first + kRows) continue;
       float sum = 0;
       MSVQ_NO_UNROLL
-      for (int j = 0; j <= radius_y() && j <= last; ++j)
+      for (int j = 0; j <= s.radius_y && j <= last; ++j)
         sum += p.taps.tail_across[j] * read(state, edge ? last - j : j);
       shared.lines[to + (y - first) * s.line_row] = sum;
     }
@@ -291,8 +286,8 @@ struct BlurStream {
       if (!first && !last) continue;
       float sum = 0;
       MSVQ_NO_UNROLL
-      for (int j = 0; j <= radius_x() && j < s.width; ++j) {
-        const int at_pixel = from + i + radius_x() + (first ? j : -j);
+      for (int j = 0; j <= s.radius_x && j < s.width; ++j) {
+        const int at_pixel = from + i + s.radius_x + (first ? j : -j);
         sum += p.taps.tail_along[j] * shared.lines[at_pixel];
       }
       shared.outputs[from + i] = sum;
@@ -301,9 +296,9 @@ struct BlurStream {
 
   MSVQ_DEVICE void write(int thread, const State& state, int step) const {
     const int y = row + (step - Column::kAhead) * kRows;
-    if (y + kRows <= s.height && !s.scaled) return write_rows(state);
+    if (y + kRows <= s.height && !scaled()) return write_rows(state);
     if (state.out < 0) return;
-    const float half = s.scaled && is_edge_column(pixel + thread / s.channels) ? 0.5f : 1.0f;
+    const float half = scaled() && is_edge_column(pixel + thread / s.channels) ? 0.5f : 1.0f;
     const int by = s.quads ? 4 : 1;
     int from = lines + state.output;
     T* to = static_cast<T*>(p.out) + (written + state.out);
@@ -313,7 +308,7 @@ struct BlurStream {
         write_quad(from, to);
       } else {
         const float value = shared.outputs[from];
-        narrow(s.scaled && is_edge_row(at) ? half / 2 * value : half * value, to);
+        narrow(scaled() && is_edge_row(at) ? half / 2 * value : half * value, to);
       }
       from += by * s.line_row, to += by * pitch;
     }
