@@ -2,7 +2,8 @@
 #include <cmath>
 
 #include "gaussian_blur/gaussian_blur_stream.h"
-#include "multiscale_loss/multiscale_loss_stream.h"
+#include "multiscale_loss/multiscale_loss_cuda.h"
+#include "multiscale_loss/multiscale_loss_ring.h"
 #include "multiscale_loss/multiscale_loss_sum.h"
 
 namespace msvq {
@@ -30,18 +31,20 @@ bool multiscale_loss_cuda_on_host(const MultiscaleLossParams& g, int64_t blocks,
                                   bool reversed) {
   int64_t run = 0;
   const bool fits =
-      cuda::count(g) == 0 || cuda::for_radius(cuda::streamed_radius(g), [&](auto kind) {
-        constexpr int kRadius = decltype(kind)::value;
-        using State = cuda::LossState<kRadius>;
-        cuda::LossParams<kRadius> params{};
+      cuda::count(g) == 0 ||
+      cuda::for_loss_kernel(g.num_scales, g.radius, g.border, [&](auto kernel) {
+        using Runner = cuda::LossRunner<decltype(kernel)>;
+        typename Runner::Params params{};
         if (!cuda::loss_params(g, blocks, room, params)) return false;
-        run = cuda::loss_blocks(params.strips);
+        run = cuda::loss_blocks(params.strips, blocks);
         const int bytes = cuda::loss_shared_bytes(params.strips);
         for (int64_t i = 0; i < run; ++i) {
           std::vector<float> memory(static_cast<size_t>(bytes) / sizeof(float), NAN);
-          cuda::Block<State> block{std::vector<State>(cuda::kLossThreads), reversed};
-          cuda::LossStream<kRadius> stream(params, reinterpret_cast<char*>(memory.data()));
-          stream.run(block, i, run);
+          cuda::Block<typename Runner::State> block{
+              std::vector<typename Runner::State>(static_cast<size_t>(params.strips.threads)),
+              reversed};
+          Runner runner(params, reinterpret_cast<char*>(memory.data()));
+          runner.run(block, i, run);
         }
         return true;
       });

@@ -1,22 +1,19 @@
 // Launches of the multi-scale loss's CUDA kernels.
-#include "multiscale_loss/multiscale_loss_stream.h"
+#include "multiscale_loss/multiscale_loss_cuda.h"
+#include "multiscale_loss/multiscale_loss_ring.h"
 #include "multiscale_loss/multiscale_loss_sum.h"
 
 namespace msvq {
 namespace cuda {
 namespace {
 
-// Two blocks on a multiprocessor leave a thread 128 registers, one leaves it 255.
-template <int kRadius>
-constexpr int kLossBlocks = kRadius > 15 ? 1 : 2;
-
-template <int kRadius>
-__global__ void __launch_bounds__(kLossThreads, kLossBlocks<kRadius>)
-    multiscale_loss_kernel(const LossParams<kRadius> params) {
+template <class Runner>
+__global__ void __launch_bounds__(Runner::kMaxThreads, Runner::kBlocks)
+    multiscale_loss_kernel(const typename Runner::Params params) {
   extern __shared__ float4 memory[];
-  Block<LossState<kRadius>> block;
-  LossStream<kRadius> stream(params, reinterpret_cast<char*>(memory));
-  stream.run(block, blockIdx.x, gridDim.x);
+  Block<typename Runner::State> block;
+  Runner runner(params, reinterpret_cast<char*>(memory));
+  runner.run(block, blockIdx.x, gridDim.x);
 }
 
 __global__ void __launch_bounds__(kLossThreads) multiscale_loss_sum_kernel(const LossSum sum) {
@@ -30,22 +27,22 @@ __global__ void __launch_bounds__(kLossThreads)
   scale.run(int64_t{blockIdx.x} * kLossThreads + threadIdx.x, int64_t{gridDim.x} * kLossThreads);
 }
 
-template <int kRadius>
+template <class Runner>
 cudaError_t launch(const MultiscaleLossParams& g, int device, cudaStream_t stream, int64_t& grid) {
-  const auto kernel = multiscale_loss_kernel<kRadius>;
-  LossParams<kRadius> params{};
+  const auto kernel = multiscale_loss_kernel<Runner>;
+  typename Runner::Params params{};
   int processors = 0, room = 0;
   cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  if (!loss_params(g, int64_t{processors} * kLossBlocks<kRadius>, room, params))
-    return cudaErrorInvalidConfiguration;
+  const int64_t pairs = int64_t{processors} * 2;
+  if (!loss_params(g, pairs, room, params)) return cudaErrorInvalidConfiguration;
   const int bytes = loss_shared_bytes(params.strips);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  grid = loss_blocks(params.strips);
-  kernel<<<static_cast<unsigned>(grid), kLossThreads, bytes, stream>>>(params);
+  grid = loss_blocks(params.strips, pairs);
+  kernel<<<static_cast<unsigned>(grid), params.strips.threads, bytes, stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -57,8 +54,8 @@ int multiscale_loss_cuda(const MultiscaleLossParams& g, int device, void* stream
   int64_t blocks = 0;
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess && cuda::count(g) > 0)
-    error = cuda::for_radius(cuda::streamed_radius(g), [&](auto radius) {
-      return cuda::launch<decltype(radius)::value>(g, device, on, blocks);
+    error = cuda::for_loss_kernel(g.num_scales, g.radius, g.border, [&](auto kernel) {
+      return cuda::launch<cuda::LossRunner<decltype(kernel)>>(g, device, on, blocks);
     });
   if (error != cudaSuccess || !g.partials) return error;
   cuda::multiscale_loss_sum_kernel<<<1, cuda::kLossThreads, 0, on>>>(cuda::loss_sum(g, blocks));
