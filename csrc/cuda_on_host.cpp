@@ -2,8 +2,8 @@
 #include <cmath>
 
 #include "gaussian_blur/gaussian_blur_stream.h"
-#include "multiscale_loss/multiscale_loss_cuda.h"
-#include "multiscale_loss/multiscale_loss_ring.h"
+#include "multiscale_loss/multiscale_loss_quads.h"
+#include "multiscale_loss/multiscale_loss_stream.h"
 #include "multiscale_loss/multiscale_loss_sum.h"
 
 namespace msvq {
@@ -27,26 +27,59 @@ void gaussian_blur_cuda_on_host(const GaussianBlurParams& g, int64_t processors,
   });
 }
 
+namespace {
+
+// Both leave the number of blocks that ran, and are false where the kernel cannot run.
+template <int kRadius, int kScales>
+bool run_quads(const MultiscaleLossParams& g, int64_t blocks, int room, bool reversed,
+               int64_t& run) {
+  using State = cuda::QuadState<kRadius, kScales>;
+  cuda::QuadParams<kRadius> params{};
+  if (!cuda::quad_params(g, room, params)) return false;
+  run = cuda::quad_blocks(params.strips, blocks);
+  const int bytes = cuda::quad_shared_bytes(params.strips);
+  for (int64_t i = 0; i < run; ++i) {
+    std::vector<float> memory(static_cast<size_t>(bytes) / sizeof(float), NAN);
+    cuda::Block<State> block{std::vector<State>(static_cast<size_t>(params.strips.threads)),
+                             reversed};
+    cuda::QuadStream<kRadius, kScales> stream(params, reinterpret_cast<char*>(memory.data()));
+    stream.run(block, i, run);
+  }
+  return true;
+}
+
+template <int kRadius>
+bool run_stream(const MultiscaleLossParams& g, int64_t blocks, int room, bool reversed,
+                int64_t& run) {
+  using State = cuda::LossState<kRadius>;
+  cuda::LossParams<kRadius> params{};
+  if (!cuda::loss_params(g, blocks, room, params)) return false;
+  run = cuda::loss_blocks(params.strips);
+  const int bytes = cuda::loss_shared_bytes(params.strips);
+  for (int64_t i = 0; i < run; ++i) {
+    std::vector<float> memory(static_cast<size_t>(bytes) / sizeof(float), NAN);
+    cuda::Block<State> block{std::vector<State>(cuda::kLossThreads), reversed};
+    cuda::LossStream<kRadius> stream(params, reinterpret_cast<char*>(memory.data()));
+    stream.run(block, i, run);
+  }
+  return true;
+}
+
+}  // namespace
+
 bool multiscale_loss_cuda_on_host(const MultiscaleLossParams& g, int64_t blocks, int room,
                                   bool reversed) {
   int64_t run = 0;
   const bool fits =
-      cuda::count(g) == 0 ||
-      cuda::for_loss_kernel(g.num_scales, g.radius, g.border, [&](auto kernel) {
-        using Runner = cuda::LossRunner<decltype(kernel)>;
-        typename Runner::Params params{};
-        if (!cuda::loss_params(g, blocks, room, params)) return false;
-        run = cuda::loss_blocks(params.strips, blocks);
-        const int bytes = cuda::loss_shared_bytes(params.strips);
-        for (int64_t i = 0; i < run; ++i) {
-          std::vector<float> memory(static_cast<size_t>(bytes) / sizeof(float), NAN);
-          cuda::Block<typename Runner::State> block{
-              std::vector<typename Runner::State>(static_cast<size_t>(params.strips.threads)),
-              reversed};
-          Runner runner(params, reinterpret_cast<char*>(memory.data()));
-          runner.run(block, i, run);
+      cuda::count(g) == 0 || cuda::for_radius(cuda::streamed_radius(g), [&](auto kind) {
+        constexpr int kRadius = decltype(kind)::value;
+        if constexpr (kRadius > 0) {
+          const bool done = cuda::for_blurred_scales(g.num_scales, [&](auto scales) {
+            return run_quads<kRadius, decltype(scales)::value>(g, blocks, room, reversed, run);
+          });
+          if (done) return true;
         }
-        return true;
+        return run_stream<kRadius>(g, blocks, room, reversed, run);
       });
   if (!fits || !g.partials) return fits;
   std::vector<double> sums(cuda::kLossThreads, NAN);

@@ -1,19 +1,32 @@
 // Launches of the multi-scale loss's CUDA kernels.
-#include "multiscale_loss/multiscale_loss_cuda.h"
-#include "multiscale_loss/multiscale_loss_ring.h"
+#include "multiscale_loss/multiscale_loss_quads.h"
+#include "multiscale_loss/multiscale_loss_stream.h"
 #include "multiscale_loss/multiscale_loss_sum.h"
 
 namespace msvq {
 namespace cuda {
 namespace {
 
-template <class Runner>
-__global__ void __launch_bounds__(Runner::kMaxThreads, Runner::kBlocks)
-    multiscale_loss_kernel(const typename Runner::Params params) {
+// Two blocks on a multiprocessor leave a thread 128 registers, one leaves it 255.
+template <int kRadius>
+constexpr int kLossBlocks = kRadius > 15 ? 1 : 2;
+
+template <int kRadius>
+__global__ void __launch_bounds__(kLossThreads, kLossBlocks<kRadius>)
+    multiscale_loss_kernel(const LossParams<kRadius> params) {
   extern __shared__ float4 memory[];
-  Block<typename Runner::State> block;
-  Runner runner(params, reinterpret_cast<char*>(memory));
-  runner.run(block, blockIdx.x, gridDim.x);
+  Block<LossState<kRadius>> block;
+  LossStream<kRadius> stream(params, reinterpret_cast<char*>(memory));
+  stream.run(block, blockIdx.x, gridDim.x);
+}
+
+template <int kRadius, int kScales>
+__global__ void __launch_bounds__(kWideQuadThreads, 1)
+    multiscale_loss_quads_kernel(const QuadParams<kRadius> params) {
+  extern __shared__ float4 memory[];
+  Block<QuadState<kRadius, kScales>> block;
+  QuadStream<kRadius, kScales> stream(params, reinterpret_cast<char*>(memory));
+  stream.run(block, blockIdx.x, gridDim.x);
 }
 
 __global__ void __launch_bounds__(kLossThreads) multiscale_loss_sum_kernel(const LossSum sum) {
@@ -27,38 +40,59 @@ __global__ void __launch_bounds__(kLossThreads)
   scale.run(int64_t{blockIdx.x} * kLossThreads + threadIdx.x, int64_t{gridDim.x} * kLossThreads);
 }
 
-template <class Runner>
-cudaError_t launch(const MultiscaleLossParams& g, int device, cudaStream_t stream, int64_t& grid) {
-  const auto kernel = multiscale_loss_kernel<Runner>;
-  typename Runner::Params params{};
-  int processors = 0, room = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+struct Device {
+  int processors, room;
+  cudaStream_t stream;
+};
+
+template <class Params, class Kernel>
+cudaError_t start(Kernel kernel, const Params& params, const Device& device, int64_t grid,
+                  int threads, int bytes) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int64_t pairs = int64_t{processors} * 2;
-  if (!loss_params(g, pairs, room, params)) return cudaErrorInvalidConfiguration;
-  const int bytes = loss_shared_bytes(params.strips);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  grid = loss_blocks(params.strips, pairs);
-  kernel<<<static_cast<unsigned>(grid), params.strips.threads, bytes, stream>>>(params);
+  kernel<<<static_cast<unsigned>(grid), threads, bytes, device.stream>>>(params);
   return cudaGetLastError();
+}
+
+// Leaves the number of blocks in `grid`.
+template <int kRadius>
+cudaError_t launch(const MultiscaleLossParams& g, const Device& device, int64_t& grid) {
+  if constexpr (kRadius > 0) {
+    QuadParams<kRadius> params{};
+    if (quad_params(g, device.room, params)) {
+      grid = quad_blocks(params.strips, int64_t{device.processors} * 2);
+      return for_blurred_scales(g.num_scales, [&](auto scales) {
+        return start(multiscale_loss_quads_kernel<kRadius, decltype(scales)::value>, params, device,
+                     grid, params.strips.threads, quad_shared_bytes(params.strips));
+      });
+    }
+  }
+  LossParams<kRadius> params{};
+  if (!loss_params(g, int64_t{device.processors} * kLossBlocks<kRadius>, device.room, params))
+    return cudaErrorInvalidConfiguration;
+  grid = loss_blocks(params.strips);
+  return start(multiscale_loss_kernel<kRadius>, params, device, grid, kLossThreads,
+               loss_shared_bytes(params.strips));
 }
 
 }  // namespace
 }  // namespace cuda
 
 int multiscale_loss_cuda(const MultiscaleLossParams& g, int device, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
+  cuda::Device on{0, 0, static_cast<cudaStream_t>(stream)};
   int64_t blocks = 0;
   cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&on.processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&on.room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess && cuda::count(g) > 0)
-    error = cuda::for_loss_kernel(g.num_scales, g.radius, g.border, [&](auto kernel) {
-      return cuda::launch<cuda::LossRunner<decltype(kernel)>>(g, device, on, blocks);
+    error = cuda::for_radius(cuda::streamed_radius(g), [&](auto radius) {
+      return cuda::launch<decltype(radius)::value>(g, on, blocks);
     });
   if (error != cudaSuccess || !g.partials) return error;
-  cuda::multiscale_loss_sum_kernel<<<1, cuda::kLossThreads, 0, on>>>(cuda::loss_sum(g, blocks));
+  cuda::multiscale_loss_sum_kernel<<<1, cuda::kLossThreads, 0, on.stream>>>(cuda::loss_sum(g, blocks));
   return cudaGetLastError();
 }
 

@@ -14,6 +14,30 @@ MSVQ_DEVICE void for_size(ImageType type, const Body& body) {
   body(Type<bfloat16>());
 }
 
+// Runs two phases, the second on what threads of the same warp left in the first, and waits for the
+// block. The host runs warp after warp.
+template <class State, class First, class Second>
+MSVQ_DEVICE void each_in_warps(Block<State>& block, const First& first, const Second& second) {
+#if defined(__CUDACC__)
+  first(static_cast<int>(threadIdx.x), block.state);
+  __syncwarp();
+  second(static_cast<int>(threadIdx.x), block.state);
+  __syncthreads();
+#else
+  const int threads = static_cast<int>(block.states.size());
+  for (int begin = 0; begin < threads; begin += 32) {
+    const auto run = [&](const auto& phase) {
+      for (int i = begin; i < begin + 32; ++i) {
+        const int thread = block.reversed ? threads - 1 - i : i;
+        phase(thread, block.states[static_cast<size_t>(thread)]);
+      }
+    };
+    run(first);
+    run(second);
+  }
+#endif
+}
+
 // Four elements as they lie in memory. `kOnce`: nobody reads them again, so the caches need not
 // keep them.
 template <bool kOnce, class T>
@@ -61,17 +85,6 @@ MSVQ_DEVICE void write_quad(const float (&value)[4], T* to) {
   if (reinterpret_cast<uintptr_t>(to) % (4 * sizeof(T)) != 0)
     throw std::out_of_range("a kernel wrote four elements off their boundary");
   for (int k = 0; k < 4; ++k) narrow(value[k], to + k);
-#endif
-}
-
-// Four indices at an index that is a multiple of 4.
-MSVQ_DEVICE void load_quad(const Shared<int32_t>& from, int i, int (&to)[4]) {
-#if defined(__CUDACC__)
-  const int4 quad = *reinterpret_cast<const int4*>(from.data + i);
-  to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
-#else
-  if (i % 4 != 0) throw std::out_of_range("a kernel read 16 bytes off their boundary");
-  for (int k = 0; k < 4; ++k) to[k] = from[i + k];
 #endif
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -73,7 +74,8 @@ def check(contributions: list[Tensor], x: Tensor, border: str, radius: int, **se
 @pytest.mark.parametrize("radius", [0, 1, 3, 5, 7, 10, 15, 22])
 @pytest.mark.parametrize("scales", [1, 2, 3, 4])
 def test_equals_closed_form(scales: int, radius: int, border: str) -> None:
-    for shape in ((1, 2, 1, 1), (1, 1, 9, 3), (1, 3, 30, 23)):
+    # rows of whole quads and others run different kernels
+    for shape in ((1, 2, 1, 1), (1, 1, 9, 3), (1, 3, 30, 23), (2, 1, 5, 4), (1, 3, 30, 24)):
         for layout in LAYOUTS:
             check(*inputs(shape, scales, layout), border, radius, blocks=8)
 
@@ -83,15 +85,20 @@ def test_equals_closed_form(scales: int, radius: int, border: str) -> None:
 def test_strips_and_segments_meet(scales: int, radius: int, border: str) -> None:
     check(*inputs((1, 1, 45, 300), scales), border, radius, blocks=8)
     check(*inputs((1, 5, 19, 90), scales, torch.channels_last), border, radius, blocks=8)
+    check(*inputs((1, 3, 50, 204), scales, torch.channels_last), border, radius, blocks=8)
+    check(*inputs((2, 1, 100, 420), scales), border, radius, blocks=5)
 
 
+@pytest.mark.parametrize("width", [37, 40])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_types(dtype: torch.dtype, x_dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_types(
+    dtype: torch.dtype, x_dtype: torch.dtype, layout: torch.memory_format, width: int
+) -> None:
     for border in ("reflect", "replicate", "constant"):
         # a sum, for in float16 the gradients of a mean are subnormal
-        contributions, x = inputs((1, 3, 21, 37), 3, layout, x_dtype, dtype)
+        contributions, x = inputs((1, 3, 21, width), 3, layout, x_dtype, dtype)
         got = on_host(contributions, x, [1.0, 0.5, 2.0], border, radius=5, reduction="sum")
         want, grads = closed_form(contributions, x, [1.0, 0.5, 2.0], border, 5, "sum")
         assert got.loss is not None
@@ -105,8 +112,8 @@ def test_types(dtype: torch.dtype, x_dtype: torch.dtype, layout: torch.memory_fo
 
 
 def test_gradients_may_lie_over_the_contributions() -> None:
-    for layout in LAYOUTS:
-        contributions, x = inputs((1, 3, 40, 140), 3, layout)
+    for layout, width in itertools.product(LAYOUTS, (140, 142)):
+        contributions, x = inputs((1, 3, 40, width), 3, layout)
         apart = on_host(contributions, x, [1.0, 0.5, 2.0], radius=5)
         copies = [c.clone(memory_format=torch.preserve_format) for c in contributions]
         over = on_host(copies, x, [1.0, 0.5, 2.0], radius=5, in_place=True)
@@ -115,25 +122,27 @@ def test_gradients_may_lie_over_the_contributions() -> None:
         assert over.grads[0] is copies[0]
 
 
-def test_results_that_nobody_asks_for() -> None:
-    contributions, x = inputs((1, 1, 20, 30), 3)
+@pytest.mark.parametrize("radius", [3, 5])
+def test_results_that_nobody_asks_for(radius: int) -> None:
+    contributions, x = inputs((1, 1, 20, 32), 3)
     weights = [1.0, 0.5, 2.0]
-    whole = on_host(contributions, x, weights)
-    some = on_host(contributions, x, weights, grad=[False, True, False])
+    whole = on_host(contributions, x, weights, radius=radius)
+    some = on_host(contributions, x, weights, radius=radius, grad=[False, True, False])
     assert some.grads[0] is None and torch.equal(some.grads[1], whole.grads[1])
-    forward = on_host(contributions, x, weights, grad=False)
+    forward = on_host(contributions, x, weights, radius=radius, grad=False)
     assert torch.equal(forward.loss, whole.loss)
-    again = on_host(contributions, x, weights, loss=False)
+    again = on_host(contributions, x, weights, radius=radius, loss=False)
     assert all(torch.equal(a, b) for a, b in zip(again.grads, whole.grads, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_upstream_gradient(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("radius", [3, 5])
+def test_upstream_gradient(radius: int, dtype: torch.dtype) -> None:
     """Known when the pass runs, or afterwards over gradients that were stored without it."""
     contributions, x = inputs((2, 1, 64, 64), 2, dtype=dtype)
-    _, want = closed_form(contributions, x, [1.0, 0.5], "reflect", 3)
-    known = on_host(contributions, x, [1.0, 0.5], loss=False, upstream=65536.0)
-    stored = on_host(contributions, x, [1.0, 0.5], grad_factor=1.0)
+    _, want = closed_form(contributions, x, [1.0, 0.5], "reflect", radius)
+    known = on_host(contributions, x, [1.0, 0.5], radius=radius, loss=False, upstream=65536.0)
+    stored = on_host(contributions, x, [1.0, 0.5], radius=radius, grad_factor=1.0)
     scale = torch.tensor(65536.0)
     rest = arguments_of(
         contributions, x, stored.grads, [1.0, 0.5], "reflect", 3, (0.0, 1 / x.numel()), scale,
@@ -161,7 +170,7 @@ def test_a_factor_of_one_keeps_every_bit() -> None:
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("radius", [4, 7])
 def test_the_cut_into_tasks_changes_no_gradient(radius: int, border: str) -> None:
-    contributions, x = inputs((1, 1, 150, 130), 3)
+    contributions, x = inputs((1, 1, 150, 132), 3)
     weights = [1.0, 0.5, 2.0]
     whole = on_host(contributions, x, weights, border, radius=radius, blocks=1)
     for blocks, room in ((16, ROOM), (1000, ROOM), (3, 44 << 10)):
@@ -174,11 +183,12 @@ def test_the_cut_into_tasks_changes_no_gradient(radius: int, border: str) -> Non
 def test_more_tasks_than_blocks(radius: int) -> None:
     """A block then runs several, and a thread of the last sum adds up several blocks."""
     check(*inputs((4200, 1, 2, 3), 2), "reflect", radius, blocks=1)
+    check(*inputs((600, 1, 2, 4), 2), "reflect", radius, blocks=500)
 
 
 def test_a_bad_pixel_stays_in_its_windows() -> None:
-    for radius in (4, 7):
-        contributions, x = inputs((1, 1, 80, 150), 3)
+    for radius, width in ((4, 150), (7, 150), (7, 152)):
+        contributions, x = inputs((1, 1, 80, width), 3)
         x[0, 0, 40, 70] = float("inf")
         grads = on_host(contributions, x, [1.0, 1.0, 1.0], radius=radius).grads
         for j, sides in enumerate((4 * radius + 1, 2 * radius + 1, 1)):

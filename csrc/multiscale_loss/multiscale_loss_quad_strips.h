@@ -1,0 +1,171 @@
+// How the multi-scale loss's CUDA kernel for rows of whole quads cuts a tensor into strips.
+#pragma once
+#include <cstdint>
+
+#include "multiscale_loss/multiscale_loss_cuda.h"
+
+namespace msvq {
+namespace cuda {
+
+// Two blocks of kQuadThreads share a multiprocessor, or one of kWideQuadThreads has it. Multiples of
+// 128: the four schedulers of a multiprocessor then have as many warps each.
+constexpr int kQuadThreads = 384;
+constexpr int kWideQuadThreads = 768;
+constexpr int kWarp = 32;
+constexpr int kWarpRow = kWarp + 4;  // words: rows of a warp's columns, see quad_blurred
+constexpr int kNoLevel = 31;
+
+// Level l of a strip is x blurred l times; the last is the coarsest target. A ring of rows in shared
+// memory holds each level until the contributions meet it. Pixel 0 of a strip has place lead[l] in
+// the lines of level l, a multiple of 4.
+struct QuadStrips {
+  ImageType x_type, type;
+  Border border;
+  int levels, radius, pixels, channels, threads;  // levels: how many blurs
+  int line, row, lead[kMaxScales];                // words of a channel's line; of a row
+  int ring[kMaxScales], base[kMaxScales];         // words kept of a level; first word
+  int wide[kMaxScales], column[kMaxScales];       // outputs per channel in eights; first of a row's
+  int columns, words, staged;                     // quads of x that the threads could take
+  int elements, own_elements;                     // values of a row of x; of the strip
+  int pitch;                                      // elements of a row of the tensor
+  int64_t height, width;
+  int64_t count_x, strips;
+  int64_t units, around;  // kRows rows of a strip; units that beginning inside a plane costs
+};
+
+template <int kRadius>
+struct QuadParams {
+  const void* x;
+  const void* contributions[kMaxScales];
+  void* grads[kMaxScales];
+  QuadStrips strips;
+  float taps[kRadius + 1];    // by their distance from the middle
+  float factors[kMaxScales];  // of the differences in the gradients
+  const float* upstream;
+  double* partials;
+};
+
+// Quads of a step's rows of x, and of the contributions, that a thread takes at most.
+constexpr int staged_quads(int num_scales) { return num_scales == 2 ? 3 : 2; }
+constexpr int compared_quads(int num_scales) { return num_scales == 2 ? 2 : 1; }
+
+inline int fours(int n) { return (n + 3) / 4 * 4; }
+
+inline int quad_shared_bytes(const QuadStrips& s) {
+  const int words = s.words + s.threads / kWarp * 8 * kWarpRow + 2 * s.elements +
+                    2 * s.staged;
+  return words * 4 + 16 * 8 + (s.levels + 1) * s.threads * 8;
+}
+
+// Lays out strips of `pixels` columns; false if a block has too few threads for them.
+inline bool lay_out(QuadStrips& s, int threads, int pixels) {
+  const int last = s.levels, lead = fours(s.radius);
+  s.threads = threads, s.pixels = pixels;
+  s.staged = staged_quads(last + 1) * threads;
+  s.columns = s.words = 0;
+  for (int l = 0; l <= last; ++l) s.lead[l] = (last - l) * lead;
+  for (int l = 1; l <= last; ++l) {
+    s.wide[l] = eights(pixels + s.lead[l] + (last - l) * s.radius);
+    s.column[l] = s.columns;
+    s.columns += s.channels * s.wide[l];
+  }
+  // The last 8 outputs of a line read 2 * radius + 8 values from a multiple of 4 on.
+  s.line = eights(s.wide[1] - 8 + fours(lead + s.radius + 8));
+  if (s.line < pixels + 2 * s.lead[0]) s.line = eights(pixels + 2 * s.lead[0]);
+  // 4 words past a multiple of 8: 16-byte accesses of 4 neighbours on two rows meet in no bank.
+  s.row = s.channels * s.line + 4;
+  for (int l = 0; l <= last; ++l) {
+    // What is compared lies behind what is blurred along, and that behind what is being written.
+    s.ring[l] = (l == 0 ? 16 : eights((last - l) * (8 + s.radius) + 16)) * s.row;
+    s.base[l] = s.words;
+    s.words += s.ring[l];
+  }
+  s.elements = s.channels * (pixels + 2 * s.lead[0]);
+  s.own_elements = s.channels * pixels;
+  return s.columns <= threads && 2 * s.elements <= s.staged &&
+         2 * s.own_elements <= compared_quads(last + 1) * threads;
+}
+
+// The widest strips of which `room` bytes of shared memory hold one, none wider than the image.
+inline bool widest(QuadStrips& s, int threads, int room) {
+  const int64_t most = threads / s.channels / 8 * 8;
+  for (int pixels = static_cast<int>(s.width < most ? (s.width + 7) / 8 * 8 : most); pixels > 0;
+       pixels -= 8) {
+    if (!lay_out(s, threads, pixels) || quad_shared_bytes(s) > room) continue;
+    s.count_x = (s.width + pixels - 1) / pixels;
+    lay_out(s, threads, eights(static_cast<int>((s.width - 1) / s.count_x + 1)));
+    s.count_x = (s.width + s.pixels - 1) / s.pixels;
+    return s.pixels >= 16 || s.pixels >= s.width;
+  }
+  return false;
+}
+
+inline bool in_quads(const MultiscaleLossParams& g) {
+  const int64_t pitch = g.width * g.inner;
+  bool quads = pitch % 4 == 0 && pitch < int64_t{1} << 26 && g.height < int64_t{1} << 30;
+  const auto check = [&](const void* tensor, ImageType type) {
+    const uintptr_t bytes = type == ImageType::float32 ? 16 : type == ImageType::uint8 ? 4 : 8;
+    quads = quads && reinterpret_cast<uintptr_t>(tensor) % bytes == 0;
+  };
+  check(g.x, g.x_type);
+  for (int64_t m = 0; m < g.num_scales; ++m)
+    check(g.contributions[m], g.type), check(g.grads[m], g.type);
+  return quads;
+}
+
+// Cuts for blocks of at most `room` bytes of shared memory; false if that is too little, or if rows
+// are not of whole quads.
+inline bool cut(const MultiscaleLossParams& g, int room, QuadStrips& s) {
+  if (!in_quads(g) || g.inner > kWideQuadThreads / 16) return false;
+  s.x_type = g.x_type, s.type = g.type, s.border = g.border;
+  s.levels = static_cast<int>(g.num_scales) - 1, s.radius = static_cast<int>(g.radius);
+  s.height = g.height, s.width = g.width;
+  s.channels = static_cast<int>(g.inner), s.pitch = static_cast<int>(g.width * g.inner);
+  QuadStrips wide = s;
+  // The driver keeps 1 KiB of every block's share.
+  const bool fits = widest(s, kQuadThreads, room / 2 - 1024);
+  const bool wide_fits = widest(wide, kWideQuadThreads, room);
+  if (!fits && !wide_fits) return false;
+  const auto warps = [](const QuadStrips& strips) {
+    return strips.count_x * ((strips.columns + kWarp - 1) / kWarp);
+  };
+  // Two blocks wait for their barriers at different times: worth a tenth.
+  if (!fits || (wide_fits && 11 * warps(wide) < 10 * warps(s))) s = wide;
+  s.strips = g.planes * s.count_x;
+  s.units = (s.height + 7) / 8;
+  s.around = (2 * s.levels * s.radius + 7) / 8;
+  return true;
+}
+
+// Blocks that share the strips on a device that runs `blocks` blocks of kQuadThreads at a time.
+inline int64_t quad_blocks(const QuadStrips& s, int64_t blocks) {
+  if (s.threads > kQuadThreads && blocks > 1) blocks /= 2;
+  if (blocks > kMaxLossBlocks) blocks = kMaxLossBlocks;
+  return blocks < s.strips * s.units ? blocks : s.strips * s.units;
+}
+
+template <int kRadius>
+bool quad_params(const MultiscaleLossParams& g, int room, QuadParams<kRadius>& params) {
+  if (!cut(g, room, params.strips)) return false;
+  params.x = g.x;
+  for (int64_t m = 0; m < g.num_scales; ++m) {
+    params.contributions[m] = g.contributions[m];
+    params.grads[m] = g.grads[m];
+    params.factors[m] = static_cast<float>(2 * g.weights[m] * g.grad_factor);
+  }
+  for (int j = 0; j <= kRadius; ++j) params.taps[kRadius - j] = g.taps[j];
+  params.upstream = g.upstream;
+  params.partials = g.partials;
+  return true;
+}
+
+// Calls body with the number of scales of which a blur exists.
+template <class Body>
+auto for_blurred_scales(int64_t num_scales, const Body& body) {
+  if (num_scales == 2) return body(Radius<2>());
+  if (num_scales == 3) return body(Radius<3>());
+  return body(Radius<4>());
+}
+
+}  // namespace cuda
+}  // namespace msvq

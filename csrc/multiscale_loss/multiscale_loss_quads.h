@@ -1,0 +1,427 @@
+// The multi-scale loss on a CUDA device where rows are whole quads: four neighbours at a multiple of
+// four. See multiscale_loss_stream.h for the order of its steps.
+//
+// A warp blurs eight rows of 32 columns along their lines and then down these columns, so a step
+// has one barrier. A block has an equal share of all strips' rows, from inside one to inside another.
+#pragma once
+#include "gaussian_blur/gaussian_blur_tile.h"
+#include "multiscale_loss/multiscale_loss_quad_strips.h"
+#include "multiscale_loss/quads.h"
+
+namespace msvq {
+namespace cuda {
+
+struct QuadShared {
+  MSVQ_HOST_DEVICE QuadShared(const QuadStrips& s, SharedCarver carver)
+      : lines(carver.take<float>(s.words)),
+        blurred(carver.take<float>(s.threads / kWarp * kRows * kWarpRow)),
+        source(carver.take<int32_t>(s.elements)),
+        place(carver.take<int32_t>(s.elements)),
+        staged(carver.take<int32_t>(s.staged)),
+        staged_from(carver.take<int32_t>(s.staged)),
+        rows(carver.take<int64_t>(2 * kRows)),
+        sums(carver.take<double>((s.levels + 1) * s.threads)) {}
+  Shared<float> lines;
+  Shared<float> blurred;  // a warp's 8 x 32 values
+  // Of every value of a row of x: its offset in memory from the row's start, -1 for zero; its place
+  // in the lines.
+  Shared<int32_t> source, place;
+  // Of a thread's quads of x: row << 16 | first value, -1 for none; the offset of a quad that lies
+  // together in memory, else -1.
+  Shared<int32_t> staged, staged_from;
+  Shared<int64_t> rows;  // where the rows of this and of the next step begin, -1 for zeros
+  Shared<double> sums;
+};
+
+template <int kRadius, int kScales>
+struct QuadState {
+  float open[2 * kRadius];       // sums of the rows that are not complete
+  float total[kScales];          // squared differences of this strip
+  int along_level, along_from;   // the level this thread blurs along, or kNoLevel
+  int across_level, across_to;   // and across
+  int compared_row[compared_quads(kScales)];  // of the step's, or beyond all
+  int compared[compared_quads(kScales)];      // first value of the row
+};
+
+// correlate_line from the multiple of 4 at or before the first value.
+template <int kRadius>
+MSVQ_DEVICE void correlate_quads(const float* half, const Shared<float>& lines, int from,
+                                 float (&sum)[kRows]) {
+  constexpr int kBefore = (4 - kRadius % 4) % 4;
+  MSVQ_UNROLL
+  for (int quad = 0; quad < 2 * kRadius + kRows + kBefore; quad += 4) {
+    float word[4];
+    load_quad(lines, from + quad, word);
+    MSVQ_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      MSVQ_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const int j = quad + k - kBefore - i;
+        if (j >= 0 && j <= 2 * kRadius) sum[i] += tap_at(half, kRadius, j) * word[k];
+      }
+    }
+  }
+}
+
+template <int kRadius, int kScales>
+struct QuadStream {
+  using State = QuadState<kRadius, kScales>;
+  static constexpr int kLevels = kScales - 1;
+  static constexpr int kStaged = staged_quads(kScales), kCompared = compared_quads(kScales);
+
+  const QuadParams<kRadius>& p;
+  const QuadStrips& s;
+  const QuadShared shared;
+  const float scale;  // of the gradients
+  int64_t pixel, origin, row, top;
+  int rows;
+  int at[kScales];  // where every level's rows of this step begin in its ring
+
+  MSVQ_DEVICE QuadStream(const QuadParams<kRadius>& params, char* memory)
+      : p(params),
+        s(params.strips),
+        shared(s, SharedCarver{memory, 0}),
+        scale(params.upstream ? *params.upstream : 1.0f) {}
+
+  // Runs the share of block `first` of `blocks` and leaves the sums of its squared differences.
+  MSVQ_DEVICE void run(Block<State>& block, int64_t first, int64_t blocks) {
+    block.each([&](int thread, State&) {
+      for (int m = 0; m < kScales; ++m) shared.sums[m * s.threads + thread] = 0;
+    });
+    const int64_t cost = s.around + s.units, end = s.strips * cost * (first + 1) / blocks;
+    for (int64_t at = s.strips * cost * first / blocks; at < end;) {
+      const int64_t strip = at / cost, begin = strip * cost + s.around;
+      const int64_t from = at < begin ? 0 : at - begin;
+      at = begin + s.units < end ? begin + s.units : end;
+      if (at > begin + from) run_strip(block, strip, from * kRows, (at - begin) * kRows);
+    }
+    if (!p.partials) return;
+    block.each([&](int thread, State&) {
+      if (thread >= kScales * kWarp) return;
+      const int m = thread / kWarp;
+      double sum = 0;
+      MSVQ_NO_UNROLL
+      for (int i = thread % kWarp; i < s.threads; i += kWarp) sum += shared.sums[m * s.threads + i];
+      shared.sums[m * s.threads + thread % kWarp] = sum;
+    });
+    block.each([&](int thread, State&) {
+      if (thread >= kScales) return;
+      double sum = 0;
+      MSVQ_NO_UNROLL
+      for (int i = 0; i < kWarp; ++i) sum += shared.sums[thread * s.threads + i];
+      p.partials[first * kMaxScales + thread] = sum;
+    });
+  }
+
+  // Rows `from` to `to`, as far as there are, of a strip.
+  MSVQ_DEVICE void run_strip(Block<State>& block, int64_t strip, int64_t from, int64_t to) {
+    pixel = strip % s.count_x * s.pixels;
+    origin = strip / s.count_x * s.height * s.pitch;
+    row = from;
+    rows = static_cast<int>((to < s.height ? to : s.height) - from);
+    top = row - kLevels * kRadius;
+    const int read = (rows + 2 * kLevels * kRadius + kRows - 1) / kRows;  // steps that need x
+    MSVQ_UNROLL
+    for (int l = 0; l < kScales; ++l) at[l] = (s.ring[l] - l * kRows * s.row) % s.ring[l];
+    block.each([&](int thread, State& state) {
+      settle(thread, state);
+      fill_tables(thread);
+      name_rows(thread, 0);
+      name_rows(thread, 1);
+    });
+    block.each([&](int thread, State&) {
+      settle_quads(thread);
+      uint32_t bits[kStaged][4];
+      fetch(thread, 0, bits);
+      put(thread, 0, bits);
+    });
+    MSVQ_NO_UNROLL
+    for (int step = 0; step < read + kLevels; ++step) {
+      int next[kScales];
+      int on = 0;  // levels with rows that anything kept is blurred from
+      MSVQ_UNROLL
+      for (int l = 0; l < kScales; ++l) {
+        next[l] = at[l] + kRows * s.row;
+        if (next[l] == s.ring[l]) next[l] = 0;
+        if (step - l >= 2 * l * kRadius / kRows && step - l < read) on |= 1 << l;
+      }
+      each_in_warps(
+          block,
+          [&](int thread, State& state) {
+            uint32_t values[kCompared][kScales][4], x[kCompared][4];
+            read_contributions(state, step, values, x);
+            if (on >> state.along_level & 1) blur_along(thread, state);
+            compare(state, step, values, x);
+          },
+          [&](int thread, State& state) {
+            uint32_t bits[kStaged][4];
+            const bool more = step + 1 < read;
+            if (more) fetch(thread, step + 1, bits);
+            name_rows(thread, step + 2);
+            if (on >> state.across_level & 1) blur_across(thread, state, step, next);
+            if (more) put(thread, step + 1, bits);
+          });
+      MSVQ_UNROLL
+      for (int l = 0; l < kScales; ++l) at[l] = next[l];
+    }
+    block.each([&](int thread, State& state) {
+      for (int m = 0; m < kScales; ++m) shared.sums[m * s.threads + thread] += state.total[m];
+    });
+  }
+
+  // Of its warp's 8 x 32 values a thread blurs eight of a row along it, and then its own column.
+  MSVQ_DEVICE int along_row(int thread) const { return thread / 4 % 2 + thread / 8 % 4 * 2; }
+
+  // Columns that no pixel of the image is blurred from are nobody's.
+  MSVQ_DEVICE void settle(int thread, State& state) const {
+    state.along_level = state.across_level = kNoLevel;
+    const int along = thread / kWarp * kWarp + thread % 4 * kRows;
+    MSVQ_UNROLL
+    for (int l = 0; l < kLevels; ++l) {
+      const int first = s.column[l + 1], wide = s.wide[l + 1], end = first + s.channels * wide;
+      const int64_t beyond = s.width - pixel + s.lead[l + 1] + (kLevels - l - 1) * kRadius;
+      if (along >= first && along < end && (along - first) % wide < beyond) {
+        state.along_level = l;
+        state.along_from = s.base[l] + along_row(thread) * s.row +
+                           (along - first) / wide * s.line + (along - first) % wide;
+      }
+      if (thread >= first && thread < end && (thread - first) % wide < beyond) {
+        state.across_level = l;
+        state.across_to =
+            s.base[l + 1] + (thread - first) / wide * s.line + (thread - first) % wide;
+      }
+    }
+    MSVQ_UNROLL
+    for (int k = 0; k < kCompared; ++k) {
+      const int quads = s.own_elements / 4, i = thread + k * s.threads;
+      state.compared[k] = i % quads * 4;
+      const bool mine = i < kRows * quads && pixel * s.channels + state.compared[k] < s.pitch;
+      state.compared_row[k] = mine ? i / quads : 1 << 30;
+    }
+    for (int j = 0; j < 2 * kRadius; ++j) state.open[j] = 0;
+    for (int m = 0; m < kScales; ++m) state.total[m] = 0;
+  }
+
+  MSVQ_DEVICE void fill_tables(int thread) const {
+    for (int i = thread; i < s.elements; i += s.threads) {
+      const int c = i % s.channels, x = i / s.channels;
+      const int64_t from = border_source(s.border, pixel + x - s.lead[0], s.width);
+      shared.source[i] = from < 0 ? -1 : static_cast<int32_t>(from * s.channels + c);
+      shared.place[i] = c * s.line + x;
+    }
+  }
+
+  MSVQ_DEVICE void settle_quads(int thread) const {
+    const int quads = s.elements / 4;
+    MSVQ_UNROLL
+    for (int k = 0; k < kStaged; ++k) {
+      const int i = thread + k * s.threads, first = i % quads * 4;
+      const bool mine = i < kRows * quads;
+      shared.staged[i] = mine ? i / quads << 16 | first : -1;
+      // Around a fold values do not lie together, and beyond it off the multiples of four.
+      const int from = mine ? shared.source[first] : -1;
+      const bool quad = from >= 0 && from % 4 == 0 && shared.source[first + 3] == from + 3;
+      shared.staged_from[i] = quad ? from : -1;
+    }
+  }
+
+  // Once per step: the fold at the border divides.
+  MSVQ_DEVICE void name_rows(int thread, int step) const {
+    if (thread >= kRows) return;
+    const int64_t y = top + int64_t{step} * kRows + thread;
+    const bool needed = y < row + rows + kLevels * kRadius;
+    const int64_t from = needed ? border_source(s.border, y, s.height) : -1;
+    shared.rows[step % 2 * kRows + thread] = from < 0 ? -1 : origin + from * s.pitch;
+  }
+
+  MSVQ_DEVICE void fetch(int thread, int step, uint32_t (&bits)[kStaged][4]) const {
+    for_size(s.x_type, [&](auto type) {
+      const auto* const x = static_cast<const typename decltype(type)::type*>(p.x);
+      MSVQ_UNROLL
+      for (int k = 0; k < kStaged; ++k) {
+        const int staged = shared.staged[thread + k * s.threads];
+        if (staged < 0) continue;
+        const int64_t line = shared.rows[step % 2 * kRows + (staged >> 16)];
+        const int from = shared.staged_from[thread + k * s.threads];
+        if (line >= 0 && from >= 0) {
+          read_quad<false>(x + line + from, bits[k]);
+        } else {
+          MSVQ_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            const int source = shared.source[(staged & 0xffff) + j];
+            bits[k][j] = line < 0 || source < 0 ? 0 : read_bits(x + line + source);
+          }
+        }
+      }
+    });
+  }
+
+  MSVQ_DEVICE void put(int thread, int step, const uint32_t (&bits)[kStaged][4]) const {
+    for_type(s.x_type, [&](auto type) {
+      using T = typename decltype(type)::type;
+      MSVQ_UNROLL
+      for (int k = 0; k < kStaged; ++k) {
+        const int staged = shared.staged[thread + k * s.threads];
+        if (staged < 0) continue;
+        const int r = staged >> 16, first = staged & 0xffff;
+        float value[4];
+        if constexpr (sizeof(T) == 4) {
+          MSVQ_UNROLL
+          for (int j = 0; j < 4; ++j) value[j] = widen_bits<T>(bits[k][j]);
+        } else {
+          const bool there = shared.rows[step % 2 * kRows + r] >= 0;
+          const bool packed = there && shared.staged_from[thread + k * s.threads] >= 0;
+          MSVQ_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            value[j] = packed ? quad_value<T>(bits[k], j) : widen_bits<T>(bits[k][j]);
+            if constexpr (sizeof(T) == 1)
+              value[j] = there && shared.source[first + j] >= 0 ? signed_value(value[j]) : 0.0f;
+          }
+        }
+        const int to = s.base[0] + (step % 2 * kRows + r) * s.row;
+        if (s.channels == 1) {
+          store_quad(shared.lines, to + first, value);
+        } else {
+          MSVQ_UNROLL
+          for (int j = 0; j < 4; ++j) shared.lines[to + shared.place[first + j]] = value[j];
+        }
+      }
+    });
+  }
+  MSVQ_DEVICE float signed_value(float x) const { return x / 127.5f - 1.0f; }
+
+  MSVQ_DEVICE int of_level(const int (&values)[kScales], int level) const {
+    int value = values[0];
+    MSVQ_UNROLL
+    for (int l = 1; l < kScales; ++l) value = level == l ? values[l] : value;
+    return value;
+  }
+
+  MSVQ_DEVICE void blur_along(int thread, const State& state) const {
+    float sum[kRows] = {};
+    correlate_quads<kRadius>(p.taps, shared.lines, state.along_from + of_level(at, state.along_level),
+                             sum);
+    const int to = (thread / kWarp * kRows + along_row(thread)) * kWarpRow + thread % 4 * kRows;
+    store_quad(shared.blurred, to, sum);
+    store_quad(shared.blurred, to + 4, sum + 4);
+  }
+
+  MSVQ_DEVICE void blur_across(int thread, State& state, int step,
+                               const int (&next)[kScales]) const {
+    const int from = thread / kWarp * (kRows * kWarpRow) + thread % kWarp;
+    float value[kRows], done[kRows];
+    MSVQ_UNROLL
+    for (int r = 0; r < kRows; ++r) value[r] = shared.blurred[from + r * kWarpRow];
+    add_rows<kRadius>(p.taps, value, state.open, done);
+    const int level = state.across_level + 1;
+    if (s.border == Border::constant) {
+      int lead = 0, base = 0;
+      MSVQ_UNROLL
+      for (int l = 1; l < kScales; ++l)
+        if (level == l) lead = s.lead[l], base = s.base[l];
+      const int64_t x = pixel + (state.across_to - base) % s.line - lead;
+      const int64_t y = top - level * kRadius + (step + 1 - level) * kRows;
+      MSVQ_UNROLL
+      for (int r = 0; r < kRows; ++r)
+        if (x < 0 || x >= s.width || y + r < 0 || y + r >= s.height) done[r] = 0;
+    }
+    const int to = state.across_to + of_level(next, level);
+    MSVQ_UNROLL
+    for (int r = 0; r < kRows; ++r) shared.lines[to + r * s.row] = done[r];
+  }
+
+  // Whether a quad's row, of the rows of the coarsest level that a step completed, is kept.
+  MSVQ_DEVICE bool is_kept(int compared_row, int step) const {
+    const int i = (step - kLevels) * kRows - 2 * kLevels * kRadius + compared_row;
+    return static_cast<unsigned>(i) < static_cast<unsigned>(rows);
+  }
+  // Where these rows begin in the tensors, and from there a thread's quad.
+  MSVQ_DEVICE int64_t compared_line(int step) const {
+    const int64_t y = row + (step - kLevels) * kRows - 2 * kLevels * kRadius;
+    return origin + y * s.pitch + pixel * s.channels;
+  }
+  MSVQ_DEVICE int quad_offset(const State& state, int k) const {
+    return state.compared_row[k] * s.pitch + state.compared[k];
+  }
+
+  MSVQ_DEVICE void read_contributions(const State& state, int step,
+                                      uint32_t (&values)[kCompared][kScales][4],
+                                      uint32_t (&x)[kCompared][4]) const {
+    MSVQ_UNROLL
+    for (int k = 0; k < kCompared; ++k) {
+      if (!is_kept(state.compared_row[k], step)) continue;
+      const int64_t from = compared_line(step) + quad_offset(state, k);
+      for_size(s.type, [&](auto type) {
+        using T = typename decltype(type)::type;
+        MSVQ_UNROLL
+        for (int m = 0; m < kScales; ++m)
+          read_quad<true>(static_cast<const T*>(p.contributions[m]) + from, values[k][m]);
+      });
+      for_size(s.x_type, [&](auto type) {
+        read_quad<false>(static_cast<const typename decltype(type)::type*>(p.x) + from, x[k]);
+      });
+    }
+  }
+
+  MSVQ_DEVICE void compare(State& state, int step,
+                           const uint32_t (&values)[kCompared][kScales][4],
+                           const uint32_t (&x)[kCompared][4]) const {
+    MSVQ_UNROLL
+    for (int k = 0; k < kCompared; ++k) {
+      if (!is_kept(state.compared_row[k], step)) continue;
+      float target[kScales][4];
+      for_type(s.x_type, [&](auto type) {
+        using T = typename decltype(type)::type;
+        MSVQ_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const float value = quad_value<T>(x[k], j);
+          target[kLevels][j] = sizeof(T) == 1 ? signed_value(value) : value;
+        }
+      });
+      MSVQ_UNROLL
+      for (int m = 0; m < kLevels; ++m) {
+        constexpr int kBehind = kRows + kRadius;  // rows a level is behind the one before
+        const int level = kLevels - m;
+        int from = at[level] + (state.compared_row[k] - m * kBehind) * s.row;
+        if (m > 0 && from < 0) from += s.ring[level];
+        from += s.base[level] + s.lead[level];
+        if (s.channels == 1) {
+          load_quad(shared.lines, from + state.compared[k], target[m]);
+        } else {
+          MSVQ_UNROLL
+          for (int j = 0; j < 4; ++j)
+            target[m][j] = shared.lines[from + shared.place[state.compared[k] + j]];
+        }
+      }
+      for_float_type(s.type, [&](auto type) {
+        using T = typename decltype(type)::type;
+        compare_quad<T>(state, values[k], target, compared_line(step) + quad_offset(state, k));
+      });
+    }
+  }
+
+  template <class T>
+  MSVQ_DEVICE void compare_quad(State& state, const uint32_t (&values)[kScales][4],
+                                const float (&target)[kScales][4], int64_t to) const {
+    float partial[4] = {}, grad[4] = {}, difference[kScales][4];
+    MSVQ_UNROLL
+    for (int m = 0; m < kScales; ++m) {
+      MSVQ_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        partial[j] += quad_value<T>(values[m], j);
+        difference[m][j] = partial[j] - target[m][j];
+        state.total[m] += difference[m][j] * difference[m][j];
+      }
+    }
+    MSVQ_UNROLL
+    for (int m = kLevels; m >= 0; --m) {
+      const float factor = p.factors[m] * scale;
+      MSVQ_UNROLL
+      for (int j = 0; j < 4; ++j) grad[j] += factor * difference[m][j];
+      if (p.grads[m]) write_quad(grad, static_cast<T*>(p.grads[m]) + to);
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace msvq
