@@ -38,12 +38,12 @@ bool run_quads(const MultiscaleLossParams& g, int64_t blocks, int room, bool rev
   if (!cuda::quad_params(g, room, params)) return false;
   run = cuda::quad_blocks(params.strips, blocks);
   const int bytes = cuda::quad_shared_bytes(params.strips);
-  for (int64_t i = 0; i < run; ++i) {
+  for (int i = 0; i < run; ++i) {
     std::vector<float> memory(static_cast<size_t>(bytes) / sizeof(float), NAN);
     cuda::Block<State> block{std::vector<State>(static_cast<size_t>(params.strips.threads)),
                              reversed};
     cuda::QuadStream<kRadius, kScales> stream(params, reinterpret_cast<char*>(memory.data()));
-    stream.run(block, i, run);
+    stream.run(block, i, static_cast<int>(run));
   }
   return true;
 }

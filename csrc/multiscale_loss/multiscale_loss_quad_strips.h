@@ -9,11 +9,11 @@ namespace cuda {
 
 // Two blocks of kQuadThreads share a multiprocessor, or one of kWideQuadThreads has it. Multiples of
 // 128: the four schedulers of a multiprocessor then have as many warps each.
-constexpr int kQuadThreads = 384;
-constexpr int kWideQuadThreads = 768;
+constexpr int kQuadThreads = 320;
+constexpr int kWideQuadThreads = 640;
 constexpr int kWarp = 32;
 constexpr int kWarpRow = kWarp + 4;  // words: rows of a warp's columns, see quad_blurred
-constexpr int kNoLevel = 31;
+constexpr int kNoLevel = 31, kNoRow = 0x7fff;
 
 // Level l of a strip is x blurred l times; the last is the coarsest target. A ring of rows in shared
 // memory holds each level until the contributions meet it. Pixel 0 of a strip has place lead[l] in
@@ -25,12 +25,11 @@ struct QuadStrips {
   int line, row, lead[kMaxScales];                // words of a channel's line; of a row
   int ring[kMaxScales], base[kMaxScales];         // words kept of a level; first word
   int wide[kMaxScales], column[kMaxScales];       // outputs per channel in eights; first of a row's
-  int columns, words, staged;                     // quads of x that the threads could take
+  int columns, words, staged, compared;           // quads that the threads can take
   int elements, own_elements;                     // values of a row of x; of the strip
   int pitch;                                      // elements of a row of the tensor
-  int64_t height, width;
-  int64_t count_x, strips;
-  int64_t units, around;  // kRows rows of a strip; units that beginning inside a plane costs
+  int height, width, count_x, strips;
+  int units, around;  // kRows rows of a strip; units that beginning inside a plane costs
 };
 
 template <int kRadius>
@@ -53,7 +52,7 @@ inline int fours(int n) { return (n + 3) / 4 * 4; }
 
 inline int quad_shared_bytes(const QuadStrips& s) {
   const int words = s.words + s.threads / kWarp * 8 * kWarpRow + 2 * s.elements +
-                    2 * s.staged;
+                    2 * s.staged + 2 * s.threads + s.compared + kMaxScales;
   return words * 4 + 16 * 8 + (s.levels + 1) * s.threads * 8;
 }
 
@@ -62,6 +61,7 @@ inline bool lay_out(QuadStrips& s, int threads, int pixels) {
   const int last = s.levels, lead = fours(s.radius);
   s.threads = threads, s.pixels = pixels;
   s.staged = staged_quads(last + 1) * threads;
+  s.compared = compared_quads(last + 1) * threads;
   s.columns = s.words = 0;
   for (int l = 0; l <= last; ++l) s.lead[l] = (last - l) * lead;
   for (int l = 1; l <= last; ++l) {
@@ -83,17 +83,16 @@ inline bool lay_out(QuadStrips& s, int threads, int pixels) {
   s.elements = s.channels * (pixels + 2 * s.lead[0]);
   s.own_elements = s.channels * pixels;
   return s.columns <= threads && 2 * s.elements <= s.staged &&
-         2 * s.own_elements <= compared_quads(last + 1) * threads;
+         2 * s.own_elements <= s.compared;
 }
 
 // The widest strips of which `room` bytes of shared memory hold one, none wider than the image.
 inline bool widest(QuadStrips& s, int threads, int room) {
-  const int64_t most = threads / s.channels / 8 * 8;
-  for (int pixels = static_cast<int>(s.width < most ? (s.width + 7) / 8 * 8 : most); pixels > 0;
-       pixels -= 8) {
+  const int most = threads / s.channels / 8 * 8;
+  for (int pixels = s.width < most ? eights(s.width) : most; pixels > 0; pixels -= 8) {
     if (!lay_out(s, threads, pixels) || quad_shared_bytes(s) > room) continue;
     s.count_x = (s.width + pixels - 1) / pixels;
-    lay_out(s, threads, eights(static_cast<int>((s.width - 1) / s.count_x + 1)));
+    lay_out(s, threads, eights((s.width - 1) / s.count_x + 1));
     s.count_x = (s.width + s.pixels - 1) / s.pixels;
     return s.pixels >= 16 || s.pixels >= s.width;
   }
@@ -102,7 +101,8 @@ inline bool widest(QuadStrips& s, int threads, int room) {
 
 inline bool in_quads(const MultiscaleLossParams& g) {
   const int64_t pitch = g.width * g.inner;
-  bool quads = pitch % 4 == 0 && pitch < int64_t{1} << 26 && g.height < int64_t{1} << 30;
+  // Offsets within eight rows are 32 bits wide, rows 15.
+  bool quads = pitch % 4 == 0 && pitch < int64_t{1} << 26 && g.height < kNoRow - 1024;
   const auto check = [&](const void* tensor, ImageType type) {
     const uintptr_t bytes = type == ImageType::float32 ? 16 : type == ImageType::uint8 ? 4 : 8;
     quads = quads && reinterpret_cast<uintptr_t>(tensor) % bytes == 0;
@@ -119,7 +119,7 @@ inline bool cut(const MultiscaleLossParams& g, int room, QuadStrips& s) {
   if (!in_quads(g) || g.inner > kWideQuadThreads / 16) return false;
   s.x_type = g.x_type, s.type = g.type, s.border = g.border;
   s.levels = static_cast<int>(g.num_scales) - 1, s.radius = static_cast<int>(g.radius);
-  s.height = g.height, s.width = g.width;
+  s.height = static_cast<int>(g.height), s.width = static_cast<int>(g.width);
   s.channels = static_cast<int>(g.inner), s.pitch = static_cast<int>(g.width * g.inner);
   QuadStrips wide = s;
   // The driver keeps 1 KiB of every block's share.
@@ -131,17 +131,19 @@ inline bool cut(const MultiscaleLossParams& g, int room, QuadStrips& s) {
   };
   // Two blocks wait for their barriers at different times: worth a tenth.
   if (!fits || (wide_fits && 11 * warps(wide) < 10 * warps(s))) s = wide;
-  s.strips = g.planes * s.count_x;
   s.units = (s.height + 7) / 8;
   s.around = (2 * s.levels * s.radius + 7) / 8;
-  return true;
+  const int64_t strips = g.planes * s.count_x;
+  s.strips = static_cast<int>(strips);
+  return strips * (s.units + s.around) < int64_t{1} << 31;
 }
 
 // Blocks that share the strips on a device that runs `blocks` blocks of kQuadThreads at a time.
 inline int64_t quad_blocks(const QuadStrips& s, int64_t blocks) {
   if (s.threads > kQuadThreads && blocks > 1) blocks /= 2;
   if (blocks > kMaxLossBlocks) blocks = kMaxLossBlocks;
-  return blocks < s.strips * s.units ? blocks : s.strips * s.units;
+  const int64_t most = int64_t{s.strips} * s.units;
+  return blocks < most ? blocks : most;
 }
 
 template <int kRadius>

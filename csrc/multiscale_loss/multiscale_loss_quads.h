@@ -19,6 +19,10 @@ struct QuadShared {
         place(carver.take<int32_t>(s.elements)),
         staged(carver.take<int32_t>(s.staged)),
         staged_from(carver.take<int32_t>(s.staged)),
+        along(carver.take<int32_t>(s.threads)),
+        across(carver.take<int32_t>(s.threads)),
+        compared(carver.take<int32_t>(s.compared)),
+        factors(carver.take<float>(kMaxScales)),
         rows(carver.take<int64_t>(2 * kRows)),
         sums(carver.take<double>((s.levels + 1) * s.threads)) {}
   Shared<float> lines;
@@ -29,18 +33,18 @@ struct QuadShared {
   // Of a thread's quads of x: row << 16 | first value, -1 for none; the offset of a quad that lies
   // together in memory, else -1.
   Shared<int32_t> staged, staged_from;
+  // What a thread blurs along and across: level << 16 | first value, kNoLevel for nothing. Of the
+  // quads of contributions it compares: row << 16 | first value, kNoRow for none.
+  Shared<int32_t> along, across, compared;
+  Shared<float> factors;  // of the differences in the gradients
   Shared<int64_t> rows;  // where the rows of this and of the next step begin, -1 for zeros
   Shared<double> sums;
 };
 
 template <int kRadius, int kScales>
 struct QuadState {
-  float open[2 * kRadius];       // sums of the rows that are not complete
-  float total[kScales];          // squared differences of this strip
-  int along_level, along_from;   // the level this thread blurs along, or kNoLevel
-  int across_level, across_to;   // and across
-  int compared_row[compared_quads(kScales)];  // of the step's, or beyond all
-  int compared[compared_quads(kScales)];      // first value of the row
+  float open[2 * kRadius];  // sums of the rows that are not complete
+  float total[kScales];     // squared differences of this strip
 };
 
 // correlate_line from the multiple of 4 at or before the first value.
@@ -72,26 +76,29 @@ struct QuadStream {
   const QuadParams<kRadius>& p;
   const QuadStrips& s;
   const QuadShared shared;
-  const float scale;  // of the gradients
-  int64_t pixel, origin, row, top;
-  int rows;
+  int64_t origin;  // of the plane in the tensors
+  int pixel, row, rows, top;
   int at[kScales];  // where every level's rows of this step begin in its ring
 
   MSVQ_DEVICE QuadStream(const QuadParams<kRadius>& params, char* memory)
       : p(params),
         s(params.strips),
-        shared(s, SharedCarver{memory, 0}),
-        scale(params.upstream ? *params.upstream : 1.0f) {}
+        shared(s, SharedCarver{memory, 0}) {}
 
   // Runs the share of block `first` of `blocks` and leaves the sums of its squared differences.
-  MSVQ_DEVICE void run(Block<State>& block, int64_t first, int64_t blocks) {
+  MSVQ_DEVICE void run(Block<State>& block, int first, int blocks) {
     block.each([&](int thread, State&) {
       for (int m = 0; m < kScales; ++m) shared.sums[m * s.threads + thread] = 0;
+      if (thread < kScales)
+        shared.factors[thread] = p.factors[thread] * (p.upstream ? *p.upstream : 1.0f);
     });
-    const int64_t cost = s.around + s.units, end = s.strips * cost * (first + 1) / blocks;
-    for (int64_t at = s.strips * cost * first / blocks; at < end;) {
-      const int64_t strip = at / cost, begin = strip * cost + s.around;
-      const int64_t from = at < begin ? 0 : at - begin;
+    const int cost = s.around + s.units;
+    const int share = s.strips * cost / blocks, rest = s.strips * cost % blocks;
+    const int end = (first + 1) * share + (first + 1 < rest ? first + 1 : rest);
+    MSVQ_NO_UNROLL
+    for (int at = first * share + (first < rest ? first : rest); at < end;) {
+      const int strip = at / cost, begin = strip * cost + s.around;
+      const int from = at < begin ? 0 : at - begin;
       at = begin + s.units < end ? begin + s.units : end;
       if (at > begin + from) run_strip(block, strip, from * kRows, (at - begin) * kRows);
     }
@@ -114,11 +121,11 @@ struct QuadStream {
   }
 
   // Rows `from` to `to`, as far as there are, of a strip.
-  MSVQ_DEVICE void run_strip(Block<State>& block, int64_t strip, int64_t from, int64_t to) {
+  MSVQ_DEVICE void run_strip(Block<State>& block, int strip, int from, int to) {
     pixel = strip % s.count_x * s.pixels;
-    origin = strip / s.count_x * s.height * s.pitch;
+    origin = int64_t{strip / s.count_x} * s.height * s.pitch;
     row = from;
-    rows = static_cast<int>((to < s.height ? to : s.height) - from);
+    rows = (to < s.height ? to : s.height) - from;
     top = row - kLevels * kRadius;
     const int read = (rows + 2 * kLevels * kRadius + kRows - 1) / kRows;  // steps that need x
     MSVQ_UNROLL
@@ -149,16 +156,16 @@ struct QuadStream {
           block,
           [&](int thread, State& state) {
             uint32_t values[kCompared][kScales][4], x[kCompared][4];
-            read_contributions(state, step, values, x);
-            if (on >> state.along_level & 1) blur_along(thread, state);
-            compare(state, step, values, x);
+            read_contributions(thread, step, values, x);
+            blur_along(thread, on);
+            compare(thread, state, step, values, x);
           },
           [&](int thread, State& state) {
             uint32_t bits[kStaged][4];
             const bool more = step + 1 < read;
             if (more) fetch(thread, step + 1, bits);
             name_rows(thread, step + 2);
-            if (on >> state.across_level & 1) blur_across(thread, state, step, next);
+            blur_across(thread, state, step, on, next);
             if (more) put(thread, step + 1, bits);
           });
       MSVQ_UNROLL
@@ -174,29 +181,26 @@ struct QuadStream {
 
   // Columns that no pixel of the image is blurred from are nobody's.
   MSVQ_DEVICE void settle(int thread, State& state) const {
-    state.along_level = state.across_level = kNoLevel;
     const int along = thread / kWarp * kWarp + thread % 4 * kRows;
+    shared.along[thread] = shared.across[thread] = kNoLevel << 16;
     MSVQ_UNROLL
     for (int l = 0; l < kLevels; ++l) {
       const int first = s.column[l + 1], wide = s.wide[l + 1], end = first + s.channels * wide;
-      const int64_t beyond = s.width - pixel + s.lead[l + 1] + (kLevels - l - 1) * kRadius;
-      if (along >= first && along < end && (along - first) % wide < beyond) {
-        state.along_level = l;
-        state.along_from = s.base[l] + along_row(thread) * s.row +
-                           (along - first) / wide * s.line + (along - first) % wide;
-      }
-      if (thread >= first && thread < end && (thread - first) % wide < beyond) {
-        state.across_level = l;
-        state.across_to =
-            s.base[l + 1] + (thread - first) / wide * s.line + (thread - first) % wide;
-      }
+      const int beyond = s.width - pixel + s.lead[l + 1] + (kLevels - l - 1) * kRadius;
+      const auto place = [&](int column) {
+        return (column - first) / wide * s.line + (column - first) % wide;
+      };
+      if (along >= first && along < end && (along - first) % wide < beyond)
+        shared.along[thread] =
+            l << 16 | (s.base[l] + along_row(thread) * s.row + place(along));
+      if (thread >= first && thread < end && (thread - first) % wide < beyond)
+        shared.across[thread] = l << 16 | (s.base[l + 1] + place(thread));
     }
     MSVQ_UNROLL
     for (int k = 0; k < kCompared; ++k) {
-      const int quads = s.own_elements / 4, i = thread + k * s.threads;
-      state.compared[k] = i % quads * 4;
-      const bool mine = i < kRows * quads && pixel * s.channels + state.compared[k] < s.pitch;
-      state.compared_row[k] = mine ? i / quads : 1 << 30;
+      const int quads = s.own_elements / 4, i = thread + k * s.threads, first = i % quads * 4;
+      const bool mine = i < kRows * quads && pixel * s.channels + first < s.pitch;
+      shared.compared[i] = (mine ? i / quads : kNoRow) << 16 | first;
     }
     for (int j = 0; j < 2 * kRadius; ++j) state.open[j] = 0;
     for (int m = 0; m < kScales; ++m) state.total[m] = 0;
@@ -228,7 +232,7 @@ struct QuadStream {
   // Once per step: the fold at the border divides.
   MSVQ_DEVICE void name_rows(int thread, int step) const {
     if (thread >= kRows) return;
-    const int64_t y = top + int64_t{step} * kRows + thread;
+    const int y = top + step * kRows + thread;
     const bool needed = y < row + rows + kLevels * kRadius;
     const int64_t from = needed ? border_source(s.border, y, s.height) : -1;
     shared.rows[step % 2 * kRows + thread] = from < 0 ? -1 : origin + from * s.pitch;
@@ -297,60 +301,63 @@ struct QuadStream {
     return value;
   }
 
-  MSVQ_DEVICE void blur_along(int thread, const State& state) const {
+  MSVQ_DEVICE void blur_along(int thread, int on) const {
+    const int along = shared.along[thread], level = along >> 16;
+    if ((on >> level & 1) == 0) return;
     float sum[kRows] = {};
-    correlate_quads<kRadius>(p.taps, shared.lines, state.along_from + of_level(at, state.along_level),
-                             sum);
+    correlate_quads<kRadius>(p.taps, shared.lines, (along & 0xffff) + of_level(at, level), sum);
     const int to = (thread / kWarp * kRows + along_row(thread)) * kWarpRow + thread % 4 * kRows;
     store_quad(shared.blurred, to, sum);
     store_quad(shared.blurred, to + 4, sum + 4);
   }
 
-  MSVQ_DEVICE void blur_across(int thread, State& state, int step,
+  MSVQ_DEVICE void blur_across(int thread, State& state, int step, int on,
                                const int (&next)[kScales]) const {
+    const int across = shared.across[thread], level = (across >> 16) + 1;
+    if ((on >> (level - 1) & 1) == 0) return;
     const int from = thread / kWarp * (kRows * kWarpRow) + thread % kWarp;
     float value[kRows], done[kRows];
     MSVQ_UNROLL
     for (int r = 0; r < kRows; ++r) value[r] = shared.blurred[from + r * kWarpRow];
     add_rows<kRadius>(p.taps, value, state.open, done);
-    const int level = state.across_level + 1;
     if (s.border == Border::constant) {
       int lead = 0, base = 0;
       MSVQ_UNROLL
       for (int l = 1; l < kScales; ++l)
         if (level == l) lead = s.lead[l], base = s.base[l];
-      const int64_t x = pixel + (state.across_to - base) % s.line - lead;
-      const int64_t y = top - level * kRadius + (step + 1 - level) * kRows;
+      const int x = pixel + ((across & 0xffff) - base) % s.line - lead;
+      const int y = top - level * kRadius + (step + 1 - level) * kRows;
       MSVQ_UNROLL
       for (int r = 0; r < kRows; ++r)
         if (x < 0 || x >= s.width || y + r < 0 || y + r >= s.height) done[r] = 0;
     }
-    const int to = state.across_to + of_level(next, level);
+    const int to = (across & 0xffff) + of_level(next, level);
     MSVQ_UNROLL
     for (int r = 0; r < kRows; ++r) shared.lines[to + r * s.row] = done[r];
   }
 
   // Whether a quad's row, of the rows of the coarsest level that a step completed, is kept.
-  MSVQ_DEVICE bool is_kept(int compared_row, int step) const {
-    const int i = (step - kLevels) * kRows - 2 * kLevels * kRadius + compared_row;
+  MSVQ_DEVICE bool is_kept(int compared, int step) const {
+    const int i = (step - kLevels) * kRows - 2 * kLevels * kRadius + (compared >> 16);
     return static_cast<unsigned>(i) < static_cast<unsigned>(rows);
   }
   // Where these rows begin in the tensors, and from there a thread's quad.
   MSVQ_DEVICE int64_t compared_line(int step) const {
-    const int64_t y = row + (step - kLevels) * kRows - 2 * kLevels * kRadius;
-    return origin + y * s.pitch + pixel * s.channels;
+    const int y = row + (step - kLevels) * kRows - 2 * kLevels * kRadius;
+    return origin + int64_t{y} * s.pitch + pixel * s.channels;
   }
-  MSVQ_DEVICE int quad_offset(const State& state, int k) const {
-    return state.compared_row[k] * s.pitch + state.compared[k];
+  MSVQ_DEVICE int quad_offset(int compared) const {
+    return (compared >> 16) * s.pitch + (compared & 0xffff);
   }
 
-  MSVQ_DEVICE void read_contributions(const State& state, int step,
+  MSVQ_DEVICE void read_contributions(int thread, int step,
                                       uint32_t (&values)[kCompared][kScales][4],
                                       uint32_t (&x)[kCompared][4]) const {
     MSVQ_UNROLL
     for (int k = 0; k < kCompared; ++k) {
-      if (!is_kept(state.compared_row[k], step)) continue;
-      const int64_t from = compared_line(step) + quad_offset(state, k);
+      const int compared = shared.compared[thread + k * s.threads];
+      if (!is_kept(compared, step)) continue;
+      const int64_t from = compared_line(step) + quad_offset(compared);
       for_size(s.type, [&](auto type) {
         using T = typename decltype(type)::type;
         MSVQ_UNROLL
@@ -363,12 +370,13 @@ struct QuadStream {
     }
   }
 
-  MSVQ_DEVICE void compare(State& state, int step,
+  MSVQ_DEVICE void compare(int thread, State& state, int step,
                            const uint32_t (&values)[kCompared][kScales][4],
                            const uint32_t (&x)[kCompared][4]) const {
     MSVQ_UNROLL
     for (int k = 0; k < kCompared; ++k) {
-      if (!is_kept(state.compared_row[k], step)) continue;
+      const int compared = shared.compared[thread + k * s.threads], first = compared & 0xffff;
+      if (!is_kept(compared, step)) continue;
       float target[kScales][4];
       for_type(s.x_type, [&](auto type) {
         using T = typename decltype(type)::type;
@@ -382,20 +390,20 @@ struct QuadStream {
       for (int m = 0; m < kLevels; ++m) {
         constexpr int kBehind = kRows + kRadius;  // rows a level is behind the one before
         const int level = kLevels - m;
-        int from = at[level] + (state.compared_row[k] - m * kBehind) * s.row;
+        int from = at[level] + ((compared >> 16) - m * kBehind) * s.row;
         if (m > 0 && from < 0) from += s.ring[level];
         from += s.base[level] + s.lead[level];
         if (s.channels == 1) {
-          load_quad(shared.lines, from + state.compared[k], target[m]);
+          load_quad(shared.lines, from + first, target[m]);
         } else {
           MSVQ_UNROLL
           for (int j = 0; j < 4; ++j)
-            target[m][j] = shared.lines[from + shared.place[state.compared[k] + j]];
+            target[m][j] = shared.lines[from + shared.place[first + j]];
         }
       }
       for_float_type(s.type, [&](auto type) {
         using T = typename decltype(type)::type;
-        compare_quad<T>(state, values[k], target, compared_line(step) + quad_offset(state, k));
+        compare_quad<T>(state, values[k], target, compared_line(step) + quad_offset(compared));
       });
     }
   }
@@ -403,7 +411,8 @@ struct QuadStream {
   template <class T>
   MSVQ_DEVICE void compare_quad(State& state, const uint32_t (&values)[kScales][4],
                                 const float (&target)[kScales][4], int64_t to) const {
-    float partial[4] = {}, grad[4] = {}, difference[kScales][4];
+    float partial[4] = {}, grad[4] = {}, difference[kScales][4], factor[4];
+    load_quad(shared.factors, 0, factor);
     MSVQ_UNROLL
     for (int m = 0; m < kScales; ++m) {
       MSVQ_UNROLL
@@ -415,9 +424,8 @@ struct QuadStream {
     }
     MSVQ_UNROLL
     for (int m = kLevels; m >= 0; --m) {
-      const float factor = p.factors[m] * scale;
       MSVQ_UNROLL
-      for (int j = 0; j < 4; ++j) grad[j] += factor * difference[m][j];
+      for (int j = 0; j < 4; ++j) grad[j] += factor[m] * difference[m][j];
       if (p.grads[m]) write_quad(grad, static_cast<T*>(p.grads[m]) + to);
     }
   }
