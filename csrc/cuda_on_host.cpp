@@ -30,7 +30,7 @@ void gaussian_blur_cuda_on_host(const GaussianBlurParams& g, int64_t processors,
 namespace {
 
 // Both leave the number of blocks that ran, and are false where the kernel cannot run.
-template <int kRadius, int kScales>
+template <int kRadius, int kScales, class T>
 bool run_quads(const MultiscaleLossParams& g, int64_t blocks, int room, bool reversed,
                int64_t& run) {
   using State = cuda::QuadState<kRadius, kScales>;
@@ -42,7 +42,7 @@ bool run_quads(const MultiscaleLossParams& g, int64_t blocks, int room, bool rev
     std::vector<float> memory(static_cast<size_t>(bytes) / sizeof(float), NAN);
     cuda::Block<State> block{std::vector<State>(static_cast<size_t>(params.strips.threads)),
                              reversed};
-    cuda::QuadStream<kRadius, kScales> stream(params, reinterpret_cast<char*>(memory.data()));
+    cuda::QuadStream<kRadius, kScales, T> stream(params, reinterpret_cast<char*>(memory.data()));
     stream.run(block, i, static_cast<int>(run));
   }
   return true;
@@ -74,8 +74,9 @@ bool multiscale_loss_cuda_on_host(const MultiscaleLossParams& g, int64_t blocks,
       cuda::count(g) == 0 || cuda::for_radius(cuda::streamed_radius(g), [&](auto kind) {
         constexpr int kRadius = decltype(kind)::value;
         if constexpr (kRadius > 0) {
-          const bool done = cuda::for_blurred_scales(g.num_scales, [&](auto scales) {
-            return run_quads<kRadius, decltype(scales)::value>(g, blocks, room, reversed, run);
+          const bool done = cuda::for_quads(g, [&](auto scales, auto type) {
+            using T = typename decltype(type)::type;
+            return run_quads<kRadius, decltype(scales)::value, T>(g, blocks, room, reversed, run);
           });
           if (done) return true;
         }

@@ -20,12 +20,12 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks<kRadius>)
   stream.run(block, blockIdx.x, gridDim.x);
 }
 
-template <int kRadius, int kScales>
-__global__ void __launch_bounds__(kWideQuadThreads, 1)
+template <int kRadius, int kScales, class T>
+__global__ void __launch_bounds__(quad_threads(kRadius), 1)
     multiscale_loss_quads_kernel(const QuadParams<kRadius> params) {
   extern __shared__ float4 memory[];
   Block<QuadState<kRadius, kScales>> block;
-  QuadStream<kRadius, kScales> stream(params, reinterpret_cast<char*>(memory));
+  QuadStream<kRadius, kScales, T> stream(params, reinterpret_cast<char*>(memory));
   stream.run(block, blockIdx.x, gridDim.x);
 }
 
@@ -62,9 +62,10 @@ cudaError_t launch(const MultiscaleLossParams& g, const Device& device, int64_t&
     QuadParams<kRadius> params{};
     if (quad_params(g, device.room, params)) {
       grid = quad_blocks(params.strips, int64_t{device.processors} * 2);
-      return for_blurred_scales(g.num_scales, [&](auto scales) {
-        return start(multiscale_loss_quads_kernel<kRadius, decltype(scales)::value>, params, device,
-                     grid, params.strips.threads, quad_shared_bytes(params.strips));
+      return for_quads(g, [&](auto scales, auto type) {
+        using T = typename decltype(type)::type;
+        return start(multiscale_loss_quads_kernel<kRadius, decltype(scales)::value, T>, params,
+                     device, grid, params.strips.threads, quad_shared_bytes(params.strips));
       });
     }
   }
@@ -92,7 +93,8 @@ int multiscale_loss_cuda(const MultiscaleLossParams& g, int device, void* stream
       return cuda::launch<decltype(radius)::value>(g, on, blocks);
     });
   if (error != cudaSuccess || !g.partials) return error;
-  cuda::multiscale_loss_sum_kernel<<<1, cuda::kLossThreads, 0, on.stream>>>(cuda::loss_sum(g, blocks));
+  cuda::multiscale_loss_sum_kernel<<<1, cuda::kLossThreads, 0, on.stream>>>(
+      cuda::loss_sum(g, blocks));
   return cudaGetLastError();
 }
 

@@ -7,27 +7,27 @@
 namespace msvq {
 namespace cuda {
 
-// Two blocks of kQuadThreads share a multiprocessor, or one of kWideQuadThreads has it. Multiples of
-// 128: the four schedulers of a multiprocessor then have as many warps each.
-constexpr int kQuadThreads = 320;
-constexpr int kWideQuadThreads = 640;
+// Threads of a multiprocessor, in one block or several: as many as leave each the registers that
+// the sums of a column need.
+constexpr int quad_threads(int radius) { return radius > 15 ? 512 : 640; }
 constexpr int kWarp = 32;
 constexpr int kWarpRow = kWarp + 4;  // words: rows of a warp's columns, see quad_blurred
 constexpr int kNoLevel = 31, kNoRow = 0x7fff;
 
-// Level l of a strip is x blurred l times; the last is the coarsest target. A ring of rows in shared
-// memory holds each level until the contributions meet it. Pixel 0 of a strip has place lead[l] in
-// the lines of level l, a multiple of 4.
+// Level l of a strip is x blurred l times; the last is the coarsest target. A ring of rows in
+// shared memory holds each level until the contributions meet it. Pixel 0 of a strip has place
+// lead[l] in the lines of level l, a multiple of 4.
 struct QuadStrips {
   ImageType x_type, type;
   Border border;
-  int levels, radius, pixels, channels, threads;  // levels: how many blurs
-  int line, row, lead[kMaxScales];                // words of a channel's line; of a row
-  int ring[kMaxScales], base[kMaxScales];         // words kept of a level; first word
-  int wide[kMaxScales], column[kMaxScales];       // outputs per channel in eights; first of a row's
-  int columns, words, staged, compared;           // quads that the threads can take
-  int elements, own_elements;                     // values of a row of x; of the strip
-  int pitch;                                      // elements of a row of the tensor
+  int levels, radius, pixels, channels;      // levels: how many blurs
+  int threads, together;                     // of a block; blocks on a multiprocessor
+  int line, row, lead[kMaxScales];           // words of a channel's line; of a row
+  int ring[kMaxScales], base[kMaxScales];    // words kept of a level; first word
+  int wide[kMaxScales], column[kMaxScales];  // outputs per channel in eights; first of a row's
+  int columns, words, tasks;                 // words of the threads' tasks
+  int elements, own_elements;                // values of a row of x; of the strip
+  int pitch;                                 // elements of a row of the tensor
   int height, width, count_x, strips;
   int units, around;  // kRows rows of a strip; units that beginning inside a plane costs
 };
@@ -47,21 +47,24 @@ struct QuadParams {
 // Quads of a step's rows of x, and of the contributions, that a thread takes at most.
 constexpr int staged_quads(int num_scales) { return num_scales == 2 ? 3 : 2; }
 constexpr int compared_quads(int num_scales) { return num_scales == 2 ? 2 : 1; }
+constexpr int thread_tasks(int num_scales) {
+  return 3 + 2 * staged_quads(num_scales) + compared_quads(num_scales);
+}
 
 inline int fours(int n) { return (n + 3) / 4 * 4; }
 
 inline int quad_shared_bytes(const QuadStrips& s) {
-  const int words = s.words + s.threads / kWarp * 8 * kWarpRow + 2 * s.elements +
-                    2 * s.staged + 2 * s.threads + s.compared + kMaxScales;
+  const int words =
+      s.words + s.threads / kWarp * 8 * kWarpRow + 2 * s.elements + s.tasks + kMaxScales;
   return words * 4 + 16 * 8 + (s.levels + 1) * s.threads * 8;
 }
 
-// Lays out strips of `pixels` columns; false if a block has too few threads for them.
-inline bool lay_out(QuadStrips& s, int threads, int pixels) {
+// Lays out strips of `pixels` columns; false if blocks would need more threads or shared memory
+// than a multiprocessor has.
+inline bool lay_out(QuadStrips& s, int pixels, int room) {
   const int last = s.levels, lead = fours(s.radius);
-  s.threads = threads, s.pixels = pixels;
-  s.staged = staged_quads(last + 1) * threads;
-  s.compared = compared_quads(last + 1) * threads;
+  s.pixels = pixels;
+  s.tasks = thread_tasks(last + 1) * quad_threads(s.radius);
   s.columns = s.words = 0;
   for (int l = 0; l <= last; ++l) s.lead[l] = (last - l) * lead;
   for (int l = 1; l <= last; ++l) {
@@ -82,27 +85,32 @@ inline bool lay_out(QuadStrips& s, int threads, int pixels) {
   }
   s.elements = s.channels * (pixels + 2 * s.lead[0]);
   s.own_elements = s.channels * pixels;
-  return s.columns <= threads && 2 * s.elements <= s.staged &&
-         2 * s.own_elements <= s.compared;
+  const int quads = 2 * s.elements / staged_quads(last + 1);
+  const int own_quads = 2 * s.own_elements / compared_quads(last + 1);
+  s.threads = s.columns > quads ? s.columns : quads;
+  s.threads = ((s.threads > own_quads ? s.threads : own_quads) + kWarp - 1) / kWarp * kWarp;
+  const int most = quad_threads(s.radius), bytes = quad_shared_bytes(s);
+  // The driver keeps 1 KiB of every block's share.
+  const int by_room = (room + 1024) / (bytes + 1024);
+  s.together = most / s.threads < by_room ? most / s.threads : by_room;
+  s.count_x = (s.width + pixels - 1) / pixels;
+  return s.together > 0;
 }
 
-// The widest strips of which `room` bytes of shared memory hold one, none wider than the image.
-inline bool widest(QuadStrips& s, int threads, int room) {
-  const int most = threads / s.channels / 8 * 8;
-  for (int pixels = s.width < most ? eights(s.width) : most; pixels > 0; pixels -= 8) {
-    if (!lay_out(s, threads, pixels) || quad_shared_bytes(s) > room) continue;
-    s.count_x = (s.width + pixels - 1) / pixels;
-    lay_out(s, threads, eights((s.width - 1) / s.count_x + 1));
-    s.count_x = (s.width + s.pixels - 1) / s.pixels;
-    return s.pixels >= 16 || s.pixels >= s.width;
-  }
-  return false;
+// Time of a row of strips, in warps: a multiprocessor needs some to hide latencies, and one block
+// alone waits at its barriers.
+inline double strips_time(const QuadStrips& s) {
+  const double warps = s.threads / kWarp, busy = warps * s.together;
+  return s.count_x * warps * (s.together == 1 ? 1.1 : 1.0) * (busy < 16 ? 16 / busy : 1.0);
 }
 
+// Whether rows are of whole quads, and x of a type that the kernel is compiled for.
 inline bool in_quads(const MultiscaleLossParams& g) {
   const int64_t pitch = g.width * g.inner;
   // Offsets within eight rows are 32 bits wide, rows 15.
   bool quads = pitch % 4 == 0 && pitch < int64_t{1} << 26 && g.height < kNoRow - 1024;
+  quads = quads &&
+          (g.x_type == g.type || g.x_type == ImageType::float32 || g.x_type == ImageType::uint8);
   const auto check = [&](const void* tensor, ImageType type) {
     const uintptr_t bytes = type == ImageType::float32 ? 16 : type == ImageType::uint8 ? 4 : 8;
     quads = quads && reinterpret_cast<uintptr_t>(tensor) % bytes == 0;
@@ -116,21 +124,22 @@ inline bool in_quads(const MultiscaleLossParams& g) {
 // Cuts for blocks of at most `room` bytes of shared memory; false if that is too little, or if rows
 // are not of whole quads.
 inline bool cut(const MultiscaleLossParams& g, int room, QuadStrips& s) {
-  if (!in_quads(g) || g.inner > kWideQuadThreads / 16) return false;
+  if (!in_quads(g)) return false;
   s.x_type = g.x_type, s.type = g.type, s.border = g.border;
   s.levels = static_cast<int>(g.num_scales) - 1, s.radius = static_cast<int>(g.radius);
   s.height = static_cast<int>(g.height), s.width = static_cast<int>(g.width);
   s.channels = static_cast<int>(g.inner), s.pitch = static_cast<int>(g.width * g.inner);
-  QuadStrips wide = s;
-  // The driver keeps 1 KiB of every block's share.
-  const bool fits = widest(s, kQuadThreads, room / 2 - 1024);
-  const bool wide_fits = widest(wide, kWideQuadThreads, room);
-  if (!fits && !wide_fits) return false;
-  const auto warps = [](const QuadStrips& strips) {
-    return strips.count_x * ((strips.columns + kWarp - 1) / kWarp);
-  };
-  // Two blocks wait for their barriers at different times: worth a tenth.
-  if (!fits || (wide_fits && 11 * warps(wide) < 10 * warps(s))) s = wide;
+  const int most = quad_threads(s.radius);
+  double best = 0;
+  int pixels = 0;
+  for (int p = s.width < most ? eights(s.width) : most; p > 0; p -= 8) {
+    if (p < 32 && p < s.width) break;  // most of a strip would be halo
+    const bool even = p == eights((s.width - 1) / ((s.width + p - 1) / p) + 1);
+    if (!even || !lay_out(s, p, room)) continue;
+    if (pixels == 0 || strips_time(s) < best) best = strips_time(s), pixels = p;
+  }
+  if (pixels == 0) return false;
+  lay_out(s, pixels, room);
   s.units = (s.height + 7) / 8;
   s.around = (2 * s.levels * s.radius + 7) / 8;
   const int64_t strips = g.planes * s.count_x;
@@ -138,9 +147,10 @@ inline bool cut(const MultiscaleLossParams& g, int room, QuadStrips& s) {
   return strips * (s.units + s.around) < int64_t{1} << 31;
 }
 
-// Blocks that share the strips on a device that runs `blocks` blocks of kQuadThreads at a time.
-inline int64_t quad_blocks(const QuadStrips& s, int64_t blocks) {
-  if (s.threads > kQuadThreads && blocks > 1) blocks /= 2;
+// Blocks that share the strips on a device with `pairs` halves of multiprocessors.
+inline int64_t quad_blocks(const QuadStrips& s, int64_t pairs) {
+  int64_t blocks = pairs * s.together / 2;
+  if (blocks < 1) blocks = 1;
   if (blocks > kMaxLossBlocks) blocks = kMaxLossBlocks;
   const int64_t most = int64_t{s.strips} * s.units;
   return blocks < most ? blocks : most;
@@ -159,14 +169,6 @@ bool quad_params(const MultiscaleLossParams& g, int room, QuadParams<kRadius>& p
   params.upstream = g.upstream;
   params.partials = g.partials;
   return true;
-}
-
-// Calls body with the number of scales of which a blur exists.
-template <class Body>
-auto for_blurred_scales(int64_t num_scales, const Body& body) {
-  if (num_scales == 2) return body(Radius<2>());
-  if (num_scales == 3) return body(Radius<3>());
-  return body(Radius<4>());
 }
 
 }  // namespace cuda

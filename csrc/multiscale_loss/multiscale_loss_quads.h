@@ -1,8 +1,9 @@
-// The multi-scale loss on a CUDA device where rows are whole quads: four neighbours at a multiple of
-// four. See multiscale_loss_stream.h for the order of its steps.
+// The multi-scale loss on a CUDA device where rows are whole quads: four neighbours at a multiple
+// of four. See multiscale_loss_stream.h for the order of its steps.
 //
 // A warp blurs eight rows of 32 columns along their lines and then down these columns, so a step
-// has one barrier. A block has an equal share of all strips' rows, from inside one to inside another.
+// has one barrier. A block has an equal share of all strips' rows, from inside one to inside
+// another.
 #pragma once
 #include "gaussian_blur/gaussian_blur_tile.h"
 #include "multiscale_loss/multiscale_loss_quad_strips.h"
@@ -17,11 +18,7 @@ struct QuadShared {
         blurred(carver.take<float>(s.threads / kWarp * kRows * kWarpRow)),
         source(carver.take<int32_t>(s.elements)),
         place(carver.take<int32_t>(s.elements)),
-        staged(carver.take<int32_t>(s.staged)),
-        staged_from(carver.take<int32_t>(s.staged)),
-        along(carver.take<int32_t>(s.threads)),
-        across(carver.take<int32_t>(s.threads)),
-        compared(carver.take<int32_t>(s.compared)),
+        tasks(carver.take<int32_t>(s.tasks)),
         factors(carver.take<float>(kMaxScales)),
         rows(carver.take<int64_t>(2 * kRows)),
         sums(carver.take<double>((s.levels + 1) * s.threads)) {}
@@ -30,14 +27,9 @@ struct QuadShared {
   // Of every value of a row of x: its offset in memory from the row's start, -1 for zero; its place
   // in the lines.
   Shared<int32_t> source, place;
-  // Of a thread's quads of x: row << 16 | first value, -1 for none; the offset of a quad that lies
-  // together in memory, else -1.
-  Shared<int32_t> staged, staged_from;
-  // What a thread blurs along and across: level << 16 | first value, kNoLevel for nothing. Of the
-  // quads of contributions it compares: row << 16 | first value, kNoRow for none.
-  Shared<int32_t> along, across, compared;
+  Shared<int32_t> tasks;  // what a thread does, see QuadStream::task
   Shared<float> factors;  // of the differences in the gradients
-  Shared<int64_t> rows;  // where the rows of this and of the next step begin, -1 for zeros
+  Shared<int64_t> rows;   // where the rows of this and of the next step begin, -1 for zeros
   Shared<double> sums;
 };
 
@@ -67,10 +59,26 @@ MSVQ_DEVICE void correlate_quads(const float* half, const Shared<float>& lines, 
   }
 }
 
-template <int kRadius, int kScales>
+// border_source of lengths in 32 bits: a remainder in 64 is a call.
+MSVQ_DEVICE int short_border_source(Border border, int i, int n) {
+  if (i >= 0 && i < n) return i;
+  if (border == Border::constant) return -1;
+  if (n == 1) return 0;
+  const int period = border == Border::circular    ? n
+                     : border == Border::symmetric ? 2 * n
+                                                   : 2 * n - 2;
+  int j = i % period;
+  if (j < 0) j += period;
+  const int mirrored = border == Border::symmetric ? 2 * n - 1 - j : period - j;
+  return border == Border::circular || j < mirrored ? j : mirrored;
+}
+
+// T is the type of contributions and gradients.
+template <int kRadius, int kScales, class T>
 struct QuadStream {
   using State = QuadState<kRadius, kScales>;
   static constexpr int kLevels = kScales - 1;
+  static constexpr int kThreads = quad_threads(kRadius);
   static constexpr int kStaged = staged_quads(kScales), kCompared = compared_quads(kScales);
 
   const QuadParams<kRadius>& p;
@@ -81,9 +89,27 @@ struct QuadStream {
   int at[kScales];  // where every level's rows of this step begin in its ring
 
   MSVQ_DEVICE QuadStream(const QuadParams<kRadius>& params, char* memory)
-      : p(params),
-        s(params.strips),
-        shared(s, SharedCarver{memory, 0}) {}
+      : p(params), s(params.strips), shared(s, SharedCarver{memory, 0}) {}
+
+  // What thread blurs along and across: level << 16 | first value, kNoLevel for nothing; where it
+  // puts what it blurs along. Of its quads of contributions: row << 16 | first value, kNoRow for
+  // none. Of its quads of x the same, -1 for none, and the offset of those that lie together in
+  // memory, else -1. Tables of one thread lie at constant distances: one register for all.
+  static constexpr int kAlong = 0, kAcross = 1, kAlongTo = 2, kToCompare = 3,
+                       kToStage = kToCompare + kCompared, kStageFrom = kToStage + kStaged;
+  MSVQ_DEVICE int32_t& task(int kind, int thread) const {
+    return shared.tasks[thread + kind * kThreads];
+  }
+
+  // Calls body with the type of x: see in_quads.
+  template <class Body>
+  MSVQ_DEVICE void for_x(const Body& body) const {
+    if (s.x_type == s.type) return body(Type<T>());
+    if constexpr (sizeof(T) < sizeof(float)) {
+      if (s.x_type == ImageType::float32) return body(Type<float>());
+    }
+    body(Type<uint8_t>());
+  }
 
   // Runs the share of block `first` of `blocks` and leaves the sums of its squared differences.
   MSVQ_DEVICE void run(Block<State>& block, int first, int blocks) {
@@ -104,12 +130,14 @@ struct QuadStream {
     }
     if (!p.partials) return;
     block.each([&](int thread, State&) {
-      if (thread >= kScales * kWarp) return;
-      const int m = thread / kWarp;
-      double sum = 0;
       MSVQ_NO_UNROLL
-      for (int i = thread % kWarp; i < s.threads; i += kWarp) sum += shared.sums[m * s.threads + i];
-      shared.sums[m * s.threads + thread % kWarp] = sum;
+      for (int m = thread / kWarp; m < kScales; m += s.threads / kWarp) {
+        double sum = 0;
+        MSVQ_NO_UNROLL
+        for (int i = thread % kWarp; i < s.threads; i += kWarp)
+          sum += shared.sums[m * s.threads + i];
+        shared.sums[m * s.threads + thread % kWarp] = sum;
+      }
     });
     block.each([&](int thread, State&) {
       if (thread >= kScales) return;
@@ -129,21 +157,15 @@ struct QuadStream {
     top = row - kLevels * kRadius;
     const int read = (rows + 2 * kLevels * kRadius + kRows - 1) / kRows;  // steps that need x
     MSVQ_UNROLL
-    for (int l = 0; l < kScales; ++l) at[l] = (s.ring[l] - l * kRows * s.row) % s.ring[l];
+    for (int l = 0; l < kScales; ++l) at[l] = (2 * s.ring[l] - (l + 1) * kRows * s.row) % s.ring[l];
     block.each([&](int thread, State& state) {
       settle(thread, state);
       fill_tables(thread);
       name_rows(thread, 0);
-      name_rows(thread, 1);
     });
-    block.each([&](int thread, State&) {
-      settle_quads(thread);
-      uint32_t bits[kStaged][4];
-      fetch(thread, 0, bits);
-      put(thread, 0, bits);
-    });
+    block.each([&](int thread, State&) { settle_quads(thread); });
     MSVQ_NO_UNROLL
-    for (int step = 0; step < read + kLevels; ++step) {
+    for (int step = -1; step < read + kLevels; ++step) {
       int next[kScales];
       int on = 0;  // levels with rows that anything kept is blurred from
       MSVQ_UNROLL
@@ -182,7 +204,9 @@ struct QuadStream {
   // Columns that no pixel of the image is blurred from are nobody's.
   MSVQ_DEVICE void settle(int thread, State& state) const {
     const int along = thread / kWarp * kWarp + thread % 4 * kRows;
-    shared.along[thread] = shared.across[thread] = kNoLevel << 16;
+    task(kAlong, thread) = task(kAcross, thread) = kNoLevel << 16;
+    task(kAlongTo, thread) =
+        (thread / kWarp * kRows + along_row(thread)) * kWarpRow + thread % 4 * kRows;
     MSVQ_UNROLL
     for (int l = 0; l < kLevels; ++l) {
       const int first = s.column[l + 1], wide = s.wide[l + 1], end = first + s.channels * wide;
@@ -191,16 +215,15 @@ struct QuadStream {
         return (column - first) / wide * s.line + (column - first) % wide;
       };
       if (along >= first && along < end && (along - first) % wide < beyond)
-        shared.along[thread] =
-            l << 16 | (s.base[l] + along_row(thread) * s.row + place(along));
+        task(kAlong, thread) = l << 16 | (s.base[l] + along_row(thread) * s.row + place(along));
       if (thread >= first && thread < end && (thread - first) % wide < beyond)
-        shared.across[thread] = l << 16 | (s.base[l + 1] + place(thread));
+        task(kAcross, thread) = l << 16 | (s.base[l + 1] + place(thread));
     }
     MSVQ_UNROLL
     for (int k = 0; k < kCompared; ++k) {
       const int quads = s.own_elements / 4, i = thread + k * s.threads, first = i % quads * 4;
       const bool mine = i < kRows * quads && pixel * s.channels + first < s.pitch;
-      shared.compared[i] = (mine ? i / quads : kNoRow) << 16 | first;
+      task(kToCompare + k, thread) = (mine ? i / quads : kNoRow) << 16 | first;
     }
     for (int j = 0; j < 2 * kRadius; ++j) state.open[j] = 0;
     for (int m = 0; m < kScales; ++m) state.total[m] = 0;
@@ -209,8 +232,8 @@ struct QuadStream {
   MSVQ_DEVICE void fill_tables(int thread) const {
     for (int i = thread; i < s.elements; i += s.threads) {
       const int c = i % s.channels, x = i / s.channels;
-      const int64_t from = border_source(s.border, pixel + x - s.lead[0], s.width);
-      shared.source[i] = from < 0 ? -1 : static_cast<int32_t>(from * s.channels + c);
+      const int from = short_border_source(s.border, pixel + x - s.lead[0], s.width);
+      shared.source[i] = from < 0 ? -1 : from * s.channels + c;
       shared.place[i] = c * s.line + x;
     }
   }
@@ -221,11 +244,11 @@ struct QuadStream {
     for (int k = 0; k < kStaged; ++k) {
       const int i = thread + k * s.threads, first = i % quads * 4;
       const bool mine = i < kRows * quads;
-      shared.staged[i] = mine ? i / quads << 16 | first : -1;
+      task(kToStage + k, thread) = mine ? i / quads << 16 | first : -1;
       // Around a fold values do not lie together, and beyond it off the multiples of four.
       const int from = mine ? shared.source[first] : -1;
       const bool quad = from >= 0 && from % 4 == 0 && shared.source[first + 3] == from + 3;
-      shared.staged_from[i] = quad ? from : -1;
+      task(kStageFrom + k, thread) = quad ? from : -1;
     }
   }
 
@@ -234,19 +257,19 @@ struct QuadStream {
     if (thread >= kRows) return;
     const int y = top + step * kRows + thread;
     const bool needed = y < row + rows + kLevels * kRadius;
-    const int64_t from = needed ? border_source(s.border, y, s.height) : -1;
-    shared.rows[step % 2 * kRows + thread] = from < 0 ? -1 : origin + from * s.pitch;
+    const int from = needed ? short_border_source(s.border, y, s.height) : -1;
+    shared.rows[step % 2 * kRows + thread] = from < 0 ? -1 : origin + int64_t{from} * s.pitch;
   }
 
   MSVQ_DEVICE void fetch(int thread, int step, uint32_t (&bits)[kStaged][4]) const {
-    for_size(s.x_type, [&](auto type) {
+    for_x([&](auto type) {
       const auto* const x = static_cast<const typename decltype(type)::type*>(p.x);
       MSVQ_UNROLL
       for (int k = 0; k < kStaged; ++k) {
-        const int staged = shared.staged[thread + k * s.threads];
+        const int staged = task(kToStage + k, thread);
         if (staged < 0) continue;
         const int64_t line = shared.rows[step % 2 * kRows + (staged >> 16)];
-        const int from = shared.staged_from[thread + k * s.threads];
+        const int from = task(kStageFrom + k, thread);
         if (line >= 0 && from >= 0) {
           read_quad<false>(x + line + from, bits[k]);
         } else {
@@ -261,24 +284,24 @@ struct QuadStream {
   }
 
   MSVQ_DEVICE void put(int thread, int step, const uint32_t (&bits)[kStaged][4]) const {
-    for_type(s.x_type, [&](auto type) {
-      using T = typename decltype(type)::type;
+    for_x([&](auto type) {
+      using X = typename decltype(type)::type;
       MSVQ_UNROLL
       for (int k = 0; k < kStaged; ++k) {
-        const int staged = shared.staged[thread + k * s.threads];
+        const int staged = task(kToStage + k, thread);
         if (staged < 0) continue;
         const int r = staged >> 16, first = staged & 0xffff;
         float value[4];
-        if constexpr (sizeof(T) == 4) {
+        if constexpr (sizeof(X) == 4) {
           MSVQ_UNROLL
-          for (int j = 0; j < 4; ++j) value[j] = widen_bits<T>(bits[k][j]);
+          for (int j = 0; j < 4; ++j) value[j] = widen_bits<X>(bits[k][j]);
         } else {
           const bool there = shared.rows[step % 2 * kRows + r] >= 0;
-          const bool packed = there && shared.staged_from[thread + k * s.threads] >= 0;
+          const bool packed = there && task(kStageFrom + k, thread) >= 0;
           MSVQ_UNROLL
           for (int j = 0; j < 4; ++j) {
-            value[j] = packed ? quad_value<T>(bits[k], j) : widen_bits<T>(bits[k][j]);
-            if constexpr (sizeof(T) == 1)
+            value[j] = packed ? quad_value<X>(bits[k], j) : widen_bits<X>(bits[k][j]);
+            if constexpr (sizeof(X) == 1)
               value[j] = there && shared.source[first + j] >= 0 ? signed_value(value[j]) : 0.0f;
           }
         }
@@ -292,7 +315,12 @@ struct QuadStream {
       }
     });
   }
-  MSVQ_DEVICE float signed_value(float x) const { return x / 127.5f - 1.0f; }
+  // x / 127.5 - 1, the division as two products.
+  MSVQ_DEVICE float signed_value(float x) const {
+    constexpr float kInverse = 1.0f / 127.5f;
+    const float quotient = x * kInverse;
+    return quotient + (x - quotient * 127.5f) * kInverse - 1.0f;
+  }
 
   MSVQ_DEVICE int of_level(const int (&values)[kScales], int level) const {
     int value = values[0];
@@ -302,18 +330,18 @@ struct QuadStream {
   }
 
   MSVQ_DEVICE void blur_along(int thread, int on) const {
-    const int along = shared.along[thread], level = along >> 16;
+    const int along = task(kAlong, thread), level = along >> 16;
     if ((on >> level & 1) == 0) return;
     float sum[kRows] = {};
     correlate_quads<kRadius>(p.taps, shared.lines, (along & 0xffff) + of_level(at, level), sum);
-    const int to = (thread / kWarp * kRows + along_row(thread)) * kWarpRow + thread % 4 * kRows;
+    const int to = task(kAlongTo, thread);
     store_quad(shared.blurred, to, sum);
     store_quad(shared.blurred, to + 4, sum + 4);
   }
 
   MSVQ_DEVICE void blur_across(int thread, State& state, int step, int on,
                                const int (&next)[kScales]) const {
-    const int across = shared.across[thread], level = (across >> 16) + 1;
+    const int across = task(kAcross, thread), level = (across >> 16) + 1;
     if ((on >> (level - 1) & 1) == 0) return;
     const int from = thread / kWarp * (kRows * kWarpRow) + thread % kWarp;
     float value[kRows], done[kRows];
@@ -355,16 +383,13 @@ struct QuadStream {
                                       uint32_t (&x)[kCompared][4]) const {
     MSVQ_UNROLL
     for (int k = 0; k < kCompared; ++k) {
-      const int compared = shared.compared[thread + k * s.threads];
+      const int compared = task(kToCompare + k, thread);
       if (!is_kept(compared, step)) continue;
       const int64_t from = compared_line(step) + quad_offset(compared);
-      for_size(s.type, [&](auto type) {
-        using T = typename decltype(type)::type;
-        MSVQ_UNROLL
-        for (int m = 0; m < kScales; ++m)
-          read_quad<true>(static_cast<const T*>(p.contributions[m]) + from, values[k][m]);
-      });
-      for_size(s.x_type, [&](auto type) {
+      MSVQ_UNROLL
+      for (int m = 0; m < kScales; ++m)
+        read_quad<true>(static_cast<const T*>(p.contributions[m]) + from, values[k][m]);
+      for_x([&](auto type) {
         read_quad<false>(static_cast<const typename decltype(type)::type*>(p.x) + from, x[k]);
       });
     }
@@ -375,15 +400,15 @@ struct QuadStream {
                            const uint32_t (&x)[kCompared][4]) const {
     MSVQ_UNROLL
     for (int k = 0; k < kCompared; ++k) {
-      const int compared = shared.compared[thread + k * s.threads], first = compared & 0xffff;
+      const int compared = task(kToCompare + k, thread), first = compared & 0xffff;
       if (!is_kept(compared, step)) continue;
       float target[kScales][4];
-      for_type(s.x_type, [&](auto type) {
-        using T = typename decltype(type)::type;
+      for_x([&](auto type) {
+        using X = typename decltype(type)::type;
         MSVQ_UNROLL
         for (int j = 0; j < 4; ++j) {
-          const float value = quad_value<T>(x[k], j);
-          target[kLevels][j] = sizeof(T) == 1 ? signed_value(value) : value;
+          const float value = quad_value<X>(x[k], j);
+          target[kLevels][j] = sizeof(X) == 1 ? signed_value(value) : value;
         }
       });
       MSVQ_UNROLL
@@ -397,18 +422,13 @@ struct QuadStream {
           load_quad(shared.lines, from + first, target[m]);
         } else {
           MSVQ_UNROLL
-          for (int j = 0; j < 4; ++j)
-            target[m][j] = shared.lines[from + shared.place[first + j]];
+          for (int j = 0; j < 4; ++j) target[m][j] = shared.lines[from + shared.place[first + j]];
         }
       }
-      for_float_type(s.type, [&](auto type) {
-        using T = typename decltype(type)::type;
-        compare_quad<T>(state, values[k], target, compared_line(step) + quad_offset(compared));
-      });
+      compare_quad(state, values[k], target, compared_line(step) + quad_offset(compared));
     }
   }
 
-  template <class T>
   MSVQ_DEVICE void compare_quad(State& state, const uint32_t (&values)[kScales][4],
                                 const float (&target)[kScales][4], int64_t to) const {
     float partial[4] = {}, grad[4] = {}, difference[kScales][4], factor[4];
@@ -430,6 +450,19 @@ struct QuadStream {
     }
   }
 };
+
+// Calls body with the number of scales, of which there is a blur, and the type of contributions.
+template <class Body>
+auto for_quads(const MultiscaleLossParams& g, const Body& body) {
+  const auto with = [&](auto scales) {
+    if (g.type == ImageType::float32) return body(scales, Type<float>());
+    if (g.type == ImageType::float16) return body(scales, Type<float16>());
+    return body(scales, Type<bfloat16>());
+  };
+  if (g.num_scales == 2) return with(Radius<2>());
+  if (g.num_scales == 3) return with(Radius<3>());
+  return with(Radius<4>());
+}
 
 }  // namespace cuda
 }  // namespace msvq

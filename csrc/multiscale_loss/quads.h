@@ -6,14 +6,6 @@
 namespace msvq {
 namespace cuda {
 
-// Calls body with a type of the size of `type`, to read bits.
-template <class Body>
-MSVQ_DEVICE void for_size(ImageType type, const Body& body) {
-  if (type == ImageType::float32) return body(Type<float>());
-  if (type == ImageType::uint8) return body(Type<uint8_t>());
-  body(Type<bfloat16>());
-}
-
 // Runs two phases, the second on what threads of the same warp left in the first, and waits for the
 // block. The host runs warp after warp.
 template <class State, class First, class Second>
