@@ -73,7 +73,8 @@ MSVQ_DEVICE int short_border_source(Border border, int i, int n) {
   return border == Border::circular || j < mirrored ? j : mirrored;
 }
 
-// T is the type of contributions and gradients.
+// T is the type of contributions and gradients, bfloat16 for both of 16 bits: kernels of their own
+// would differ in a few conversions.
 template <int kRadius, int kScales, class T>
 struct QuadStream {
   using State = QuadState<kRadius, kScales>;
@@ -111,6 +112,15 @@ struct QuadStream {
     body(Type<uint8_t>());
   }
 
+  // Calls body with the type that X stands for.
+  template <class X, class Body>
+  MSVQ_DEVICE void for_stored(Type<X> type, const Body& body) const {
+    if constexpr (sizeof(X) == 2) {
+      if (s.type == ImageType::float16) return body(Type<float16>());
+    }
+    body(type);
+  }
+
   // Runs the share of block `first` of `blocks` and leaves the sums of its squared differences.
   MSVQ_DEVICE void run(Block<State>& block, int first, int blocks) {
     block.each([&](int thread, State&) {
@@ -130,13 +140,13 @@ struct QuadStream {
     }
     if (!p.partials) return;
     block.each([&](int thread, State&) {
+      if (thread >= kWarp) return;
       MSVQ_NO_UNROLL
-      for (int m = thread / kWarp; m < kScales; m += s.threads / kWarp) {
+      for (int m = 0; m < kScales; ++m) {
         double sum = 0;
         MSVQ_NO_UNROLL
-        for (int i = thread % kWarp; i < s.threads; i += kWarp)
-          sum += shared.sums[m * s.threads + i];
-        shared.sums[m * s.threads + thread % kWarp] = sum;
+        for (int i = thread; i < s.threads; i += kWarp) sum += shared.sums[m * s.threads + i];
+        shared.sums[m * s.threads + thread] = sum;
       }
     });
     block.each([&](int thread, State&) {
@@ -298,10 +308,15 @@ struct QuadStream {
         } else {
           const bool there = shared.rows[step % 2 * kRows + r] >= 0;
           const bool packed = there && task(kStageFrom + k, thread) >= 0;
-          MSVQ_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            value[j] = packed ? quad_value<X>(bits[k], j) : widen_bits<X>(bits[k][j]);
-            if constexpr (sizeof(X) == 1)
+          for_stored(type, [&](auto stored) {
+            using S = typename decltype(stored)::type;
+            MSVQ_UNROLL
+            for (int j = 0; j < 4; ++j)
+              value[j] = packed ? quad_value<S>(bits[k], j) : widen_bits<S>(bits[k][j]);
+          });
+          if constexpr (sizeof(X) == 1) {
+            MSVQ_UNROLL
+            for (int j = 0; j < 4; ++j)
               value[j] = there && shared.source[first + j] >= 0 ? signed_value(value[j]) : 0.0f;
           }
         }
@@ -404,12 +419,14 @@ struct QuadStream {
       if (!is_kept(compared, step)) continue;
       float target[kScales][4];
       for_x([&](auto type) {
-        using X = typename decltype(type)::type;
-        MSVQ_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const float value = quad_value<X>(x[k], j);
-          target[kLevels][j] = sizeof(X) == 1 ? signed_value(value) : value;
-        }
+        for_stored(type, [&](auto stored) {
+          using S = typename decltype(stored)::type;
+          MSVQ_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            const float value = quad_value<S>(x[k], j);
+            target[kLevels][j] = sizeof(S) == 1 ? signed_value(value) : value;
+          }
+        });
       });
       MSVQ_UNROLL
       for (int m = 0; m < kLevels; ++m) {
@@ -435,9 +452,13 @@ struct QuadStream {
     load_quad(shared.factors, 0, factor);
     MSVQ_UNROLL
     for (int m = 0; m < kScales; ++m) {
+      for_stored(Type<T>(), [&](auto stored) {
+        using S = typename decltype(stored)::type;
+        MSVQ_UNROLL
+        for (int j = 0; j < 4; ++j) partial[j] += quad_value<S>(values[m], j);
+      });
       MSVQ_UNROLL
       for (int j = 0; j < 4; ++j) {
-        partial[j] += quad_value<T>(values[m], j);
         difference[m][j] = partial[j] - target[m][j];
         state.total[m] += difference[m][j] * difference[m][j];
       }
@@ -446,17 +467,19 @@ struct QuadStream {
     for (int m = kLevels; m >= 0; --m) {
       MSVQ_UNROLL
       for (int j = 0; j < 4; ++j) grad[j] += factor[m] * difference[m][j];
-      if (p.grads[m]) write_quad(grad, static_cast<T*>(p.grads[m]) + to);
+      if (!p.grads[m]) continue;
+      for_stored(Type<T>(), [&](auto stored) {
+        write_quad(grad, static_cast<typename decltype(stored)::type*>(p.grads[m]) + to);
+      });
     }
   }
 };
 
-// Calls body with the number of scales, of which there is a blur, and the type of contributions.
+// Calls body with the number of scales, of which there is a blur, and T of a QuadStream.
 template <class Body>
 auto for_quads(const MultiscaleLossParams& g, const Body& body) {
   const auto with = [&](auto scales) {
     if (g.type == ImageType::float32) return body(scales, Type<float>());
-    if (g.type == ImageType::float16) return body(scales, Type<float16>());
     return body(scales, Type<bfloat16>());
   };
   if (g.num_scales == 2) return with(Radius<2>());
