@@ -35,15 +35,15 @@ bool run_quads(const MultiscaleLossParams& g, int64_t blocks, int room, bool rev
                int64_t& run) {
   using State = cuda::QuadState<kRadius, kScales>;
   cuda::QuadParams<kRadius> params{};
-  if (!cuda::quad_params(g, room, params)) return false;
-  run = cuda::quad_blocks(params.strips, blocks);
+  if (!cuda::quad_params(g, blocks, room, params)) return false;
+  run = params.strips.blocks;
   const int bytes = cuda::quad_shared_bytes(params.strips);
-  for (int i = 0; i < run; ++i) {
+  for (int i = 0; i < params.strips.blocks; ++i) {
     std::vector<float> memory(static_cast<size_t>(bytes) / sizeof(float), NAN);
     cuda::Block<State> block{std::vector<State>(static_cast<size_t>(params.strips.threads)),
                              reversed};
     cuda::QuadStream<kRadius, kScales, T> stream(params, reinterpret_cast<char*>(memory.data()));
-    stream.run(block, i, static_cast<int>(run));
+    stream.run(block, i);
   }
   return true;
 }

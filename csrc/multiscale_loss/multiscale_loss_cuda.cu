@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(quad_threads(kRadius), 1)
   extern __shared__ float4 memory[];
   Block<QuadState<kRadius, kScales>> block;
   QuadStream<kRadius, kScales, T> stream(params, reinterpret_cast<char*>(memory));
-  stream.run(block, blockIdx.x, gridDim.x);
+  stream.run(block, static_cast<int>(blockIdx.x));
 }
 
 __global__ void __launch_bounds__(kLossThreads) multiscale_loss_sum_kernel(const LossSum sum) {
@@ -60,8 +60,8 @@ template <int kRadius>
 cudaError_t launch(const MultiscaleLossParams& g, const Device& device, int64_t& grid) {
   if constexpr (kRadius > 0) {
     QuadParams<kRadius> params{};
-    if (quad_params(g, device.room, params)) {
-      grid = quad_blocks(params.strips, int64_t{device.processors} * 2);
+    if (quad_params(g, int64_t{device.processors} * 2, device.room, params)) {
+      grid = params.strips.blocks;
       return for_quads(g, [&](auto scales, auto type) {
         using T = typename decltype(type)::type;
         return start(multiscale_loss_quads_kernel<kRadius, decltype(scales)::value, T>, params,

@@ -29,7 +29,8 @@ struct QuadStrips {
   int elements, own_elements;                // values of a row of x; of the strip
   int pitch;                                 // elements of a row of the tensor
   int height, width, count_x, strips;
-  int units, around;  // kRows rows of a strip; units that beginning inside a plane costs
+  int blocks, share, rest;  // units of a block; blocks that have one more
+  int units, around;        // kRows rows of a strip; units that beginning inside a plane costs
 };
 
 template <int kRadius>
@@ -147,18 +148,22 @@ inline bool cut(const MultiscaleLossParams& g, int room, QuadStrips& s) {
   return strips * (s.units + s.around) < int64_t{1} << 31;
 }
 
-// Blocks that share the strips on a device with `pairs` halves of multiprocessors.
-inline int64_t quad_blocks(const QuadStrips& s, int64_t pairs) {
+// Shares the strips among the blocks that a device with `pairs` halves of multiprocessors runs.
+inline void share_out(QuadStrips& s, int64_t pairs) {
   int64_t blocks = pairs * s.together / 2;
   if (blocks < 1) blocks = 1;
   if (blocks > kMaxLossBlocks) blocks = kMaxLossBlocks;
   const int64_t most = int64_t{s.strips} * s.units;
-  return blocks < most ? blocks : most;
+  s.blocks = static_cast<int>(blocks < most ? blocks : most);
+  const int units = s.strips * (s.around + s.units);
+  s.share = units / s.blocks, s.rest = units % s.blocks;
 }
 
 template <int kRadius>
-bool quad_params(const MultiscaleLossParams& g, int room, QuadParams<kRadius>& params) {
+bool quad_params(const MultiscaleLossParams& g, int64_t pairs, int room,
+                 QuadParams<kRadius>& params) {
   if (!cut(g, room, params.strips)) return false;
+  share_out(params.strips, pairs);
   params.x = g.x;
   for (int64_t m = 0; m < g.num_scales; ++m) {
     params.contributions[m] = g.contributions[m];
