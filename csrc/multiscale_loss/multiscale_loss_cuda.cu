@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks<kRadius>)
 }
 
 template <int kRadius, int kScales, class T>
-__global__ void __launch_bounds__(quad_threads(kRadius), 1)
+__global__ void __launch_bounds__(quad_threads(kRadius, kScales), 1)
     multiscale_loss_quads_kernel(const QuadParams<kRadius> params) {
   extern __shared__ float4 memory[];
   Block<QuadState<kRadius, kScales>> block;

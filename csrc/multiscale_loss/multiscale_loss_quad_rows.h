@@ -55,7 +55,7 @@ template <int kRadius, int kScales, class T>
 struct QuadRows {
   using State = QuadState<kRadius, kScales>;
   static constexpr int kLevels = kScales - 1;
-  static constexpr int kThreads = quad_threads(kRadius);
+  static constexpr int kThreads = quad_threads(kRadius, kScales);
   static constexpr int kStaged = staged_quads(kScales), kCompared = compared_quads(kScales);
 
   const QuadParams<kRadius>& p;
@@ -106,7 +106,7 @@ struct QuadRows {
     task(kAlong, thread) = task(kAcross, thread) = kNoLevel << 16;
     task(kAlongTo, thread) =
         (thread / kWarp * kRows + along_row(thread)) * kWarpRow + thread % 4 * kRows;
-    MSVQ_UNROLL
+    MSVQ_NO_UNROLL
     for (int l = 0; l < kLevels; ++l) {
       const int first = s.column[l + 1], wide = s.wide[l + 1], end = first + s.channels * wide;
       const int beyond = s.width - pixel + s.lead[l + 1] + (kLevels - l - 1) * kRadius;

@@ -9,7 +9,9 @@ namespace cuda {
 
 // Threads of a multiprocessor, in one block or several: as many as leave each the registers that
 // the sums of a column need.
-constexpr int quad_threads(int radius) { return radius > 15 ? 512 : 640; }
+constexpr int quad_threads(int radius, int num_scales) {
+  return radius > 15 || (radius == 15 && num_scales == 2) ? 512 : 640;
+}
 constexpr int kWarp = 32;
 constexpr int kWarpRow = kWarp + 4;  // words: rows of a warp's columns, see quad_blurred
 constexpr int kNoLevel = 31, kNoRow = 0x7fff;
@@ -65,7 +67,7 @@ inline int quad_shared_bytes(const QuadStrips& s) {
 inline bool lay_out(QuadStrips& s, int pixels, int room) {
   const int last = s.levels, lead = fours(s.radius);
   s.pixels = pixels;
-  s.tasks = thread_tasks(last + 1) * quad_threads(s.radius);
+  s.tasks = thread_tasks(last + 1) * quad_threads(s.radius, s.levels + 1);
   s.columns = s.words = 0;
   for (int l = 0; l <= last; ++l) s.lead[l] = (last - l) * lead;
   for (int l = 1; l <= last; ++l) {
@@ -90,7 +92,7 @@ inline bool lay_out(QuadStrips& s, int pixels, int room) {
   const int own_quads = 2 * s.own_elements / compared_quads(last + 1);
   s.threads = s.columns > quads ? s.columns : quads;
   s.threads = ((s.threads > own_quads ? s.threads : own_quads) + kWarp - 1) / kWarp * kWarp;
-  const int most = quad_threads(s.radius), bytes = quad_shared_bytes(s);
+  const int most = quad_threads(s.radius, s.levels + 1), bytes = quad_shared_bytes(s);
   // The driver keeps 1 KiB of every block's share.
   const int by_room = (room + 1024) / (bytes + 1024);
   s.together = most / s.threads < by_room ? most / s.threads : by_room;
@@ -130,7 +132,7 @@ inline bool cut(const MultiscaleLossParams& g, int room, QuadStrips& s) {
   s.levels = static_cast<int>(g.num_scales) - 1, s.radius = static_cast<int>(g.radius);
   s.height = static_cast<int>(g.height), s.width = static_cast<int>(g.width);
   s.channels = static_cast<int>(g.inner), s.pitch = static_cast<int>(g.width * g.inner);
-  const int most = quad_threads(s.radius);
+  const int most = quad_threads(s.radius, s.levels + 1);
   double best = 0;
   int pixels = 0;
   for (int p = s.width < most ? eights(s.width) : most; p > 0; p -= 8) {
