@@ -57,6 +57,7 @@ def search(
     shift, scale, norms = (codebook.new_empty(size) for size in (padded, 1, 4))
     half = codebook.new_empty(tiles * CODES, padded, dtype=torch.float16)
     seeds = codebook.new_empty(tiles * CODES)
+    turned = codebook.new_empty(width, tiles * CODES)
     triton_codes.measure_codes[(tiles,)](
         codebook, totals, finite, norms, counters, num_codes, width, **sizes, num_warps=8
     )
@@ -68,6 +69,7 @@ def search(
         scale,
         half,
         seeds,
+        turned,
         norms,
         num_codes,
         width,
@@ -106,6 +108,7 @@ def search(
     triton_search.resolve_codes[(_programs(z),)](
         z,
         codebook,
+        turned,
         codes,
         other if keys is None else keys,
         other,
@@ -116,6 +119,7 @@ def search(
         *strides,
         width,
         num_codes,
+        tiles * CODES,
         KEYS=keys is not None,
         **STEPS,
         num_warps=4,

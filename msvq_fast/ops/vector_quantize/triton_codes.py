@@ -10,7 +10,7 @@ __all__ = ["measure_codes", "pack_codes"]
 
 @triton.jit
 def load_codes(codebook_ptr, first, num_codes, width, BK: tl.constexpr, BD: tl.constexpr):
-    """Codes ``first ...`` in float64, 0 for one that is not finite, and which are there."""
+    """Codes ``first ...``, the same in float64, 0 for one not finite, and which are there."""
     slots = first + tl.arange(0, BK)
     d = tl.arange(0, BD)
     mask = (slots < num_codes)[:, None] & (d < width)[None, :]
@@ -18,8 +18,8 @@ def load_codes(codebook_ptr, first, num_codes, width, BK: tl.constexpr, BD: tl.c
         codebook_ptr + slots.to(tl.int64)[:, None] * width + d[None, :], mask=mask, other=0.0
     )  # (BK, BD)
     finite = tl.sum(tl.where(tl.abs(codes) <= 3.4028234e38, 0, 1), 1) == 0
-    codes = tl.where(finite[:, None], codes, 0.0).to(tl.float64)
-    return codes, (slots < num_codes) & finite
+    there = (slots < num_codes) & finite
+    return codes, tl.where(finite[:, None], codes, 0.0).to(tl.float64), there
 
 
 @triton.jit(do_not_specialize=["num_codes"])
@@ -43,7 +43,7 @@ def measure_codes(
     high = tl.full((BD,), float("-inf"), tl.float64)
     number = 0
     for first in range(0, BN, BK):
-        codes, there = load_codes(codebook_ptr, tile * BN + first, num_codes, width, BK, BD)
+        _, codes, there = load_codes(codebook_ptr, tile * BN + first, num_codes, width, BK, BD)
         total += tl.sum(codes, 0)
         low = tl.minimum(low, tl.min(tl.where(there[:, None], codes, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(there[:, None], codes, float("-inf")), 0))
@@ -67,6 +67,7 @@ def pack_codes(
     scale_ptr,  # (1,) a power of two
     half_ptr,  # (tiles * BN, BD) float16
     seed_ptr,  # (tiles * BN,) half the squared norms, 1e30 where there is no finite code
+    turned_ptr,  # (D, tiles * BN) the codes as they are
     norm_ptr,  # (4,) largest norm, rounded norm and rounding error
     num_codes,
     width,
@@ -109,7 +110,9 @@ def pack_codes(
     error = tl.zeros((BK,), tl.float64)
     for first in range(0, BN, BK):
         slots = tile * BN + first + tl.arange(0, BK)
-        codes, there = load_codes(codebook_ptr, tile * BN + first, num_codes, width, BK, BD)
+        given, codes, there = load_codes(codebook_ptr, tile * BN + first, num_codes, width, BK, BD)
+        at = turned_ptr + d.to(tl.int64)[None, :] * (tiles * BN) + slots[:, None]
+        tl.store(at, given, mask=(d < width)[None, :])
         codes = (
             tl.where(there[:, None] & (d < width)[None, :], codes - centre[None, :], 0.0) * scale
         )

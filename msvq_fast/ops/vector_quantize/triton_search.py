@@ -173,10 +173,11 @@ def filter_codes(
         tl.store(pending_ptr + (count - 1 - back), rows, mask=many)
 
 
-@triton.jit(do_not_specialize=["count", "num_codes"])
+@triton.jit(do_not_specialize=["count", "num_codes", "slots"])
 def resolve_codes(
     z_ptr,
     codebook_ptr,
+    turned_ptr,  # (D, slots) the same codes
     codes_ptr,
     key_ptr,
     other_ptr,
@@ -189,6 +190,7 @@ def resolve_codes(
     stride_d,
     width,
     num_codes,
+    slots,
     KEYS: tl.constexpr,
     BP: tl.constexpr,
     BM: tl.constexpr,
@@ -241,7 +243,8 @@ def resolve_codes(
                 z = tl.load(at + tl.cast(i, tl.int64) * stride_d, mask=mask, other=0.0)
                 z = z.to(tl.float32).to(tl.float64)
                 finite = finite & (tl.abs(z) <= 3.4028234663852886e38)
-                e = tl.load(codebook_ptr + codes.to(tl.int64) * width + i, mask=there, other=0.0)
+                at_codes = turned_ptr + tl.cast(i, tl.int64) * slots
+                e = tl.load(at_codes + codes, mask=there, other=0.0)
                 difference = z[:, None] - e.to(tl.float64)[None, :]
                 distance += difference * difference
             # A code with NaN is as far as one with Inf.
