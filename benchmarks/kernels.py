@@ -98,7 +98,7 @@ def compile_variant(index: int, arch: int) -> list[Compiled]:
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     if "enable_fp_fusion" in _option_names():
         options["enable_fp_fusion"] = variant.fp_fusion  # unset, Triton 3.9 warns of it
-    if variant.max_registers is not None and arch >= 90:
+    if variant.max_registers is not None and (arch >= 90 or variant.max_registers == 255):
         options["maxnreg"] = variant.max_registers
     try:
         made = triton.compile(

@@ -43,7 +43,7 @@ class KernelVariant(NamedTuple):
     num_stages: int = 3
     tensor_cores: bool = False  # its SASS must hold tensor-core instructions
     fp_fusion: bool = True  # whether a product may be contracted with the addition after it
-    max_registers: int | None = None  # of a thread, from sm_90 on
+    max_registers: int | None = None  # of a thread, from sm_90 on; 255 everywhere
 
 
 class Op:

@@ -40,7 +40,8 @@ class Launch(NamedTuple):
     num_warps: int
     tensor_cores: bool
     registers: int | None = None
-    """At most, from sm_90 on: what it takes for more warps there would spill before."""
+    """At most, from sm_90 on: what it takes for more warps there would spill before. The 255 that
+    are no limit hold everywhere: the assembler aims for fewer otherwise and spills a few."""
     stages: int = 1
     """With 2, keys and values of a step travel at once, during the step before it."""
 
@@ -86,7 +87,7 @@ def _shape(name: str, half: bool, width: int, small: bool, biased: bool) -> Shap
         return _MEASURED[name, width]
     if name == "key_kernel":
         if not half:
-            return Shape(4, 16, 8)
+            return Shape(4, 16, 8, 255)
         return Shape(8, 32, 8, 96 if width == 16 else None) if small else Shape(4, 16, 4)
     if half:
         if small:
@@ -95,8 +96,8 @@ def _shape(name: str, half: bool, width: int, small: bool, biased: bool) -> Shap
             return Shape(4, 16, 2)
         return Shape(4, 16, 1, 128 if width == 16 else 200 if name == "forward_kernel" else 168)
     if name == "query_kernel":
-        return Shape(4, 16, 2 if width == 32 else 8)
-    return Shape(4, 16, 8 if width == 128 else 4)
+        return Shape(4, 16, 2 if width == 32 else 8, None if width == 128 else 255)
+    return Shape(4, 16, 8 if width == 128 else 4, 255)
 
 
 def _launches() -> dict[tuple[str, torch.dtype, int, bool, bool], Launch]:
@@ -123,6 +124,8 @@ def _launches() -> dict[tuple[str, torch.dtype, int, bool, bool], Launch]:
                 # With four warps, float32 keys of 32 channels spill on sm_100.
                 warps = 8 if kernel is decode_kernel and not half else 4
                 registers = 128 if kernel is bias_kernel and width >= 64 else None
+                if kernel is decode_kernel and not half:
+                    registers = 255
                 table[key] = Launch(kernel, constants, warps, False, registers)
     return table
 
@@ -151,16 +154,18 @@ def launch(
     """
     made = LAUNCHES[name, dtype, block_width(width), small, biased]
     options = {"num_warps": made.num_warps, "num_stages": made.stages}
-    if made.registers is not None and _is_hopper(arguments[0].device):
+    if made.registers is not None and _takes(made.registers, arguments[0].device):
         options["maxnreg"] = made.registers
     with torch.cuda.device_of(arguments[0]):
         made.kernel[(programs,)](*arguments, **made.constants, **options)
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    """Whether it is a GPU of sm_90 or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _takes(registers: int, device: torch.device) -> bool:
+    """Whether this limit holds on this device."""
+    if device.type != "cuda":
+        return False
+    return registers == 255 or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def variants() -> list[KernelVariant]:
