@@ -28,10 +28,11 @@ cudaError_t launch(const GaussianBlurParams& g, int device, cudaStream_t stream)
   const BlurParams<kRadius> params = blur_params<kRadius>(g, processors, room);
   const BlurStrips& s = params.strips;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.bytes);
-  // Rows pass through the first cache once; only what reads them again leaves it more than that.
-  if (error == cudaSuccess && kRadius > 0)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
+  // Room for the blocks that registers allow; the rest stays a cache, in which the rows' ends meet.
+  const int carveout =
+      std::min(kBlurThreads<kRadius> / s.threads * (s.bytes + 1024) / (room / 100) + 1, 100);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
   if (error != cudaSuccess) return error;
   const int64_t grid = s.tasks < INT32_MAX ? s.tasks : INT32_MAX;
   kernel<<<static_cast<unsigned>(grid), static_cast<unsigned>(s.threads),
