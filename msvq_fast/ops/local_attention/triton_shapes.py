@@ -65,13 +65,13 @@ def is_small(dtype: torch.dtype, width: int, grid: tuple[int, int], biased: bool
 # as few as do not spill.
 _MEASURED = {
     ("forward_kernel", 16): Shape(4, 16, 1, 80),
-    ("forward_kernel", 32): Shape(4, 16, 1, 104),
+    ("forward_kernel", 32): Shape(4, 16, 1, 104, stages=2),
     ("forward_kernel", 64): Shape(4, 16, 1, 144, stages=2),
     ("query_kernel", 16): Shape(4, 16, 1, 96),
-    ("query_kernel", 32): Shape(4, 16, 1, 104),
+    ("query_kernel", 32): Shape(4, 16, 1, 128, stages=2),
     ("query_kernel", 64): Shape(4, 16, 1, 160, stages=2),
     ("key_kernel", 16): Shape(4, 16, 1, 80),
-    ("key_kernel", 32): Shape(4, 16, 1, 112),
+    ("key_kernel", 32): Shape(4, 16, 1, 120, stages=2),
     ("key_kernel", 64): Shape(4, 16, 1, 168, stages=2),
     ("key_kernel", 128): Shape(4, 16, 2),
 }
