@@ -38,7 +38,8 @@ def test_equals_closed_form(
     device: str, scales: int, radius: int, border: str, layout: torch.memory_format
 ) -> None:
     weights = [1.0, 0.5, 2.0, 0.25][:scales]
-    for shape in ((2, 3, 300, 270), (1, 5, 9, 7), (700, 3, 12, 20)):
+    # rows of whole quads and others run different kernels
+    for shape in ((2, 3, 300, 270), (2, 3, 200, 532), (1, 5, 9, 7), (700, 3, 12, 20)):
         contributions, x = inputs(shape, scales, layout)
         want, want_grads = closed_form(contributions, x, weights, border, radius)
         given = [c.to(device) for c in contributions], x.to(torch.device(device, 0))
