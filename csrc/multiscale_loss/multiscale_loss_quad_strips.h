@@ -13,7 +13,7 @@ constexpr int quad_threads(int radius, int num_scales) {
   return radius > 15 || (radius == 15 && num_scales == 2) ? 512 : 640;
 }
 constexpr int kWarp = 32;
-constexpr int kWarpRow = kWarp + 4;  // words: rows of a warp's columns, see quad_blurred
+constexpr int kWarpRow = kWarp + 4;  // words: 16-byte stores to two rows meet in no bank
 constexpr int kNoLevel = 31, kNoRow = 0x7fff;
 
 // Level l of a strip is x blurred l times; the last is the coarsest target. A ring of rows in
