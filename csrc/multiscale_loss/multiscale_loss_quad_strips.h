@@ -107,8 +107,9 @@ inline double strips_time(const QuadStrips& s) {
   return s.count_x * warps * (s.together == 1 ? 1.1 : 1.0) * (busy < 16 ? 16 / busy : 1.0);
 }
 
-// Whether rows are of whole quads, and x of a type that the kernel is compiled for.
+// Whether rows are of whole quads, and scales and x such as the kernel is compiled for.
 inline bool in_quads(const MultiscaleLossParams& g) {
+  if (g.num_scales != 2 && g.num_scales != 3) return false;
   const int64_t pitch = g.width * g.inner;
   // Offsets within eight rows are 32 bits wide, rows 15.
   bool quads = pitch % 4 == 0 && pitch < int64_t{1} << 26 && g.height < kNoRow - 1024;

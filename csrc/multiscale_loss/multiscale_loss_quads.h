@@ -293,9 +293,7 @@ auto for_quads(const MultiscaleLossParams& g, const Body& body) {
     if (g.type == ImageType::float32) return body(scales, Type<float>());
     return body(scales, Type<bfloat16>());
   };
-  if (g.num_scales == 2) return with(Radius<2>());
-  if (g.num_scales == 3) return with(Radius<3>());
-  return with(Radius<4>());
+  return g.num_scales == 2 ? with(Radius<2>()) : with(Radius<3>());
 }
 
 }  // namespace cuda

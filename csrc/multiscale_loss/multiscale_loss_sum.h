@@ -4,6 +4,7 @@
 #include "cuda/block.h"
 #include "gaussian_blur/gaussian_blur_tile.h"
 #include "multiscale_loss/multiscale_loss_cuda.h"
+#include "multiscale_loss/quads.h"
 
 namespace msvq {
 namespace cuda {
@@ -63,7 +64,18 @@ struct LossScale {
       MSVQ_UNROLL
       for (int m = 0; m < kMaxScales; ++m) {
         T* const grad = static_cast<T*>(grads[m]);
-        for (int64_t i = first; grad && i < count; i += stride)
+        if (!grad) continue;
+        const bool aligned = reinterpret_cast<uintptr_t>(grad) % (4 * sizeof(T)) == 0;
+        const int64_t quads = aligned ? count / 4 : 0;
+        for (int64_t i = first; i < quads; i += stride) {
+          uint32_t bits[4];
+          float value[4];
+          read_quad<true>(grad + 4 * i, bits);
+          MSVQ_UNROLL
+          for (int k = 0; k < 4; ++k) value[k] = quad_value<T>(bits, k) * scale;
+          write_quad(value, grad + 4 * i);
+        }
+        for (int64_t i = 4 * quads + first; i < count; i += stride)
           narrow(widen(grad[i]) * scale, grad + i);
       }
     });

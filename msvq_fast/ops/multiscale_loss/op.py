@@ -144,8 +144,8 @@ class _MultiscaleLoss(torch.autograd.Function):
         factor = 1.0
         if reduction == "mean":
             factor = 1 / x.numel() if x.numel() else float("inf")
-        # Gradients of a mean vanish in half precision before a loss scale reaches them.
-        early = factor if contributions[0].dtype == torch.float32 else 1.0
+        # Gradients of a mean vanish in float16 before a loss scale reaches them.
+        early = 1.0 if contributions[0].dtype == torch.float16 else factor
         wanted = ctx.needs_input_grad[-len(contributions) :]
         stored = [False] * len(contributions) if recompute else wanted
         loss, per_scale, grads = OP.kernels[backend].multiscale_loss(
