@@ -58,10 +58,11 @@ test-ui:
 
 # On a machine with a GPU, with the Python at hand: no network, no environment, no installation. Most
 # of the time goes into compiling and into references on the CPU: with pytest-xdist in parallel.
+ON_GPU = tests/gpu $(wildcard tests/ops/test_*_triton.py)
 PARALLEL = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8 -p no:benchmark")
 test-gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. OMP_NUM_THREADS=2 $(PYTHON) -m pytest tests/gpu -m gpu -W default::DeprecationWarning $(PARALLEL)
+	PYTHONPATH=. OMP_NUM_THREADS=2 $(PYTHON) -m pytest $(ON_GPU) -W default::DeprecationWarning $(PARALLEL)
 
 # Every GPU kernel compiled ahead of time, no GPU needed; writes benchmarks/KERNELS.md.
 kernels-check: $(VENV)/.built

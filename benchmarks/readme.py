@@ -77,6 +77,43 @@ def speed_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gpu_tables() -> str:
+    """One table per suite of a GPU's result files, ours of each group first."""
+    paths = sorted(RESULTS.glob("*--cuda.json"))
+    return "\n\n".join(gpu_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
+
+
+def gpu_table(record: dict[str, Any]) -> str:
+    """A row per group of which ours was measured; other ways of ours stand behind the first."""
+    machine, versions = record["machine"], record["versions"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in record["results"]:
+        groups.setdefault(result["group"], []).append(result)
+    lines = [
+        f"**{record['suite']}** — {machine['gpu']}, torch {versions['torch']}, Triton "
+        f"{versions['triton']}, commit `{record['commit']}`",
+        "",
+        "| | ms (percent of the floor) | times slower |",
+        "|---|---|---|",
+    ]
+    for group, results in groups.items():
+        ours = [r for r in results if r["name"].startswith("msvq_fast")]
+        if not ours:
+            continue
+        cells = [
+            f"{r['name'].removeprefix('msvq_fast').strip(', ')} {_ms(r['median_s'])} "
+            f"({r['extra']['percent_of_floor']:.0f} %)".strip()
+            for r in ours
+        ]
+        peers = [
+            f"{r['name']} {_short(r['median_s'] / ours[0]['median_s'], 2)}"
+            for r in sorted(results, key=lambda r: r["median_s"])
+            if r not in ours
+        ]
+        lines.append(f"| {group} | {', '.join(cells)} | {', '.join(peers)} |")
+    return "\n".join(lines)
+
+
 def _added_peak(result: dict[str, Any]) -> str:
     peak = result["extra"].get("added_peak_bytes")
     return "" if peak is None else f" (+{peak / 2**20:.0f} MiB)"
@@ -215,6 +252,7 @@ PAGES = {
     "README.md": {
         "presets": presets_table,
         "speed": speed_tables,
+        "gpu": gpu_tables,
         "memory": memory_table,
         "demo": demo_table,
         "compare": compare_tables,

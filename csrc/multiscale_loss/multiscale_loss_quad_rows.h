@@ -56,7 +56,7 @@ struct QuadRows {
   using State = QuadState<kRadius, kScales>;
   static constexpr int kLevels = kScales - 1;
   static constexpr int kThreads = quad_threads(kRadius, kScales);
-  static constexpr int kStaged = staged_quads(kScales), kCompared = compared_quads(kScales);
+  static constexpr int kStaged = kStagedQuads, kCompared = kComparedQuads;
 
   const QuadParams<kRadius>& p;
   const QuadStrips& s;
@@ -100,12 +100,16 @@ struct QuadRows {
   // Of its warp's 8 x 32 values a thread blurs eight of a row along it, and then its own column.
   MSVQ_DEVICE int along_row(int thread) const { return thread / 4 % 2 + thread / 8 % 4 * 2; }
 
+  // What a thread does is a strip's, but for this.
+  MSVQ_DEVICE void settle_once(int thread) const {
+    task(kAlongTo, thread) =
+        (thread / kWarp * kRows + along_row(thread)) * kWarpRow + thread % 4 * kRows;
+  }
+
   // Columns that no pixel of the image is blurred from are nobody's.
   MSVQ_DEVICE void settle(int thread, State& state) const {
     const int along = thread / kWarp * kWarp + thread % 4 * kRows;
     task(kAlong, thread) = task(kAcross, thread) = kNoLevel << 16;
-    task(kAlongTo, thread) =
-        (thread / kWarp * kRows + along_row(thread)) * kWarpRow + thread % 4 * kRows;
     MSVQ_NO_UNROLL
     for (int l = 0; l < kLevels; ++l) {
       const int first = s.column[l + 1], wide = s.wide[l + 1], end = first + s.channels * wide;

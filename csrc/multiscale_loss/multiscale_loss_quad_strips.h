@@ -48,11 +48,8 @@ struct QuadParams {
 };
 
 // Quads of a step's rows of x, and of the contributions, that a thread takes at most.
-constexpr int staged_quads(int num_scales) { return num_scales == 2 ? 3 : 2; }
-constexpr int compared_quads(int num_scales) { return num_scales == 2 ? 2 : 1; }
-constexpr int thread_tasks(int num_scales) {
-  return 3 + 2 * staged_quads(num_scales) + compared_quads(num_scales);
-}
+constexpr int kStagedQuads = 2, kComparedQuads = 1;
+constexpr int kThreadTasks = 3 + 2 * kStagedQuads + kComparedQuads;
 
 inline int fours(int n) { return (n + 3) / 4 * 4; }
 
@@ -67,7 +64,7 @@ inline int quad_shared_bytes(const QuadStrips& s) {
 inline bool lay_out(QuadStrips& s, int pixels, int room) {
   const int last = s.levels, lead = fours(s.radius);
   s.pixels = pixels;
-  s.tasks = thread_tasks(last + 1) * quad_threads(s.radius, s.levels + 1);
+  s.tasks = kThreadTasks * quad_threads(s.radius, s.levels + 1);
   s.columns = s.words = 0;
   for (int l = 0; l <= last; ++l) s.lead[l] = (last - l) * lead;
   for (int l = 1; l <= last; ++l) {
@@ -88,8 +85,8 @@ inline bool lay_out(QuadStrips& s, int pixels, int room) {
   }
   s.elements = s.channels * (pixels + 2 * s.lead[0]);
   s.own_elements = s.channels * pixels;
-  const int quads = 2 * s.elements / staged_quads(last + 1);
-  const int own_quads = 2 * s.own_elements / compared_quads(last + 1);
+  const int quads = 2 * s.elements / kStagedQuads;
+  const int own_quads = 2 * s.own_elements / kComparedQuads;
   s.threads = s.columns > quads ? s.columns : quads;
   s.threads = ((s.threads > own_quads ? s.threads : own_quads) + kWarp - 1) / kWarp * kWarp;
   const int most = quad_threads(s.radius, s.levels + 1), bytes = quad_shared_bytes(s);

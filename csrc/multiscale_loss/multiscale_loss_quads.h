@@ -56,6 +56,7 @@ struct QuadStream : QuadRows<kRadius, kScales, T> {
   using Rows::rows;
   using Rows::s;
   using Rows::settle;
+  using Rows::settle_once;
   using Rows::settle_quads;
   using Rows::shared;
   using Rows::signed_value;
@@ -65,6 +66,7 @@ struct QuadStream : QuadRows<kRadius, kScales, T> {
   // Runs the share of block `first` and leaves the sums of its squared differences.
   MSVQ_DEVICE void run(Block<State>& block, int first) {
     block.each([&](int thread, State&) {
+      settle_once(thread);
       for (int m = 0; m < kScales; ++m) shared.sums[m * s.threads + thread] = 0;
       if (thread < kScales)
         shared.factors[thread] = p.factors[thread] * (p.upstream ? *p.upstream : 1.0f);
