@@ -31,7 +31,7 @@ __all__ = [
 
 # Read once, as by the kernels; torch.compile cannot trace the reading.
 _INTERPRETED: bool = triton.knobs.runtime.interpret
-_PARTIAL_SUMS = 8192  # a popular code's rows are summed in as many parts as fit
+_PARTIAL_SUMS = 16384  # a popular code's rows are summed in as many parts as fit
 _MOST_KEYS = 2**15 - 1  # of 16 bits, which take half as long to sort as those of 32
 
 
