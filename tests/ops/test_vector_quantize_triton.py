@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from ops.test_nearest_code import KINDS, make_data
@@ -162,6 +163,23 @@ def test_blocks_that_share_an_outer_index(strided):
     upstream = torch.randn(z.shape, device=DEVICE)
     (out.z_q * upstream).sum().add(out.commitment_loss).backward()
     (want.z_q * upstream).sum().add(want.commitment_loss).backward()
+    assert_close("grad", z.grad, twin.grad)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the memory is free only where it is untouched")
+@pytest.mark.parametrize("stride", ((2**30, 1), (1, 2**30)))
+def test_offsets_past_32_bits(stride):
+    rows, codebook = torch.randn(4, 3).half(), torch.randn(7, 3)
+    memory = torch.from_numpy(np.zeros(2**32, np.float16))
+    z = memory.as_strided((4, 3), stride).copy_(rows).requires_grad_()
+    twin = rows.double().requires_grad_()
+    out = vector_quantize(z, codebook, backend="triton")
+    want = vector_quantize(twin, codebook.double(), backend="reference")
+    assert torch.equal(out.codes, want.codes)
+    assert_close("sums", out.code_sums, want.code_sums)
+    upstream = torch.randn(4, 3)
+    (out.z_q * upstream).sum().add(out.commitment_loss).backward()
+    (want.z_q * upstream.double()).sum().add(want.commitment_loss).backward()
     assert_close("grad", z.grad, twin.grad)
 
 

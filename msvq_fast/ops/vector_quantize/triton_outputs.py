@@ -32,9 +32,8 @@ def write_codes(
     mask = (rows < count)[:, None] & (d < width)[None, :]
     codes = tl.load(codes_ptr + rows, mask=rows < count, other=0)
     e = tl.load(codebook_ptr + codes[:, None] * width + d[None, :], mask=mask, other=0.0)
-    start, at = block_offsets(first, BM, inner, out_outer, out_inner, UNIFORM)
-    at = z_q_ptr + start + (at[:, None] + (d * out_d)[None, :])
-    tl.store(at, e.to(z_q_ptr.dtype.element_ty), mask=mask)
+    start, at = block_offsets(first, inner, out_outer, out_inner, out_d, UNIFORM, BM, BD)
+    tl.store(z_q_ptr + start + at, e.to(z_q_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_codes"])
@@ -130,19 +129,16 @@ def grad_latents(
     rows = first + tl.arange(0, BM)
     d = tl.arange(0, BD)
     mask = (rows < count)[:, None] & (d < width)[None, :]
-    start, at = block_offsets(first, BM, inner, z_outer, z_inner, UNIFORM)
-    at = z_ptr + start + (at[:, None] + (d * z_d)[None, :])
-    z = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    start, at = block_offsets(first, inner, z_outer, z_inner, z_d, UNIFORM, BM, BD)
+    z = tl.load(z_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
     codes = tl.load(codes_ptr + rows, mask=rows < count, other=0)
     e = tl.load(codebook_ptr + codes[:, None] * width + d[None, :], mask=mask, other=0.0)
     grad = tl.load(grad_loss_ptr).to(tl.float32) * factor * (z - e)
     if THROUGH:
-        start, at = block_offsets(first, BM, inner, g_outer, g_inner, UNIFORM)
-        at = grad_z_q_ptr + start + (at[:, None] + (d * g_d)[None, :])
-        grad += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    start, at = block_offsets(first, BM, inner, out_outer, out_inner, UNIFORM)
-    at = grad_z_ptr + start + (at[:, None] + (d * out_d)[None, :])
-    tl.store(at, grad.to(grad_z_ptr.dtype.element_ty), mask=mask)
+        start, at = block_offsets(first, inner, g_outer, g_inner, g_d, UNIFORM, BM, BD)
+        grad += tl.load(grad_z_q_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+    start, at = block_offsets(first, inner, out_outer, out_inner, out_d, UNIFORM, BM, BD)
+    tl.store(grad_z_ptr + start + at, grad.to(grad_z_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

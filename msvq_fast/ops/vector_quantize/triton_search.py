@@ -22,22 +22,31 @@ def row_offsets(rows, inner, stride_outer, stride_inner, FLAT: tl.constexpr):
 
 @triton.jit
 def block_offsets(
-    first, BM: tl.constexpr, inner, stride_outer, stride_inner, UNIFORM: tl.constexpr
+    first,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_d,
+    UNIFORM: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
 ):
-    """Offsets of ``BM`` rows from ``first`` on: one for all, and what each adds to it.
+    """Where a block of ``BM`` rows begins, and from there the offset of every value, (BM, BD).
 
-    ``UNIFORM``: they share their outer index. Triton then sees which of them are neighbours, and
-    loads them as such.
+    ``UNIFORM``: the rows share their outer index and 32 bits hold the offsets. Triton then sees
+    which values are neighbours, and loads them as such.
     """
     rows = tl.arange(0, BM)
+    d = tl.arange(0, BD)
     if UNIFORM:
         outer = first // inner
         start = outer.to(tl.int64) * stride_outer
         start += (first - outer * inner).to(tl.int64) * stride_inner
-        each = rows * stride_inner
+        each = (rows * stride_inner)[:, None] + (d * stride_d)[None, :]
     else:
         start = 0
-        each = row_offsets(first + rows, inner, stride_outer, stride_inner, False)
+        at = row_offsets(first + rows, inner, stride_outer, stride_inner, False)
+        each = at[:, None] + (d.to(tl.int64) * stride_d)[None, :]
     return start, each
 
 
@@ -112,12 +121,11 @@ def filter_codes(
     inside = rows < count
     d = tl.arange(0, BD)
     mask = inside[:, None] & (d < width)[None, :]
-    start, at = block_offsets(first, BM, inner, stride_outer, stride_inner, UNIFORM)
-    z = tl.load(z_ptr + start + (at[:, None] + (d * stride_d)[None, :]), mask=mask, other=0.0)
+    start, at = block_offsets(first, inner, stride_outer, stride_inner, stride_d, UNIFORM, BM, BD)
+    z = tl.load(z_ptr + start + at, mask=mask, other=0.0)
     if COPY:
-        at = first.to(tl.int64) * width
-        at = copy_ptr + at + ((rows - first) * width)[:, None] + d[None, :]
-        tl.store(at, z, mask=mask)
+        start, at = block_offsets(first, count, 0, width, 1, True, BM, BD)
+        tl.store(copy_ptr + start + at, z, mask=mask)
     # Exact but for the one rounding of a difference: the scale is a power of two.
     x = tl.fma(z.to(tl.float32), tl.load(scale_ptr), -tl.load(shift_ptr + d)[None, :])  # (BM, BD)
     half = x.to(tl.float16)
