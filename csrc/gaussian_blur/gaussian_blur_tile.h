@@ -8,18 +8,20 @@ namespace cuda {
 
 constexpr int kRows = 8;  // rows of a step, and outputs of a thread per pass
 
-// The pixel read at position i of a line of n pixels; -1 reads zero.
-MSVQ_HOST_DEVICE int64_t border_source(Border border, int64_t i, int64_t n) {
+// The pixel read at position i of a line of n pixels; -1 reads zero. Of 64 bits the remainder is a
+// call.
+template <class Index>
+MSVQ_HOST_DEVICE Index border_source(Border border, Index i, Index n) {
   if (i >= 0 && i < n) return i;
   if (border == Border::constant) return -1;
   if (border == Border::replicate) return i < 0 ? 0 : n - 1;
   if (n == 1) return 0;
-  const int64_t period = border == Border::circular    ? n
-                         : border == Border::symmetric ? 2 * n
-                                                       : 2 * (n - 1);
-  int64_t j = i % period;
+  const Index period = border == Border::circular    ? n
+                       : border == Border::symmetric ? 2 * n
+                                                     : 2 * (n - 1);
+  Index j = i % period;
   if (j < 0) j += period;
-  const int64_t mirrored = border == Border::symmetric ? 2 * n - 1 - j : period - j;
+  const Index mirrored = border == Border::symmetric ? 2 * n - 1 - j : period - j;
   return border == Border::circular || j < mirrored ? j : mirrored;
 }
 
@@ -43,20 +45,21 @@ MSVQ_DEVICE float tap_at(const float* half, int radius, int j) {
   return half[j < radius ? radius - j : j - radius];
 }
 
-// kRows neighbouring outputs of a line whose first value is at `from`; kRadius = 0 is any radius.
-template <int kRadius>
+// kRows neighbouring outputs of a line whose first value is kBefore behind `from`, a multiple of 4;
+// kRadius = 0 is any radius.
+template <int kRadius, int kBefore = 0>
 MSVQ_DEVICE void correlate_line(const float* half, int radius, const Shared<float>& lines, int from,
                                 float (&sum)[kRows]) {
   if constexpr (kRadius > 0) {
     MSVQ_UNROLL
-    for (int quad = 0; quad < 2 * kRadius + kRows; quad += 4) {
+    for (int quad = 0; quad < 2 * kRadius + kRows + kBefore; quad += 4) {
       float word[4];
       load_quad(lines, from + quad, word);
       MSVQ_UNROLL
       for (int k = 0; k < 4; ++k) {
         MSVQ_UNROLL
         for (int i = 0; i < kRows; ++i) {
-          const int j = quad + k - i;
+          const int j = quad + k - kBefore - i;
           if (j >= 0 && j <= 2 * kRadius) sum[i] += tap_at(half, kRadius, j) * word[k];
         }
       }

@@ -35,20 +35,6 @@ struct QuadState {
   float total[kScales];     // squared differences of this strip
 };
 
-// border_source of lengths in 32 bits: a remainder in 64 is a call.
-MSVQ_DEVICE int short_border_source(Border border, int i, int n) {
-  if (i >= 0 && i < n) return i;
-  if (border == Border::constant) return -1;
-  if (n == 1) return 0;
-  const int period = border == Border::circular    ? n
-                     : border == Border::symmetric ? 2 * n
-                                                   : 2 * n - 2;
-  int j = i % period;
-  if (j < 0) j += period;
-  const int mirrored = border == Border::symmetric ? 2 * n - 1 - j : period - j;
-  return border == Border::circular || j < mirrored ? j : mirrored;
-}
-
 // T is the type of contributions and gradients, bfloat16 for both of 16 bits: kernels of their own
 // would differ in a few conversions.
 template <int kRadius, int kScales, class T>
@@ -135,7 +121,7 @@ struct QuadRows {
   MSVQ_DEVICE void fill_tables(int thread) const {
     for (int i = thread; i < s.elements; i += s.threads) {
       const int c = i % s.channels, x = i / s.channels;
-      const int from = short_border_source(s.border, pixel + x - s.lead[0], s.width);
+      const int from = border_source(s.border, pixel + x - s.lead[0], s.width);
       shared.source[i] = from < 0 ? -1 : from * s.channels + c;
       shared.place[i] = c * s.line + x;
     }
@@ -160,7 +146,7 @@ struct QuadRows {
     if (thread >= kRows) return;
     const int y = top + step * kRows + thread;
     const bool needed = y < row + rows + kLevels * kRadius;
-    const int from = needed ? short_border_source(s.border, y, s.height) : -1;
+    const int from = needed ? border_source(s.border, y, s.height) : -1;
     shared.rows[step % 2 * kRows + thread] = from < 0 ? -1 : origin + int64_t{from} * s.pitch;
   }
 

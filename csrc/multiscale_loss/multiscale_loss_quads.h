@@ -10,26 +10,6 @@
 namespace msvq {
 namespace cuda {
 
-// correlate_line from the multiple of 4 at or before the first value.
-template <int kRadius>
-MSVQ_DEVICE void correlate_quads(const float* half, const Shared<float>& lines, int from,
-                                 float (&sum)[kRows]) {
-  constexpr int kBefore = (4 - kRadius % 4) % 4;
-  MSVQ_UNROLL
-  for (int quad = 0; quad < 2 * kRadius + kRows + kBefore; quad += 4) {
-    float word[4];
-    load_quad(lines, from + quad, word);
-    MSVQ_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      MSVQ_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        const int j = quad + k - kBefore - i;
-        if (j >= 0 && j <= 2 * kRadius) sum[i] += tap_at(half, kRadius, j) * word[k];
-      }
-    }
-  }
-}
-
 template <int kRadius, int kScales, class T>
 struct QuadStream : QuadRows<kRadius, kScales, T> {
   using Rows = QuadRows<kRadius, kScales, T>;
@@ -161,7 +141,9 @@ struct QuadStream : QuadRows<kRadius, kScales, T> {
     const int along = task(kAlong, thread), level = along >> 16;
     if ((on >> level & 1) == 0) return;
     float sum[kRows] = {};
-    correlate_quads<kRadius>(p.taps, shared.lines, (along & 0xffff) + of_level(at, level), sum);
+    constexpr int kBefore = (4 - kRadius % 4) % 4;
+    const int from = (along & 0xffff) + of_level(at, level);
+    correlate_line<kRadius, kBefore>(p.taps, kRadius, shared.lines, from, sum);
     const int to = task(kAlongTo, thread);
     store_quad(shared.blurred, to, sum);
     store_quad(shared.blurred, to + 4, sum + 4);

@@ -28,8 +28,8 @@ def unsupported(
         return "msvq_fast._C was built without CUDA (no nvcc was found)"
     if max(len(taps_y), len(taps_x)) > _CUDA_MAX_TAPS:
         return f"the CUDA kernel takes up to {_CUDA_MAX_TAPS} taps"
-    if x.shape[1] * x.shape[3] >= 2**31:
-        return "the CUDA kernel takes rows of fewer than 2**31 values"
+    if max(x.shape[1] * x.shape[3], x.shape[2]) > 2**31 - 2049:
+        return "the CUDA kernel takes fewer than 2**31 - 2048 rows, of as many values"
     return None
 
 
