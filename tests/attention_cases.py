@@ -38,7 +38,7 @@ def run(function, inputs, grids, kernels, options, **kwargs):
     for leaf in leaves:
         leaf.grad = None
     out = function(q, keys, values, grids=grids, kernels=kernels, bias=bias, **options, **kwargs)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     out.backward(upstream)
     return out.detach(), [torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in leaves]
 
