@@ -2,10 +2,11 @@
 
 python benchmarks/kernels.py [FILE ...] [--arch 80 90 100] [--match TEXT] [--out FILE]
 
-Without FILE: every ``triton_kernels.py`` and ``*_cuda.cu`` of the package, written as a table to
-``benchmarks/KERNELS.md``; with FILEs their table is printed. Exit status 1, and one line each, for
-a kernel that does not compile, spills, needs more shared memory than a block can have, or lacks
-the tensor-core instructions it claims. Only Triton's own cache keeps anything.
+Without FILE: every ``triton_kernels.py``, ``*_cuda.cu`` and (for sm_90a alone) ``*_hopper.cu`` of
+the package, written as a table to ``benchmarks/KERNELS.md``; with FILEs their table is printed.
+Exit status 1, and one line each, for a kernel that does not compile, spills, needs more shared
+memory than a block can have, or lacks the tensor-core instructions it claims. Only Triton's own
+cache keeps anything.
 """
 
 from __future__ import annotations
@@ -111,14 +112,8 @@ def compile_variant(index: int, arch: int) -> list[Compiled]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [_cuobjdump(), "--dump-resource-usage", "--dump-sass", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        text = _sass(file.name)
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
-    found = Counter(TENSOR_CORE.findall(text))
     return [
         row._replace(
             registers=usage["REG"],
@@ -126,9 +121,19 @@ def compile_variant(index: int, arch: int) -> list[Compiled]:
             spills=len(re.findall(r"\b(?:LDL|STL)\b", text)),
             shared=made.metadata.shared,
             loop=_inner_loop(text),
-            tensor_cores=", ".join(f"{count} {name}" for name, count in sorted(found.items())),
+            tensor_cores=_tensor_cores(text),
         )
     ]
+
+
+def _sass(cubin: str) -> str:
+    command = [_cuobjdump(), "--dump-resource-usage", "--dump-sass", cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _tensor_cores(sass: str) -> str:
+    found = Counter(TENSOR_CORE.findall(sass))
+    return ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
 
 
 def _inner_loop(sass: str) -> int:
@@ -164,15 +169,17 @@ def compile_cuda(path: Path, order: int, arch: int) -> list[Compiled]:
     row = Compiled(source_name(path), path.name, arch, order)
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            ["nvcc", "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-Xptxas", "-v",
-             "-I", str(ROOT / "csrc"), "-o", f"{folder}/out.cubin", str(path)],
+            ["nvcc", "-cubin", f"-arch=sm_{arch}{'a' * _is_hopper(path)}", "-std=c++17", "-O3",
+             "-Xptxas", "-v", "-I", str(ROOT / "csrc"), "-o", f"{folder}/out.cubin", str(path)],
             capture_output=True,
             text=True,
             check=False,
         )  # fmt: skip
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line]
-        return [row._replace(error=_one_line("; ".join(lines[:3]) or done.stderr))]
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            return [row._replace(error=_one_line("; ".join(lines[:3]) or done.stderr))]
+        listing = _sass(f"{folder}/out.cubin") if _is_hopper(path) else ""
+    functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL))
     rows = []
     for part in done.stderr.split("Compiling entry function '")[1:]:
         spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)
@@ -184,10 +191,17 @@ def compile_cuda(path: Path, order: int, arch: int) -> list[Compiled]:
                 spills=sum(map(int, spilled[:2])),
                 stack=_number(r"(\d+) bytes stack frame", part),
                 shared=_number(r"(\d+) bytes smem", part),
+                loop=_inner_loop(functions.get(name, "")),
+                tensor_cores=_tensor_cores(functions.get(name, "")),
+                claims_tensor_cores=_is_hopper(path),
             )
         )
     names = _demangle([r.name for r in rows])
     return [r._replace(name=name) for r, name in zip(rows, names, strict=True)]
+
+
+def _is_hopper(path: Path) -> bool:
+    return path.name.endswith("_hopper.cu")
 
 
 def _demangle(names: list[str]) -> list[str]:
@@ -299,6 +313,7 @@ def main() -> int:
     files = asked.files or [
         *sorted((ROOT / "msvq_fast" / "ops").glob("*/triton_kernels.py")),
         *sorted((ROOT / "csrc").glob("*/*_cuda.cu")),
+        *sorted((ROOT / "csrc").glob("*/*_hopper.cu")),
     ]
     problems, tasks = [], []
     for order, path in enumerate(files):
@@ -306,7 +321,8 @@ def main() -> int:
             if shutil.which("nvcc") is None:
                 print(f"not compiled, nvcc is missing: {source_name(path)}", file=sys.stderr)
                 continue
-            tasks += [(compile_cuda, path, order, arch) for arch in asked.arch]
+            there = [arch for arch in asked.arch if arch == 90 or not _is_hopper(path)]
+            tasks += [(compile_cuda, path, order, arch) for arch in there]
             continue
         try:
             variants = load(path).variants()

@@ -8,6 +8,7 @@ from typing import Any
 
 import floors
 import peers
+import pytest
 import torch
 import torch.nn.functional as F
 from device.exact import exact_codes
@@ -15,10 +16,12 @@ from device.rows import OURS, Bench, Case, Cost, Row, bound, relative_error
 from torch import Tensor
 
 from msvq_fast.ops import ema_update_, nearest_code, vector_quantize
+from msvq_fast.ops.vector_quantize.op import OP
 
 D = 64
 N = 2**20
 DECAY = 0.99
+NATIVE = f"{OURS} native"  # CUDA C++, for Hopper
 # latents, codes, whether in half precision, rank
 SHAPES = [(N, 1024, False, 0), (N, 256, False, 0), (N, 1024, True, 0), (N // 4, 8192, False, 3)]
 
@@ -48,9 +51,19 @@ class Latents:
         return {"wrong_codes": wrong, "of": self.n}
 
 
+def choose(data: Latents, name: str) -> None:
+    """The backend that the row's name asks for."""
+    if name == NATIVE:
+        data.backend = "native"
+        reason = OP.why_not("native", data.z, data.codebook)
+        if reason is not None:
+            pytest.skip(reason)
+
+
 def search(bench: Bench, n: int, k: int, half: bool, name: str) -> Case:
     data = Latents(bench, n, k, half)
     z, codebook = data.z, data.codebook
+    choose(data, name)
     if name.startswith(OURS):
         dim = 1 if "NCHW" in name else -1
         latents = data.image() if dim == 1 else z
@@ -84,6 +97,7 @@ def quantize(bench: Bench, n: int, k: int, half: bool, name: str) -> Case:
     """Codes, z_q, the loss and the statistics."""
     data = Latents(bench, n, k, half)
     z, codebook = data.z, data.codebook
+    choose(data, name)
     dim = 1 if "NCHW" in name else -1
     latents = data.image() if dim == 1 else z
 
@@ -179,7 +193,7 @@ def rows() -> list[Row]:
     found = []
     for n, k, half, rank in SHAPES:
         label = f"N {n} K {k} D {D} {'half' if half else 'float32'}"
-        names = {OURS: rank, f"{OURS} NCHW": rank}
+        names = {OURS: rank, NATIVE: rank, f"{OURS} NCHW": rank}
         groups: list[tuple[str, Any, dict[str, int]]] = [
             ("nearest code", search, names | dict.fromkeys(PEER_SEARCH, rank + 1)),
             ("with z_q, loss and statistics", quantize, names),

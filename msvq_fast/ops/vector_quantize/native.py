@@ -1,8 +1,10 @@
-"""The C++ vector quantization on CPU tensors (csrc/vector_quantize)."""
+"""The C++ vector quantization (csrc/vector_quantize); on CUDA tensors the kernel for Hopper."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +28,14 @@ _PANEL = 32  # the sums' memory first holds the packed codes, a multiple of this
 
 def unsupported(z: Tensor, codebook: Tensor) -> str | None:
     """Why this call cannot run here, or None."""
+    if z.device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "beside the CUDA kernel it needs Triton, which is not installed"
+        from msvq_fast.ops.vector_quantize import native_hopper
+
+        return native_hopper.unsupported(z, codebook)
     if z.device.type != "cpu":
-        return f"the C++ kernel runs on CPU tensors, z is on {z.device}"
+        return f"the C++ kernel runs on CPU and CUDA tensors, z is on {z.device}"
     if z.dtype not in _TYPES:
         return f"the C++ kernel takes float32, float16 or bfloat16, z is {z.dtype}"
     if codebook.dtype != torch.float32:
@@ -41,7 +49,13 @@ def unsupported(z: Tensor, codebook: Tensor) -> str | None:
 
 def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     """Code of every latent, as the reference defines it."""
-    codes: Tensor = _nearest_code(z, codebook, dim)
+    codes: Tensor
+    if z.device.type == "cuda":
+        from msvq_fast.ops.vector_quantize import native_hopper
+
+        codes = native_hopper.nearest_code(z, codebook, dim)
+    else:
+        codes = _nearest_code(z, codebook, dim)
     return codes
 
 
@@ -49,7 +63,13 @@ def vector_quantize(
     z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
 ) -> tuple[Tensor, ...]:
     """``(z_q, codes, commitment_loss, code_counts, code_sums)``, all from one call."""
-    out: tuple[Tensor, ...] = _vector_quantize(z, codebook, dim, commitment_weight)
+    out: tuple[Tensor, ...]
+    if z.device.type == "cuda":
+        from msvq_fast.ops.vector_quantize import native_hopper
+
+        out = native_hopper.vector_quantize(z, codebook, dim, commitment_weight)
+    else:
+        out = _vector_quantize(z, codebook, dim, commitment_weight)
     return out
 
 
@@ -63,7 +83,14 @@ def vector_quantize_backward(
     commitment_weight: float,
 ) -> Tensor:
     """``grad_z_q + grad_loss 2β/numel(z) (z - e)`` in the layout of ``z``."""
-    grad_z: Tensor = _backward(grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight)
+    grad_z: Tensor
+    if z.device.type == "cuda":  # bound by memory: Triton's is as fast as any
+        from msvq_fast.ops.vector_quantize import triton_kernels
+
+        backward: Any = triton_kernels.vector_quantize_backward
+    else:
+        backward = _backward
+    grad_z = backward(grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight)
     return grad_z
 
 

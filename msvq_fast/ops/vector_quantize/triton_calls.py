@@ -1,4 +1,4 @@
-"""What the Triton kernels are given: where rows lie, and the launches of a search."""
+"""What the Triton kernels are given: where rows lie; the launches of a search and of its sums."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from msvq_fast.ops.vector_quantize import triton_codes, triton_search
+from msvq_fast.ops.vector_quantize import triton_codes, triton_outputs, triton_search
 from msvq_fast.ops.vector_quantize.layout import row_strides
 from msvq_fast.ops.vector_quantize.triton_shapes import (
     CODES,
@@ -16,11 +16,22 @@ from msvq_fast.ops.vector_quantize.triton_shapes import (
     filter_rows,
     filter_stages,
     filter_warps,
+    gathered_rows,
 )
 
-__all__ = ["MOST_WIDTH", "Strides", "placed", "search", "uniform"]
+__all__ = [
+    "MOST_WIDTH",
+    "Strides",
+    "code_statistics",
+    "key_dtype",
+    "placed",
+    "search",
+    "uniform",
+]
 
 MOST_WIDTH = 256
+_PARTIAL_SUMS = 16384  # a popular code's rows are summed in as many parts as fit
+_MOST_KEYS = 2**15 - 1  # of 16 bits, which take half as long to sort as those of 32
 Strides = tuple[int, int, int]
 
 
@@ -125,6 +136,57 @@ def search(
         num_warps=4,
         enable_fp_fusion=False,
     )
+
+
+def key_dtype(num_codes: int) -> torch.dtype:
+    """Of the keys that codes, and K for a row that is not finite, are sorted by."""
+    return torch.int16 if num_codes < _MOST_KEYS else torch.int32
+
+
+def code_statistics(
+    z: Tensor,
+    inner: int,
+    strides: Strides,
+    codebook: Tensor,
+    keys: Tensor,
+    z_q: Tensor | None,
+    z_q_strides: Strides,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the rows of every code in their order; fill ``z_q`` too if there is one.
+
+    Returns:
+        Parts of the sum of (z - e)², ``counts (K,)`` and ``sums (K, D)``.
+    """
+    num_codes, width = codebook.shape
+    count = keys.numel()
+    padded = block_width(width)
+    # A stable sort puts a code's rows next to each other in their own order: no atomics.
+    keys, order = torch.sort(keys, stable=True)
+    limits = torch.arange(num_codes + 2, dtype=keys.dtype, device=z.device)
+    bounds = torch.searchsorted(keys, limits)  # (K + 2,)
+    splits = max(1, min(64, _PARTIAL_SUMS // num_codes, count // 1024))
+    parts = codebook.new_empty(num_codes + 1, splits, width)
+    errors = codebook.new_empty(num_codes + 1, splits)
+    triton_outputs.code_sums[(num_codes + 1, splits)](
+        z,
+        codebook,
+        order,
+        bounds,
+        z if z_q is None else z_q,
+        parts,
+        errors,
+        inner,
+        *strides,
+        *z_q_strides,
+        width,
+        num_codes,
+        splits,
+        FLAT=inner >= count,
+        WRITE=z_q is not None,
+        BM=gathered_rows(padded),
+        BD=padded,
+    )
+    return errors, bounds[:-1].diff(), parts[:-1].sum(dim=1)
 
 
 def uniform(rows: int, count: int, inner: int, *strides: Strides) -> bool:

@@ -10,12 +10,18 @@ from torch import Tensor
 
 from msvq_fast.ops.vector_quantize import triton_outputs
 from msvq_fast.ops.vector_quantize.layout import row_strides
-from msvq_fast.ops.vector_quantize.triton_calls import MOST_WIDTH, placed, search, uniform
+from msvq_fast.ops.vector_quantize.triton_calls import (
+    MOST_WIDTH,
+    code_statistics,
+    key_dtype,
+    placed,
+    search,
+    uniform,
+)
 from msvq_fast.ops.vector_quantize.triton_shapes import (
     DTYPES,
     block,
     block_width,
-    gathered_rows,
     moved_codes,
     variants,
 )
@@ -31,8 +37,6 @@ __all__ = [
 
 # Read once, as by the kernels; torch.compile cannot trace the reading.
 _INTERPRETED: bool = triton.knobs.runtime.interpret
-_PARTIAL_SUMS = 16384  # a popular code's rows are summed in as many parts as fit
-_MOST_KEYS = 2**15 - 1  # of 16 bits, which take half as long to sort as those of 32
 
 
 def unsupported(z: Tensor, codebook: Tensor) -> str | None:
@@ -140,37 +144,16 @@ def _vector_quantize(
         out = torch.empty_like(z)
     inner, (z_strides, out_strides) = placed(dim, z, out)
     padded = block_width(width)
-    flat = inner >= count
     with torch.cuda.device_of(z):
-        keys = codes.new_empty(count, dtype=torch.int16 if num_codes < _MOST_KEYS else torch.int32)
+        keys = codes.new_empty(count, dtype=key_dtype(num_codes))
         # Rows that are not whole in memory are gathered from a copy, where z_q will be.
         copy = None if z_strides[2] == 1 else out
         search(z, inner, z_strides, codebook, codes, keys, copy)
-        # A stable sort puts a code's rows next to each other in their own order: no atomics.
-        keys, order = torch.sort(keys, stable=True)
-        limits = torch.arange(num_codes + 2, dtype=keys.dtype, device=z.device)
-        bounds = torch.searchsorted(keys, limits)  # (K + 2,)
-        splits = max(1, min(64, _PARTIAL_SUMS // num_codes, count // 1024))
-        parts = codebook.new_empty(num_codes + 1, splits, width)
-        errors = codebook.new_empty(num_codes + 1, splits)
-        triton_outputs.code_sums[(num_codes + 1, splits)](
-            z if copy is None else copy,
-            codebook,
-            order,
-            bounds,
-            out,
-            parts,
-            errors,
-            inner,
-            *(z_strides if copy is None else (0, width, 1)),
-            *out_strides,
-            width,
-            num_codes,
-            splits,
-            FLAT=flat or copy is not None,
-            WRITE=copy is None,
-            BM=gathered_rows(padded),
-            BD=padded,
+        rows, row_layout = (
+            (z, (inner, z_strides)) if copy is None else (copy, (count, (0, width, 1)))
+        )
+        errors, counts, sums = code_statistics(
+            rows, *row_layout, codebook, keys, out if copy is None else None, out_strides
         )
         if copy is not None:
             shape = block(padded, whole=False)
@@ -189,7 +172,7 @@ def _vector_quantize(
     if out is not z_q:
         z_q.copy_(out)
     loss = errors.double().sum() * (commitment_weight / z.numel())
-    return z_q, codes, loss.float(), bounds[:-1].diff(), parts[:-1].sum(dim=1)
+    return z_q, codes, loss.float(), counts, sums
 
 
 @_vector_quantize.register_fake

@@ -1,0 +1,173 @@
+// What a kernel for Hopper (sm_90a) is written against: products of a warpgroup on the tensor
+// cores, barriers of part of a block, and bits. On the host a model of a block takes their place
+// (cuda/warps_on_host.h), so that the kernel's own source runs where there is no GPU.
+#pragma once
+#include <cstdint>
+
+#if !defined(__CUDACC__)
+#include "cuda/warps_on_host.h"
+#else
+#define MSVQ_WARPS __device__ __forceinline__
+#define MSVQ_WARPS_HOST __host__ __device__ inline
+#define MSVQ_UNROLL _Pragma("unroll")
+
+namespace msvq {
+namespace cuda {
+
+// The fragments of a warpgroup's product: of thread 32 w + 4 g + q the rows 16 w + g and
+// 16 w + g + 8 and of every eight columns 2 q and 2 q + 1; of the left side likewise, eight columns
+// further in a[2] and a[3].
+constexpr int kProductColumns = 64;
+using Accumulators = float[kProductColumns / 2];
+
+// An address in shared memory as instructions take it.
+MSVQ_WARPS uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Where a matrix of half-precision numbers lies in shared memory for a product: blocks of eight
+// rows by 16 bytes, `along` bytes apart in the direction that is summed, `across` in the other.
+// Blocks that do not begin at a multiple of 128 bytes are read at half the speed.
+struct MatrixDescriptor {
+  uint32_t from, strides;
+
+  MSVQ_WARPS MatrixDescriptor(uint32_t address, int along, int across)
+      : from((address & 0x3FFFF) >> 4 | static_cast<uint32_t>(along >> 4) << 16),
+        strides(static_cast<uint32_t>(across >> 4)) {}
+  MSVQ_WARPS MatrixDescriptor operator+(int bytes) const {
+    MatrixDescriptor moved = *this;
+    moved.from += static_cast<uint32_t>(bytes) >> 4;
+    return moved;
+  }
+};
+
+// Order ordinary writes to shared memory before the tensor cores' reads; then a barrier is needed.
+MSVQ_WARPS void fence_shared_for_products() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+MSVQ_WARPS void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+MSVQ_WARPS void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+MSVQ_WARPS void wait_products(Accumulators& out) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < kProductColumns / 2; ++i) asm volatile("" : "+f"(out[i])::"memory");
+}
+
+// out (64, 64) = a (64, 16) b (64, 16)^T, or out += that.
+MSVQ_WARPS void multiply(Accumulators& out, const uint32_t (&a)[4], const MatrixDescriptor& b,
+                         bool add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      ".reg .b64 b;\n"
+      "setp.ne.b32 p, %38, 0;\n"
+      "mov.b64 b, {%36, %37};\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, b, p, 1, 1, 0;\n"
+      "}\n"
+      : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3]), "+f"(out[4]), "+f"(out[5]),
+        "+f"(out[6]), "+f"(out[7]), "+f"(out[8]), "+f"(out[9]), "+f"(out[10]), "+f"(out[11]),
+        "+f"(out[12]), "+f"(out[13]), "+f"(out[14]), "+f"(out[15]), "+f"(out[16]), "+f"(out[17]),
+        "+f"(out[18]), "+f"(out[19]), "+f"(out[20]), "+f"(out[21]), "+f"(out[22]), "+f"(out[23]),
+        "+f"(out[24]), "+f"(out[25]), "+f"(out[26]), "+f"(out[27]), "+f"(out[28]), "+f"(out[29]),
+        "+f"(out[30]), "+f"(out[31])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.from), "r"(b.strides),
+        "r"(static_cast<int>(add)));
+}
+
+// Four blocks of eight rows by 16 bytes; lane l has the address of row l % 8 of block l / 8, and
+// gets values 2 (l % 4) and one further of row l / 4 of each.
+MSVQ_WARPS void load_blocks(uint32_t address, uint32_t (&out)[4]) {
+  asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+      : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+      : "r"(address));
+}
+
+// A warp's product: out (16, 8) += a (16, 16) b (8, 16)^T, b as `load_blocks` gives it.
+MSVQ_WARPS void multiply(float (&out)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// A barrier in shared memory: a phase ends when `count` arrivals have come.
+MSVQ_WARPS void init_barrier(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(count));
+}
+MSVQ_WARPS void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+// Until the phase of this parity is over; before the first ends, that of parity 1 is.
+MSVQ_WARPS void wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra done;\n"
+      "bra again;\n"
+      "done:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// A barrier of `threads` threads of the block, number 1 to 15.
+MSVQ_WARPS void sync_part(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// threadIdx.x, read again: what follows from it need not be kept in registers from before.
+MSVQ_WARPS int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread & 1023;
+}
+
+// The line of an address in global memory into the second-level cache.
+MSVQ_WARPS void prefetch(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+}
+
+// Within 2^-22 of the root.
+MSVQ_WARPS float quick_root(float x) {
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+
+// Two numbers rounded to half precision, the first in the low bits, and back.
+MSVQ_WARPS uint32_t pack_halves(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+MSVQ_WARPS float2 unpack_halves(uint32_t bits) {
+  float2 x;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n"
+      "}\n"
+      : "=f"(x.x), "=f"(x.y)
+      : "r"(bits));
+  return x;
+}
+MSVQ_WARPS uint32_t pack_bfloats(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+MSVQ_WARPS float2 unpack_bfloats(uint32_t bits) {
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u));
+}
+
+}  // namespace cuda
+}  // namespace msvq
+
+#endif

@@ -1,0 +1,379 @@
+// The names of cuda/hopper.h and of CUDA that kernels use, on the host: each thread of a block is a
+// fiber (cuda/block_on_host.h).
+#pragma once
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+
+#include "cuda/block_on_host.h"
+
+#define MSVQ_ISA on_host
+#include "elements.h"
+#undef MSVQ_ISA
+
+#define MSVQ_WARPS inline
+#define MSVQ_WARPS_HOST inline
+#ifndef MSVQ_UNROLL
+#define MSVQ_UNROLL
+#endif
+#ifndef MSVQ_NO_UNROLL
+#define MSVQ_NO_UNROLL
+#endif
+
+namespace msvq {
+namespace cuda {
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline void __syncthreads() { BlockModel::running().sync(0, BlockModel::running().threads()); }
+inline void sync_part(int number, int threads) {
+  if (number < 1 || number > 15 || threads <= 0 || threads % 32 != 0 ||
+      threads > BlockModel::running().threads())
+    throw std::logic_error("a barrier is number 1 to 15 and of whole warps of the block");
+  BlockModel::running().sync(number, threads);
+}
+
+inline void check_mask(unsigned mask) {
+  if (mask != ~0u) throw std::logic_error("collectives are of all lanes of a warp");
+}
+inline void __syncwarp(unsigned mask = ~0u) {
+  check_mask(mask);
+  BlockModel::running().meet("__syncwarp of warp ", nullptr, [](void* const*) {});
+}
+
+template <class T>
+struct ShuffleArgument {
+  T value;
+  int from;
+  T result;
+};
+template <class T>
+T shuffle(const char* name, T value, int from) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles are of 32 or 64 bits");
+  ShuffleArgument<T> argument{value, from, {}};
+  BlockModel::running().meet(name, &argument, [](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      auto& own = *static_cast<ShuffleArgument<T>*>(lanes[i]);
+      own.result = static_cast<const ShuffleArgument<T>*>(lanes[own.from])->value;
+    }
+  });
+  return argument.result;
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  check_mask(mask);
+  return shuffle("__shfl_sync of warp ", value, lane & 31);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  check_mask(mask);
+  return shuffle("__shfl_xor_sync of warp ", value, (static_cast<int>(threadIdx.x) ^ lanes) & 31);
+}
+
+struct BallotArgument {
+  bool value;
+  unsigned result;
+};
+inline unsigned ballot(const char* name, unsigned mask, bool value) {
+  check_mask(mask);
+  BallotArgument argument{value, 0};
+  BlockModel::running().meet(name, &argument, [](void* const* lanes) {
+    unsigned bits = 0;
+    for (int i = 0; i < 32; ++i)
+      bits |= static_cast<unsigned>(static_cast<const BallotArgument*>(lanes[i])->value) << i;
+    for (int i = 0; i < 32; ++i) static_cast<BallotArgument*>(lanes[i])->result = bits;
+  });
+  return argument.result;
+}
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  return ballot("__ballot_sync of warp ", mask, value);
+}
+inline bool __any_sync(unsigned mask, bool value) {
+  return ballot("__any_sync of warp ", mask, value) != 0;
+}
+inline bool __all_sync(unsigned mask, bool value) {
+  return ballot("__all_sync of warp ", mask, value) == ~0u;
+}
+
+inline uint32_t shared_address(const void* pointer) {
+  return BlockModel::running().address_of(pointer);
+}
+
+// The word of a barrier: arrivals until the phase ends, arrivals in a phase, the parity of the
+// phase that runs, and a mark that it is a barrier.
+constexpr int kCountBits = 20;
+constexpr uint64_t kCountMask = (uint64_t{1} << kCountBits) - 1;
+constexpr uint64_t kParityBit = uint64_t{1} << (2 * kCountBits), kBarrierMark = 0xBA44;
+
+inline uint32_t checked_parity(const uint64_t* barrier) {
+  if (shared_address(barrier) % 8 != 0 || *barrier >> 48 != kBarrierMark)
+    throw std::logic_error("a barrier is used that was not begun");
+  return (*barrier & kParityBit) != 0;
+}
+inline void init_barrier(uint64_t* barrier, int count) {
+  if (shared_address(barrier) % 8 != 0 || count < 1 || count > static_cast<int>(kCountMask))
+    throw std::logic_error("a barrier is 8 bytes for at least one arrival");
+  const uint64_t arrivals = static_cast<uint64_t>(count);
+  *barrier = kBarrierMark << 48 | arrivals << kCountBits | arrivals;
+}
+inline void arrive(uint64_t* barrier) {
+  checked_parity(barrier);
+  if ((--*barrier & kCountMask) != 0) return;
+  *barrier = (*barrier ^ kParityBit) | (*barrier >> kCountBits & kCountMask);
+  BlockModel::running().wake(barrier);
+}
+inline void wait(uint64_t* barrier, uint32_t parity) {
+  if (parity > 1) throw std::logic_error("a parity is 0 or 1");
+  // Asked again once awake: as on the device, a thread that is two phases late waits on.
+  while (checked_parity(barrier) == parity)
+    BlockModel::running().pause(
+        parity ? "wait, parity 1, at shared address " : "wait, parity 0, at shared address ",
+        static_cast<int>(shared_address(barrier)), barrier);
+}
+
+// Element (n, k) of a descriptor's matrix lies at
+// from + n / 8 * across + k / 8 * along + n % 8 * 16 + k % 8 * 2.
+struct MatrixDescriptor {
+  uint32_t from, strides;
+
+  MatrixDescriptor(uint32_t address, int along, int across)
+      : from((address & 0x3FFFF) >> 4 | static_cast<uint32_t>(along >> 4) << 16),
+        strides(static_cast<uint32_t>(across >> 4)) {
+    if (address % 16 != 0 || along % 16 != 0 || across % 16 != 0 || along < 0 || across < 0 ||
+        along >= 1 << 18 || across >= 1 << 18)
+      throw std::logic_error("a matrix in shared memory is of blocks of 16-byte rows");
+  }
+  MatrixDescriptor operator+(int bytes) const {
+    if (bytes % 16 != 0) throw std::logic_error("a descriptor moves by multiples of 16 bytes");
+    MatrixDescriptor moved = *this;
+    moved.from += static_cast<uint32_t>(bytes) >> 4;
+    return moved;
+  }
+  uint32_t address(int n, int k) const {
+    const uint32_t along = (from >> 16 & 0x3FFF) << 4, across = (strides & 0x3FFF) << 4;
+    return ((from & 0x3FFF) << 4) + static_cast<uint32_t>(n / 8) * across +
+           static_cast<uint32_t>(k / 8) * along + static_cast<uint32_t>(n % 8) * 16;
+  }
+};
+
+inline float half_of(uint32_t pair, int i) {
+  return on_host::widen(on_host::float16{static_cast<uint16_t>(pair >> (16 * i))});
+}
+
+struct ProductArgument {
+  const uint32_t* a;
+  float* out;
+  bool add;
+  MatrixDescriptor b;  // of a warpgroup's product
+  uint32_t right[2];   // of a warp's
+};
+
+// out (16, kColumns) = a (16, 16) right (16, kColumns) from and to the fragments of a warp.
+template <int kColumns>
+void multiply_fragments(void* const* lanes, const float (&right)[16][kColumns]) {
+  for (int row = 0; row < 16; ++row) {
+    const auto lane = [&](int column) -> const ProductArgument& {
+      return *static_cast<const ProductArgument*>(lanes[row % 8 * 4 + column % 8 / 2]);
+    };
+    float sums[kColumns];
+    for (int n = 0; n < kColumns; ++n)
+      sums[n] = lane(n).add ? lane(n).out[n / 8 * 4 + row / 8 * 2 + n % 2] : 0.0f;
+    for (int k = 0; k < 16; ++k) {
+      const float left = half_of(lane(k).a[k / 8 * 2 + row / 8], k % 2);
+      for (int n = 0; n < kColumns; ++n) sums[n] += left * right[k][n];
+    }
+    for (int n = 0; n < kColumns; ++n) lane(n).out[n / 8 * 4 + row / 8 * 2 + n % 2] = sums[n];
+  }
+}
+
+// Orders nothing here: fibers see each other's writes at once.
+inline void fence_shared_for_products() {}
+
+inline void trace_products(PendingProducts& products, uint64_t call) {
+  products.trace = (products.trace ^ call) * 0x9E3779B97F4A7C15u + 1;
+}
+inline void begin_products() {
+  PendingProducts& products = BlockModel::running().products();
+  products.open = true;
+  trace_products(products, 1);
+}
+inline void end_products() {
+  PendingProducts& products = BlockModel::running().products();
+  if (!products.open) throw std::logic_error("end_products without begin_products");
+  products.open = false;
+  trace_products(products, 2);
+}
+inline void wait_products(Accumulators& out) {
+  PendingProducts& products = BlockModel::running().products();
+  if (products.open) throw std::logic_error("wait_products before end_products");
+  if (products.out != out) throw std::logic_error("wait_products of what no product is for");
+  for (size_t i = 0; i < sizeof out; ++i)
+    if (reinterpret_cast<const unsigned char*>(out)[i] != 0xFF)
+      throw std::logic_error("the outcome of a product was written to before wait_products");
+  memcpy(out, products.values, sizeof out);
+  products.out = nullptr;
+  trace_products(products, 3);
+}
+
+// Of a warp rather than of a warpgroup: nothing makes its warps wait for each other. The outcome is
+// NaN until wait_products.
+inline void multiply(Accumulators& out, const uint32_t (&a)[4], const MatrixDescriptor& b,
+                     bool add) {
+  PendingProducts& products = BlockModel::running().products();
+  if (!products.open) throw std::logic_error("multiply outside begin_products and end_products");
+  if (products.out && products.out != out)
+    throw std::logic_error("multiply into a second array before wait_products");
+  if (!products.out && add) memcpy(products.values, out, sizeof out);
+  products.out = out;
+  memset(out, 0xFF, sizeof out);
+  trace_products(products, uint64_t{b.from} << 32 | b.strides);
+  trace_products(products, add ? 5 : 4);
+  ProductArgument argument{a, products.values, add, b, {}};
+  BlockModel::running().meet("multiply of warp ", &argument, [](void* const* lanes) {
+    const MatrixDescriptor& first = static_cast<const ProductArgument*>(lanes[0])->b;
+    for (int i = 0; i < 32; ++i) {
+      const MatrixDescriptor& own = static_cast<const ProductArgument*>(lanes[i])->b;
+      if (own.from != first.from || own.strides != first.strides)
+        throw std::logic_error("lanes of a warp multiply by different matrices");
+    }
+    float right[16][kProductColumns];
+    for (int n = 0; n < kProductColumns; ++n)
+      for (int k = 0; k < 16; k += 8) {
+        uint16_t bits[8];
+        memcpy(bits, BlockModel::running().at(first.address(n, k)), sizeof bits);
+        for (int i = 0; i < 8; ++i) right[k + i][n] = half_of(bits[i], 0);
+      }
+    multiply_fragments(lanes, right);
+  });
+}
+
+struct LoadArgument {
+  uint32_t address;
+  uint32_t* out;
+};
+inline void load_blocks(uint32_t address, uint32_t (&out)[4]) {
+  LoadArgument argument{address, out};
+  BlockModel::running().meet("load_blocks of warp ", &argument, [](void* const* lanes) {
+    for (int row = 0; row < 32; ++row) {
+      const char* from =
+          BlockModel::running().at(static_cast<const LoadArgument*>(lanes[row])->address);
+      for (int i = 0; i < 4; ++i)
+        memcpy(static_cast<const LoadArgument*>(lanes[row % 8 * 4 + i])->out + row / 8,
+               from + 4 * i, 4);
+    }
+  });
+}
+inline void multiply(float (&out)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  ProductArgument argument{a, out, true, MatrixDescriptor(0, 0, 0), {b0, b1}};
+  BlockModel::running().meet("multiply (16, 8) of warp ", &argument, [](void* const* lanes) {
+    float right[16][8];
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 8; ++n) {
+        const auto& lane = *static_cast<const ProductArgument*>(lanes[4 * n + k % 8 / 2]);
+        right[k][n] = half_of(lane.right[k / 8], k % 2);
+      }
+    multiply_fragments(lanes, right);
+  });
+}
+
+// No fiber can come between: they give way in collectives alone. Bytes are copied, since kernels
+// look at the same memory as more than one type.
+template <class T>
+T read_as(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % alignof(T) != 0)
+    throw std::out_of_range("a kernel read off a boundary");
+  T value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+template <class T>
+void write_as(T* to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % alignof(T) != 0)
+    throw std::out_of_range("a kernel wrote off a boundary");
+  memcpy(to, &value, sizeof value);
+}
+inline int atomicAdd(int* to, int x) {
+  const int old = read_as(to);
+  write_as(to, old + x);
+  return old;
+}
+inline int atomicMax(int* to, int x) {
+  const int old = read_as(to);
+  write_as(to, old < x ? x : old);
+  return old;
+}
+template <class T>
+T __ldg(const T* from) {
+  return read_as(from);
+}
+template <class T>
+void __stcs(T* to, T value) {
+  write_as(to, value);
+}
+inline int thread_again() { return static_cast<int>(threadIdx.x); }
+inline void prefetch(const void*) {}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __float_as_int(float x) { return static_cast<int>(on_host::bits_of(x)); }
+inline unsigned __float_as_uint(float x) { return on_host::bits_of(x); }
+inline float __int_as_float(int x) { return on_host::float_of(static_cast<uint32_t>(x)); }
+inline float __uint_as_float(unsigned x) { return on_host::float_of(x); }
+
+// volatile: never contracted.
+inline double __dadd_rn(double a, double b) {
+  const volatile double sum = a + b;
+  return sum;
+}
+inline double __dsub_rn(double a, double b) {
+  const volatile double difference = a - b;
+  return difference;
+}
+inline double __dmul_rn(double a, double b) {
+  const volatile double product = a * b;
+  return product;
+}
+
+// The other operand for NaN, and -0 below 0. fmaf, fabsf, sqrtf, fmin and fmax are those of math.h.
+inline float fminf(float a, float b) {
+  if (a != a || b != b) return a != a ? b : a;
+  return a < b || (a == b && __float_as_int(a) < 0) ? a : b;
+}
+inline float fmaxf(float a, float b) {
+  if (a != a || b != b) return a != a ? b : a;
+  return a > b || (a == b && __float_as_int(a) >= 0) ? a : b;
+}
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline float quick_root(float x) { return sqrtf(x); }
+
+inline uint32_t pack_halves(float low, float high) {
+  on_host::float16 pair[2];
+  on_host::narrow(low, pair), on_host::narrow(high, pair + 1);
+  return static_cast<uint32_t>(pair[1].bits) << 16 | pair[0].bits;
+}
+inline float2 unpack_halves(uint32_t bits) { return {half_of(bits, 0), half_of(bits, 1)}; }
+inline uint32_t pack_bfloats(float low, float high) {
+  on_host::bfloat16 pair[2];
+  on_host::narrow(low, pair), on_host::narrow(high, pair + 1);
+  return static_cast<uint32_t>(pair[1].bits) << 16 | pair[0].bits;
+}
+inline float2 unpack_bfloats(uint32_t bits) {
+  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
+}
+
+}  // namespace cuda
+}  // namespace msvq

@@ -1,0 +1,53 @@
+"""The quantizer's kernel for Hopper where it was made for; on the host it is tested everywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from latent_cases import KINDS, latents
+
+from msvq_fast.ops import nearest_code, vector_quantize
+from msvq_fast.ops.vector_quantize.op import OP
+
+
+@pytest.fixture(autouse=True)
+def supported(device: str) -> None:
+    if "native" not in OP.kernels:
+        pytest.skip(OP.missing["native"])
+    reason = OP.why_not("native", torch.zeros(1, 64, device=device), torch.zeros(1, 64))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_codes", [1, 2, 63, 256, 1000, 1024])
+def test_codes_equal_brute_force(device: str, kind: str, num_codes: int) -> None:
+    z, codebook = latents(kind, 3000, num_codes)
+    got = nearest_code(z.to(device), codebook.to(device), backend="native")
+    want = nearest_code(z, codebook, backend="reference")
+    assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 63, 64, 8449, 200_003])
+def test_sizes_and_types(device: str, dtype: torch.dtype, count: int) -> None:
+    z, codebook = (t.to(device) for t in latents("trained", count, 512))
+    z = z.to(dtype)
+    got = vector_quantize(z, codebook, backend="native")
+    want = vector_quantize(z, codebook, backend="reference")
+    assert torch.equal(got.codes, want.codes) and torch.equal(got.z_q, want.z_q)
+    assert torch.equal(got.code_counts, want.code_counts)
+    torch.testing.assert_close(got.commitment_loss, want.commitment_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.code_sums, want.code_sums, rtol=1e-5, atol=1e-3)
+
+
+def test_waits_for_nothing_and_is_captured(device: str) -> None:
+    z, codebook = (t.to(device) for t in latents("gaussian", 5000, 256))
+    want = vector_quantize(z, codebook, backend="native")  # Triton compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = vector_quantize(z, codebook, backend="native")
+    for _ in range(3):
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
