@@ -30,8 +30,8 @@ def unsupported(z: Tensor, codebook: Tensor) -> str | None:
         return f"the CUDA kernel takes D = {WIDTH}, it is {codebook.shape[1]}"
     if codebook.shape[0] > MOST_CODES:
         return f"the CUDA kernel takes up to {MOST_CODES} codes, there are {codebook.shape[0]}"
-    if z.numel() // WIDTH >= 2**31 - 2**16:
-        return f"the CUDA kernel takes fewer than 2**31 latents, z is {tuple(z.shape)}"
+    if z.numel() // WIDTH >= 2**30:
+        return f"the CUDA kernel takes fewer than 2**30 latents, z is {tuple(z.shape)}"
     if not hasattr(_C, "vector_quantize_hopper"):
         return "msvq_fast._C was built without the kernel for Hopper (nvcc 12.0 or later builds it)"
     if torch.cuda.get_device_capability(z.device) != (9, 0):
@@ -135,18 +135,19 @@ def _search(
     errors = torch.empty(blocks, dtype=torch.float64, device=rows.device)
     if codebook.data_ptr() % 16:
         codebook = codebook.clone()
-    _C.vector_quantize_hopper(
-        rows.data_ptr(),
-        _TYPES[rows.dtype],
-        (count, codebook.shape[0]),
-        (rows.stride(0), 0 if z_q is None else z_q.stride(0)),
-        codebook.data_ptr(),
-        codes.data_ptr(),
-        0 if keys is None else keys.data_ptr(),
-        0 if z_q is None else z_q.data_ptr(),
-        errors.data_ptr(),
-        blocks,
-        device,
-        torch.cuda.current_stream(device).cuda_stream,
-    )
+    with torch.cuda.device_of(rows):
+        _C.vector_quantize_hopper(
+            rows.data_ptr(),
+            _TYPES[rows.dtype],
+            (count, codebook.shape[0]),
+            (rows.stride(0), 0 if z_q is None else z_q.stride(0)),
+            codebook.data_ptr(),
+            codes.data_ptr(),
+            0 if keys is None else keys.data_ptr(),
+            0 if z_q is None else z_q.data_ptr(),
+            errors.data_ptr(),
+            blocks,
+            device,
+            torch.cuda.current_stream(device).cuda_stream,
+        )
     return errors
