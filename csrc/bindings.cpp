@@ -229,6 +229,7 @@ msvq::QuantizeHopperParams quantize_hopper_params(Pointer z, int type, std::arra
   return params;
 }
 
+#ifdef __GLIBC__
 void vector_quantize_hopper_on_host(Pointer z, int type, std::array<int, 2> size,
                                     std::array<int, 2> strides, Pointer codebook, Pointer codes,
                                     Pointer keys, Pointer z_q, Pointer errors, int blocks,
@@ -237,6 +238,7 @@ void vector_quantize_hopper_on_host(Pointer z, int type, std::array<int, 2> size
       quantize_hopper_params(z, type, size, strides, codebook, codes, keys, z_q, errors), blocks,
       order);
 }
+#endif
 
 #ifdef MSVQ_HOPPER
 void vector_quantize_hopper(Pointer z, int type, std::array<int, 2> size,
@@ -374,9 +376,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("z_q"), py::arg("z_q_strides"), py::arg("counts"), py::arg("sums"),
         py::arg("threads"), py::arg("filter") = 2, py::arg("isa") = "",
         py::call_guard<py::gil_scoped_release>());
+#ifdef __GLIBC__
   m.def("vector_quantize_hopper_on_host", &vector_quantize_hopper_on_host, py::arg("z"),
         py::arg("type"), py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"),
         py::arg("keys"), py::arg("z_q"), py::arg("errors"), py::arg("blocks"), py::arg("order"));
+#endif
 #ifdef MSVQ_HOPPER
   m.def("vector_quantize_hopper", &vector_quantize_hopper, py::arg("z"), py::arg("type"),
         py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"), py::arg("keys"),

@@ -2,19 +2,12 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
-#include <stdexcept>
 #include <vector>
 
-#if defined(__GLIBC__)
+#if defined(__GLIBC__)  // for its fibers
 #include "vector_quantize/quantize_hopper_outputs.h"
-#else
-#include "vector_quantize/quantize_hopper_params.h"
-#endif
 
 namespace msvq {
-
-#if defined(__GLIBC__)
-
 namespace cuda {
 namespace {
 
@@ -48,12 +41,6 @@ void vector_quantize_hopper_on_host(const QuantizeHopperParams& p, int blocks, i
   cuda::run<cuda::Bfloat>(p, blocks, order);
 }
 
-#else
-
-void vector_quantize_hopper_on_host(const QuantizeHopperParams&, int, int) {
-  throw std::runtime_error("the model of a block needs the fibers of glibc");
-}
+}  // namespace msvq
 
 #endif
-
-}  // namespace msvq

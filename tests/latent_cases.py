@@ -52,11 +52,15 @@ def latents(kind: str, count: int, num_codes: int) -> tuple[Tensor, Tensor]:
         offset = 0.3 * torch.randn_like(grid)
         codebook = torch.cat([grid + offset, grid - offset, -grid - offset, offset - grid])
         z = grid[torch.randint(len(grid), (count,))]
+    elif kind == "column":  # a mean that is large beside what the codes differ in
+        codebook = codebook * 1e-40
+        z, codebook[:, 5] = z * 1e-40, 1e3
+        z[:, 5] = 1e3
     return z, codebook
 
 
 KINDS = [
     "gaussian", "initial", "offset5", "offset1000", "trained", "zero", "duplicates", "scale1e-20",
-    "scale1e15", "mixed", "close", "apart8", "apart64", "mirror", "even codes", "even rows",
-    "halfway",
+    "scale1e15", "scale1e-40", "scale5e37", "column", "mixed", "close", "apart8",
+    "apart64", "mirror", "even codes", "even rows", "halfway",
 ]  # fmt: skip

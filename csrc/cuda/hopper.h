@@ -80,14 +80,16 @@ MSVQ_WARPS void multiply(Accumulators& out, const uint32_t (&a)[4], const Matrix
 // Four blocks of eight rows by 16 bytes; lane l has the address of row l % 8 of block l / 8, and
 // gets values 2 (l % 4) and one further of row l / 4 of each.
 MSVQ_WARPS void load_blocks(uint32_t address, uint32_t (&out)[4]) {
-  asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-      : "r"(address));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address)
+               : "memory");
 }
 
 // A warp's product: out (16, 8) += a (16, 16) b (8, 16)^T, b as `load_blocks` gives it.
 MSVQ_WARPS void multiply(float (&out)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -5,6 +5,8 @@
 namespace msvq {
 namespace cuda {
 
+constexpr int kTable = 2048;  // entries of the one that finds repeated codes
+
 MSVQ_WARPS void raise_to(float* to, float x) {  // x >= 0
   atomicMax(reinterpret_cast<int*>(to), __float_as_int(x));
 }
@@ -65,18 +67,35 @@ MSVQ_WARPS void measure_codes(const QuantizeHopperParams& p, QuantizeShared& sha
 }
 
 // Codes that another before them equals are never the lowest nearest; left out, they tie no row.
+// A table finds the lowest code with a hash; where it is another's, other bits of it are tried.
+// A repeated code that none of them finds is slow, not wrong.
 MSVQ_WARPS void drop_duplicates(const QuantizeHopperParams& p, QuantizeShared& shared,
-                                const uint32_t* hashes) {
-  for (int code = threadIdx.x; code < p.num_codes; code += kThreads) {
-    for (int other = 0; other < code; ++other) {
-      if (hashes[other] != hashes[code]) continue;
-      bool same = true;
-      for (int d = 0; d < kWidth && same; ++d)
-        same = p.codebook[code * kWidth + d] == p.codebook[other * kWidth + d];
-      if (!same) continue;
-      shared.seeds[code] = 1e30f;
-      break;
+                                const uint32_t* hashes, int* table) {
+  constexpr int kEach = (kMostCodes + kThreads - 1) / kThreads;  // codes of a thread
+  bool found[kEach] = {};
+  for (int shift = 0; shift < 32; shift += 10) {
+    for (int i = threadIdx.x; i < kTable; i += kThreads) table[i] = 0;
+    __syncthreads();
+    MSVQ_UNROLL
+    for (int i = 0; i < kEach; ++i) {
+      const int code = thread_again() + i * kThreads;
+      if (code < p.num_codes && !found[i])
+        atomicMax(&table[hashes[code] >> shift & (kTable - 1)], kMostCodes - code);
     }
+    __syncthreads();
+    MSVQ_UNROLL
+    for (int i = 0; i < kEach; ++i) {
+      const int code = thread_again() + i * kThreads;
+      if (code >= p.num_codes || found[i]) continue;
+      const int lowest = kMostCodes - table[hashes[code] >> shift & (kTable - 1)];
+      if (hashes[lowest] != hashes[code]) continue;
+      found[i] = true;
+      bool same = lowest != code;
+      for (int d = 0; d < kWidth && same; ++d)
+        same = p.codebook[code * kWidth + d] == p.codebook[lowest * kWidth + d];
+      if (same) shared.seeds[code] = 1e30f;
+    }
+    __syncthreads();
   }
 }
 
@@ -96,7 +115,9 @@ MSVQ_WARPS void load_codebook(const QuantizeHopperParams& p, QuantizeShared& sha
     shared.shift[threadIdx.x] = static_cast<float>(shared.shift[threadIdx.x] * scale);
   if (threadIdx.x == 0) shared.norms[3] = static_cast<float>(scale);
 
-  uint32_t* hashes = reinterpret_cast<uint32_t*>(shared.ring);  // (K,), until tiles come
+  uint32_t* hashes = reinterpret_cast<uint32_t*>(shared.ring);  // until tiles come
+  int* table = reinterpret_cast<int*>(hashes + kMostCodes);
+  static_assert(sizeof(shared.ring) >= 4 * (kMostCodes + kTable), "the ring holds both");
   float norm = 0, half_norm = 0, error = 0;
   for (int block = warp; block < columns_of(p.num_codes) / 8; block += kThreads / 32) {
     const int code = block * 8 + lane / 4;
@@ -154,7 +175,7 @@ MSVQ_WARPS void load_codebook(const QuantizeHopperParams& p, QuantizeShared& sha
   // Of the rounding of the centred value to float32 too.
   raise_to(&shared.norms[2], sqrtf(error) * 1.00001f + 1e-7f * sqrtf(norm) + 1e-30f);
   __syncthreads();
-  drop_duplicates(p, shared, hashes);
+  drop_duplicates(p, shared, hashes, table);
 }
 
 }  // namespace cuda

@@ -57,10 +57,11 @@ MSVQ_WARPS float write_rows(const QuantizeHopperParams& p, int row, int code) {
 template <class T, bool kVectors>
 MSVQ_WARPS void assist(const QuantizeHopperParams& p, QuantizeShared& shared) {
   const int warp = thread_again() / 32 - 4 * kSearchers, lane = thread_again() % 32;
-  const int step = static_cast<int>(gridDim.x) * kTile;
+  const int blocks = static_cast<int>(gridDim.x);
   double error = 0;
   int turn = 0;
-  for (int first = static_cast<int>(blockIdx.x) * kTile; first < p.count; first += step, ++turn) {
+  for (int first = static_cast<int>(blockIdx.x) * kTile; first < p.count;
+       first += blocks * kTile, ++turn) {
     const int slot = turn % kSlots, row = first + warp * kRows;
     wait(&shared.full[slot], turn / kSlots & 1);
     const int code = settle_rows<T>(p, shared.ring[slot], row);

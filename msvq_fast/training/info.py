@@ -138,8 +138,8 @@ def _outcome(call: Callable[[str], object], backend: str) -> str:
 
 def _sample_calls(device: str) -> dict[str, Callable[[str], object]]:
     image = torch.zeros(1, 3, 16, 16, device=device)
-    z = torch.zeros(16, 8, device=device)
-    codebook = torch.zeros(4, 8, device=device)
+    z = torch.zeros(16, 64, device=device)
+    codebook = torch.zeros(4, 64, device=device)
     query = torch.zeros(1, 1, 16, 16, device=device)
     coarse = torch.zeros(1, 1, 4, 16, device=device)
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from msvq_fast.ops.vector_quantize import reference
 from msvq_fast.ops.vector_quantize.op import OP
 
-pytestmark = pytest.mark.skipif("native" not in OP.kernels, reason=OP.missing.get("native", ""))
+_C = getattr(OP.kernels.get("native"), "_C", None)
+needs_model = pytest.mark.skipif(
+    not hasattr(_C, "vector_quantize_hopper_on_host"), reason="built without the model of a block"
+)
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FLOATS = list(TYPES)
 
@@ -26,7 +29,7 @@ def on_host(
     keys = torch.full((count,), -7, dtype=torch.int16)
     z_q = torch.full_like(z, float("nan"))
     errors = torch.full((blocks,), float("nan"), dtype=torch.float64)
-    OP.kernels["native"]._C.vector_quantize_hopper_on_host(
+    _C.vector_quantize_hopper_on_host(
         z.data_ptr(),
         TYPES[z.dtype],
         (count, codebook.shape[0]),
@@ -51,18 +54,21 @@ def check(z: Tensor, codebook: Tensor, **options: int) -> None:
     assert torch.equal(keys.long(), want.where(finite, torch.tensor(codebook.shape[0])))
     assert torch.equal(z_q, codebook[want].to(z.dtype))
     exact = (z.double() - codebook[want].to(torch.float64)).square().sum()
-    torch.testing.assert_close(error, exact, rtol=2e-6, atol=1e-30, equal_nan=True)
+    if not exact > 1e36:  # its squares are float32's
+        torch.testing.assert_close(error, exact, rtol=2e-6, atol=1e-30, equal_nan=True)
 
 
+@needs_model
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_codes", [1, 2, 63, 256, 1000])
 def test_codes_equal_brute_force(kind: str, num_codes: int) -> None:
-    count = 40 if kind in ("zero", "mixed", "scale1e15") else 150
+    count = 40 if kind in ("mixed", "scale1e15", "scale1e-40", "scale5e37", "column") else 150
     z, codebook = latents(kind, count, num_codes)
     for order in (0, 1):
         check(z, codebook, order=order)
 
 
+@needs_model
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("count", [1, 7, 64, 65, 700])
 def test_sizes_types_and_strides(dtype: torch.dtype, count: int) -> None:
@@ -73,6 +79,7 @@ def test_sizes_types_and_strides(dtype: torch.dtype, count: int) -> None:
     check(wide[:, :64], codebook)
 
 
+@needs_model
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_order_of_the_threads_changes_nothing(order: int) -> None:
     # 20 tiles a block: more than are on their way from the searchers to the assistants
@@ -84,6 +91,7 @@ def test_the_order_of_the_threads_changes_nothing(order: int) -> None:
     assert torch.equal(on_host(z, codebook, vectors=False, blocks=1, order=order)[0], want[0])
 
 
+@needs_model
 def test_rows_and_codes_that_are_not_finite() -> None:
     z, codebook = latents("gaussian", 100, 70)
     z[::7, 3] = float("nan")
@@ -93,6 +101,7 @@ def test_rows_and_codes_that_are_not_finite() -> None:
     check(z, codebook)
 
 
+@needs_model
 def test_no_finite_code() -> None:
     z, codebook = latents("gaussian", 10, 3)
     codebook[:, 7] = float("nan")
@@ -102,7 +111,6 @@ def test_no_finite_code() -> None:
 @pytest.fixture
 def launched_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the op launches on a GPU runs on the host."""
-    from msvq_fast import _C
 
     def launch(*arguments: object) -> None:
         *kernel, _device, _stream = arguments
@@ -115,9 +123,12 @@ def launched_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
 
 
+@needs_model
 @pytest.mark.skipif(OP.missing.get("triton") is not None, reason=str(OP.missing.get("triton")))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU here")
-@pytest.mark.parametrize("layout", ["rows", "channels_last", "NCHW", "strided", "unaligned"])
+@pytest.mark.parametrize(
+    "layout", ["rows", "channels_last", "NCHW", "strided", "unaligned rows", "unaligned"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_op_around_the_kernel(launched_on_host: None, layout: str, dtype: torch.dtype) -> None:
     from msvq_fast.ops.vector_quantize import native_hopper
@@ -126,14 +137,15 @@ def test_the_op_around_the_kernel(launched_on_host: None, layout: str, dtype: to
     z = (codebook[torch.randint(70, (2, 9, 11))] + 0.7 * torch.randn(2, 9, 11, 64)).to(dtype)
     z[0, 3, 2, 5] = float("nan")
     dim = 3
-    if layout != "rows":
+    if not layout.endswith("rows"):
         z, dim = z.movedim(3, 1), 1
     if layout == "NCHW":
         z = z.contiguous()
     elif layout == "strided":
         z = z[..., ::2]
-    elif layout == "unaligned":
-        z = torch.cat([z.flatten(), z.flatten()[:1]])[1:].view(z.shape)
+    elif layout.startswith("unaligned"):  # in memory as before, an element further
+        rows = z.movedim(dim, -1).flatten()
+        z = torch.cat([rows[:1], rows])[1:].view(2, 9, 11, 64).movedim(-1, dim)
     want = reference.vector_quantize(z, codebook, dim, 0.25)
     got = native_hopper.quantize(z, codebook, dim, 0.25)
     assert torch.equal(native_hopper.search_codes(z, codebook, dim), want[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -29,10 +28,10 @@ _PANEL = 32  # the sums' memory first holds the packed codes, a multiple of this
 def unsupported(z: Tensor, codebook: Tensor) -> str | None:
     """Why this call cannot run here, or None."""
     if z.device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "beside the CUDA kernel it needs Triton, which is not installed"
-        from msvq_fast.ops.vector_quantize import native_hopper
-
+        try:
+            from msvq_fast.ops.vector_quantize import native_hopper
+        except ImportError as error:
+            return f"beside the CUDA kernel it needs Triton: {error}"
         return native_hopper.unsupported(z, codebook)
     if z.device.type != "cpu":
         return f"the C++ kernel runs on CPU and CUDA tensors, z is on {z.device}"

@@ -33,7 +33,9 @@ def unsupported(z: Tensor, codebook: Tensor) -> str | None:
     if z.numel() // WIDTH >= 2**30:
         return f"the CUDA kernel takes fewer than 2**30 latents, z is {tuple(z.shape)}"
     if not hasattr(_C, "vector_quantize_hopper"):
-        return "msvq_fast._C was built without the kernel for Hopper (nvcc 12.0 or later builds it)"
+        return (
+            "msvq_fast._C has no kernel for Hopper (nvcc 12.0 builds it for CUDA architecture 90)"
+        )
     if torch.cuda.get_device_capability(z.device) != (9, 0):
         return f"the CUDA kernel runs on compute capability 9.0, z is on {z.device}"
     return None
@@ -51,6 +53,11 @@ def rows_of(z: Tensor, dim: int) -> Tensor | None:
     return z.as_strided((inner, WIDTH), (stride, 1))
 
 
+def _copied(z: Tensor) -> Tensor:
+    """As rows of their own; what is contiguous already may lie off a boundary of 16 bytes."""
+    return z.clone(memory_format=torch.contiguous_format).view(-1, WIDTH)
+
+
 def search_codes(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     """Code of every latent, as the reference defines it."""
     codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
@@ -58,7 +65,7 @@ def search_codes(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
         return codes
     rows = rows_of(z, dim)
     if rows is None:
-        rows = z.movedim(dim, -1).contiguous().view(-1, WIDTH)
+        rows = _copied(z.movedim(dim, -1))
     _search(rows, codebook.contiguous(), codes)
     return codes
 
@@ -87,7 +94,7 @@ def quantize(
     moved = z.movedim(dim, -1)
     in_place = rows is not None and out is not None
     if rows is None or out is None:
-        rows = moved.contiguous().view(-1, WIDTH)
+        rows = _copied(moved)
         out = torch.empty_like(rows)
     keys = codes.new_empty(codes.numel(), dtype=torch.int16)
     errors = _search(rows, codebook, codes, keys, out)

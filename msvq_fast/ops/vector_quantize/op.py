@@ -40,8 +40,9 @@ def nearest_code(
             strides; ``(B, D, H, W)`` with ``dim=1`` is read in place.
         codebook: ``(K, D)`` codes, float32 or float64.
         dim: Where D is.
-        backend: ``None`` picks; ``"reference"``, ``"native"`` (on CUDA tensors: a Hopper GPU,
-            D = 64, K up to 1024) or ``"triton"`` runs or raises.
+        backend: ``None`` picks; ``"reference"``, ``"triton"`` or ``"native"`` runs or raises
+            (the last on CUDA tensors: a Hopper GPU, D = 64, K up to 1024; latents that are not
+            whole rows in memory are copied).
 
     Returns:
         int64 codes in [0, K): the shape of ``z`` without ``dim``.
