@@ -1,10 +1,11 @@
-"""Where the rows of a tensor of latents lie, without moving them in memory."""
+"""Where the rows of a tensor of latents lie, without moving them in memory; what comes out."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["row_strides"]
+__all__ = ["codes_like", "outputs_like", "row_strides"]
 
 
 def row_strides(dim: int, *tensors: Tensor) -> tuple[list[int], list[tuple[int, int, int]]] | None:
@@ -34,3 +35,21 @@ def row_strides(dim: int, *tensors: Tensor) -> tuple[list[int], list[tuple[int, 
         d_stride = 1 if shape[dim] == 1 else t.stride(dim)
         out.append((groups[0][1][i], groups[1][1][i], d_stride))
     return [groups[0][0], groups[1][0]], out
+
+
+def codes_like(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
+    """What a search returns, without its values."""
+    return z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+
+
+def outputs_like(
+    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the quantizer returns, without its values."""
+    return (
+        torch.empty_like(z),
+        codes_like(z, codebook, dim),
+        z.new_empty((), dtype=torch.float32),
+        z.new_empty(codebook.shape[0], dtype=torch.int64),
+        codebook.new_empty(codebook.shape),
+    )

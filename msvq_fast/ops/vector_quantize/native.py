@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
-from msvq_fast.ops.vector_quantize.layout import row_strides
+from msvq_fast.ops.vector_quantize.layout import codes_like, outputs_like, row_strides
 from msvq_fast.ops.vector_quantize.reference import ema_update_
 
 __all__ = [
@@ -136,9 +136,7 @@ def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     return codes
 
 
-@_nearest_code.register_fake
-def _(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
-    return z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+_nearest_code.register_fake(codes_like)
 
 
 @torch.library.custom_op("msvq_fast::vector_quantize_native", mutates_args=(), device_types="cpu")
@@ -178,17 +176,7 @@ def _vector_quantize(
     return z_q, codes, torch.tensor(loss, dtype=torch.float32), counts, sums
 
 
-@_vector_quantize.register_fake
-def _(
-    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(z),
-        z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64),
-        z.new_empty((), dtype=torch.float32),
-        z.new_empty(codebook.shape[0], dtype=torch.int64),
-        codebook.new_empty(codebook.shape),
-    )
+_vector_quantize.register_fake(outputs_like)
 
 
 @torch.library.custom_op(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
-from msvq_fast.ops.vector_quantize.layout import row_strides
+from msvq_fast.ops.vector_quantize.layout import codes_like, outputs_like, row_strides
 from msvq_fast.ops.vector_quantize.triton_calls import code_statistics
 
 __all__ = ["MOST_CODES", "WIDTH", "nearest_code", "unsupported", "vector_quantize"]
@@ -75,9 +75,7 @@ nearest_code = torch.library.custom_op(
 )
 
 
-@nearest_code.register_fake
-def _(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
-    return z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+nearest_code.register_fake(codes_like)
 
 
 def quantize(
@@ -114,17 +112,7 @@ vector_quantize = torch.library.custom_op(
 )
 
 
-@vector_quantize.register_fake
-def _(
-    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(z),
-        z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64),
-        z.new_empty((), dtype=torch.float32),
-        z.new_empty(codebook.shape[0], dtype=torch.int64),
-        codebook.new_empty(codebook.shape),
-    )
+vector_quantize.register_fake(outputs_like)
 
 
 def _search(

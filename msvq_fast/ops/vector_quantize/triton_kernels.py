@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from msvq_fast.ops.vector_quantize import triton_outputs
-from msvq_fast.ops.vector_quantize.layout import row_strides
+from msvq_fast.ops.vector_quantize.layout import codes_like, outputs_like, row_strides
 from msvq_fast.ops.vector_quantize.triton_calls import (
     MOST_WIDTH,
     code_statistics,
@@ -122,9 +122,7 @@ def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     return codes
 
 
-@_nearest_code.register_fake
-def _(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
-    return z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+_nearest_code.register_fake(codes_like)
 
 
 @torch.library.custom_op("msvq_fast::vector_quantize_triton", mutates_args=())
@@ -175,17 +173,7 @@ def _vector_quantize(
     return z_q, codes, loss.float(), counts, sums
 
 
-@_vector_quantize.register_fake
-def _(
-    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(z),
-        z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64),
-        z.new_empty((), dtype=torch.float32),
-        z.new_empty(codebook.shape[0], dtype=torch.int64),
-        codebook.new_empty(codebook.shape),
-    )
+_vector_quantize.register_fake(outputs_like)
 
 
 @torch.library.custom_op("msvq_fast::vector_quantize_backward_triton", mutates_args=())
