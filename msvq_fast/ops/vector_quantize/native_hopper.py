@@ -73,8 +73,6 @@ def search_codes(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
 nearest_code = torch.library.custom_op(
     "msvq_fast::nearest_code_hopper", search_codes, mutates_args=(), device_types="cuda"
 )
-
-
 nearest_code.register_fake(codes_like)
 
 
@@ -110,8 +108,6 @@ def quantize(
 vector_quantize = torch.library.custom_op(
     "msvq_fast::vector_quantize_hopper", quantize, mutates_args=(), device_types="cuda"
 )
-
-
 vector_quantize.register_fake(outputs_like)
 
 
