@@ -27,7 +27,7 @@ MSVQ_WARPS uint32_t shared_address(const void* pointer) {
 
 // Where a matrix of half-precision numbers lies in shared memory for a product: blocks of eight
 // rows by 16 bytes, `along` bytes apart in the direction that is summed, `across` in the other.
-// Blocks that do not begin at a multiple of 128 bytes are read at half the speed.
+// A block at a multiple of 128 bytes is one line of the banks.
 struct MatrixDescriptor {
   uint32_t from, strides;
 
@@ -49,7 +49,7 @@ MSVQ_WARPS void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: 
 MSVQ_WARPS void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 MSVQ_WARPS void wait_products(Accumulators& out) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
+  MSVQ_UNROLL
   for (int i = 0; i < kProductColumns / 2; ++i) asm volatile("" : "+f"(out[i])::"memory");
 }
 

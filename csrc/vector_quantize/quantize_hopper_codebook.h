@@ -36,7 +36,7 @@ MSVQ_WARPS void measure_codes(const QuantizeHopperParams& p, QuantizeShared& sha
       for (int i = 0; i < kAtOnce; ++i) {
         const bool finite = is_finite(e[i].x) && is_finite(e[i].y);
         if (!__all_sync(~0u, finite) || first + i * kWarps >= p.num_codes) continue;
-        sum.x += e[i].x / kMostCodes, sum.y += e[i].y / kMostCodes;  // K of them are finite
+        sum.x += e[i].x / kMostCodes, sum.y += e[i].y / kMostCodes;  // or K could overflow
         low.x = fminf(low.x, e[i].x), low.y = fminf(low.y, e[i].y);
         high.x = fmaxf(high.x, e[i].x), high.y = fmaxf(high.y, e[i].y);
         ++number;

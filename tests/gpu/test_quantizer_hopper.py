@@ -42,7 +42,7 @@ def test_sizes_and_types(device: str, dtype: torch.dtype, count: int) -> None:
 
 
 def test_waits_for_nothing_and_is_captured(device: str) -> None:
-    z, codebook = (t.to(device) for t in latents("gaussian", 5000, 256))
+    z, codebook = (t.to(device) for t in latents("normal", 5000, 256))
     want = vector_quantize(z, codebook, backend="native")  # Triton compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["codes_like", "outputs_like", "row_strides"]
+__all__ = ["LATENT_TYPES", "codes_like", "outputs_like", "row_strides"]
+
+LATENT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # LatentType in C++
 
 
 def row_strides(dim: int, *tensors: Tensor) -> tuple[list[int], list[tuple[int, int, int]]] | None:
@@ -38,14 +40,14 @@ def row_strides(dim: int, *tensors: Tensor) -> tuple[list[int], list[tuple[int, 
 
 
 def codes_like(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
-    """What a search returns, without its values."""
+    """The codes that a search returns, not set: int64, the shape of ``z`` without ``dim``."""
     return z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
 
 
 def outputs_like(
     z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the quantizer returns, without its values."""
+    """All that the quantizer returns, not set."""
     return (
         torch.empty_like(z),
         codes_like(z, codebook, dim),

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
-from msvq_fast.ops.vector_quantize.layout import codes_like, outputs_like, row_strides
+from msvq_fast.ops.vector_quantize.layout import (
+    LATENT_TYPES,
+    codes_like,
+    outputs_like,
+    row_strides,
+)
 from msvq_fast.ops.vector_quantize.reference import ema_update_
 
 __all__ = [
@@ -20,7 +25,6 @@ __all__ = [
     "vector_quantize_backward",
 ]
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MOST_CODES = 2**24  # a score's mantissa holds the number of a vector of four
 _PANEL = 32  # the sums' memory first holds the packed codes, a multiple of this many
 
@@ -35,7 +39,7 @@ def unsupported(z: Tensor, codebook: Tensor) -> str | None:
         return native_hopper.unsupported(z, codebook)
     if z.device.type != "cpu":
         return f"the C++ kernel runs on CPU and CUDA tensors, z is on {z.device}"
-    if z.dtype not in _TYPES:
+    if z.dtype not in LATENT_TYPES:
         return f"the C++ kernel takes float32, float16 or bfloat16, z is {z.dtype}"
     if codebook.dtype != torch.float32:
         return f"the C++ kernel takes a float32 codebook, it is {codebook.dtype}"
@@ -111,7 +115,7 @@ def _like(tensor: Tensor, layout: Tensor) -> Tensor:
 
 @torch.library.custom_op("msvq_fast::nearest_code_native", mutates_args=(), device_types="cpu")
 def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
-    codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+    codes = codes_like(z, codebook, dim)
     codebook = codebook.contiguous()
     placed = _strides(dim, z)
     if placed is None:
@@ -121,7 +125,7 @@ def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     size, (strides,) = placed
     _C.vector_quantize_cpu(
         z.data_ptr(),
-        _TYPES[z.dtype],
+        LATENT_TYPES[z.dtype],
         (*size, codebook.shape[1]),
         strides,
         codebook.data_ptr(),
@@ -145,7 +149,7 @@ def _vector_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_codes, width = codebook.shape
     codebook = codebook.contiguous()
-    codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+    codes = codes_like(z, codebook, dim)
     counts = z.new_empty(num_codes, dtype=torch.int64)
     room = z.new_empty(math.ceil(num_codes / _PANEL) * _PANEL * width, dtype=torch.float32)
     sums = room[: num_codes * width].view(num_codes, width)
@@ -158,7 +162,7 @@ def _vector_quantize(
     size, (z_strides, out_strides) = placed
     squared_error = _C.vector_quantize_cpu(
         z.data_ptr(),
-        _TYPES[z.dtype],
+        LATENT_TYPES[z.dtype],
         (*size, width),
         z_strides,
         codebook.data_ptr(),
@@ -203,7 +207,7 @@ def _backward(
         z.data_ptr(),
         0 if grad_z_q is None else grad_z_q.data_ptr(),
         out.data_ptr(),
-        _TYPES[z.dtype],
+        LATENT_TYPES[z.dtype],
         (*size, codebook.shape[1]),
         strides,
         codebook.data_ptr(),

@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
-from msvq_fast.ops.vector_quantize.layout import codes_like, outputs_like, row_strides
+from msvq_fast.ops.vector_quantize.layout import (
+    LATENT_TYPES,
+    codes_like,
+    outputs_like,
+    row_strides,
+)
 from msvq_fast.ops.vector_quantize.triton_calls import code_statistics
 
 __all__ = ["MOST_CODES", "WIDTH", "nearest_code", "unsupported", "vector_quantize"]
 
 WIDTH = 64
 MOST_CODES = 1024  # in half precision they stay in a multiprocessor's shared memory
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TILE = 64  # rows
 
 
 def unsupported(z: Tensor, codebook: Tensor) -> str | None:
     """Why this call cannot run here, or None."""
-    if z.dtype not in _TYPES:
+    if z.dtype not in LATENT_TYPES:
         return f"the CUDA kernel takes float32, float16 or bfloat16, z is {z.dtype}"
     if codebook.dtype != torch.float32:
         return f"the CUDA kernel takes a float32 codebook, it is {codebook.dtype}"
@@ -60,7 +64,7 @@ def _copied(z: Tensor) -> Tensor:
 
 def search_codes(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     """Code of every latent, as the reference defines it."""
-    codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+    codes = codes_like(z, codebook, dim)
     if codes.numel() == 0:
         return codes
     rows = rows_of(z, dim)
@@ -81,7 +85,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(z_q, codes, commitment_loss, code_counts, code_sums)``, without a host synchronisation."""
     codebook = codebook.contiguous()
-    codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+    codes = codes_like(z, codebook, dim)
     z_q = torch.empty_like(z)
     if codes.numel() == 0:
         counts = codes.new_zeros(codebook.shape[0])
@@ -129,7 +133,7 @@ def _search(
     with torch.cuda.device_of(rows):
         _C.vector_quantize_hopper(
             rows.data_ptr(),
-            _TYPES[rows.dtype],
+            LATENT_TYPES[rows.dtype],
             (count, codebook.shape[0]),
             (rows.stride(0), 0 if z_q is None else z_q.stride(0)),
             codebook.data_ptr(),

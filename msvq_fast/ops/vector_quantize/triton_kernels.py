@@ -111,7 +111,7 @@ def ema_update_(
 
 @torch.library.custom_op("msvq_fast::nearest_code_triton", mutates_args=())
 def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
-    codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+    codes = codes_like(z, codebook, dim)
     if codes.numel() == 0:
         return codes
     if row_strides(dim, z) is None:
@@ -131,7 +131,7 @@ def _vector_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_codes, width = codebook.shape
     codebook = codebook.contiguous()
-    codes = z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
+    codes = codes_like(z, codebook, dim)
     z_q = out = torch.empty_like(z)
     count = codes.numel()
     if count == 0:
