@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 
 #include "elements.h"
 #include "vector_quantize/vector_quantize.h"
@@ -22,16 +23,17 @@ constexpr int64_t kBlockRows = 48;
 // Codes scored together.
 constexpr int64_t kPanel = 2 * kLanes;
 
-// Uninitialised scratch memory that frees itself.
+// Uninitialised scratch memory that frees itself. (Not std::aligned_alloc: Windows has none.)
 template <class T>
 struct Scratch {
+  static constexpr std::align_val_t kLine{64};
   T* data;
   explicit Scratch(int64_t n) : data(nullptr) {
     const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 127) / 64 * 64;
-    data = static_cast<T*>(std::aligned_alloc(64, bytes));
+    data = static_cast<T*>(::operator new(bytes, kLine, std::nothrow));
     if (data == nullptr) std::abort();
   }
-  ~Scratch() { std::free(data); }
+  ~Scratch() { ::operator delete(data, kLine); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T& operator[](int64_t i) { return data[i]; }
