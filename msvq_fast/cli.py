@@ -37,7 +37,7 @@ COMMANDS = {
         configs.TrainConfig,
         "msvq_fast.training.loop",
         "run_train",
-        "Train a model on a folder of images.",
+        "Train a model on images.",
     ),
     "evaluate": Command(
         configs.EvaluateConfig,

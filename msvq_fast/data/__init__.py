@@ -1,4 +1,4 @@
-"""Images in and pictures out: folders, built-in photographs, crops, batches, grids."""
+"""Images in and pictures out: folders, shards, datasets, crops, batches, grids."""
 
 from msvq_fast.data.charts import curve_chart, histogram
 from msvq_fast.data.dataset import (
@@ -9,17 +9,22 @@ from msvq_fast.data.dataset import (
     evaluation_tiles,
 )
 from msvq_fast.data.images import (
+    ImagePath,
     ImageReadError,
-    list_images,
+    StoredImage,
     read_image,
+    relative_names,
     resize_short_side,
     to_float,
 )
+from msvq_fast.data.listing import list_images
 from msvq_fast.data.pictures import code_map, save_png, signed_to_uint8, to_uint8
 
 __all__ = [
     "ImageDataset",
+    "ImagePath",
     "ImageReadError",
+    "StoredImage",
     "batches",
     "batches_per_epoch",
     "code_map",
@@ -29,6 +34,7 @@ __all__ = [
     "histogram",
     "list_images",
     "read_image",
+    "relative_names",
     "resize_short_side",
     "save_png",
     "signed_to_uint8",

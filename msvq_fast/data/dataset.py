@@ -16,12 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msvq_fast.data.images import ImageReadError, decode, lanczos
+from msvq_fast.data.images import (
+    ImagePath,
+    ImageReadError,
+    StoredImage,
+    decode,
+    lanczos,
+    relative_names,
+)
 from msvq_fast.ops.checks import InputError, check_choice
 
 
 class ImageDataset:
-    """Square 8-bit crops of image files.
+    """Square 8-bit crops of images.
 
     Sample ``index`` of epoch ``epoch`` is a function of ``(seed, epoch, index)`` and the files:
     it does not depend on what was read before, on threads or on ranks. Decoded images are kept in
@@ -33,7 +40,8 @@ class ImageDataset:
     ``skipped``.
 
     Args:
-        paths: image files; sample ``index`` is a crop of ``paths[index % len(paths)]``.
+        paths: files or stored images, as ``list_images`` gives them; sample ``index`` is a crop
+            of ``paths[index % len(paths)]``.
         size: side of the crops in pixels.
         resize: short side in pixels to which images are resized before the crop. Default:
             ``size`` for ``crop="center"``; for ``crop="random"`` the native size, enlarged only
@@ -53,7 +61,7 @@ class ImageDataset:
 
     def __init__(
         self,
-        paths: Sequence[str | os.PathLike[str]],
+        paths: Sequence[str | os.PathLike[str] | StoredImage],
         *,
         size: int,
         resize: int | None = None,
@@ -66,7 +74,7 @@ class ImageDataset:
         check_choice("crop", crop, ("random", "center"))
         _check_sizes(paths, size, resize)
         _check_at_least("repeat", repeat, 1)
-        self.paths = [Path(path) for path in paths]
+        self.paths = _image_paths(paths)
         self.size = size
         self.resize = size if resize is None and crop == "center" else resize
         self.crop = crop
@@ -258,7 +266,7 @@ def _read_batches(
 
 
 def evaluation_tiles(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: Sequence[str | os.PathLike[str] | StoredImage],
     *,
     size: int,
     resize: int | None = None,
@@ -271,7 +279,7 @@ def evaluation_tiles(
     """Fixed tiles to evaluate on, in a fixed order, always decoded at full size.
 
     Args:
-        paths: image files.
+        paths: files or stored images.
         size: side of the tiles in pixels.
         resize: short side in pixels to which images are resized first. Default: ``size`` for
             ``crop="center"``; for ``crop="tiles"`` the native size, enlarged only where it is
@@ -294,19 +302,18 @@ def evaluation_tiles(
     """
     check_choice("crop", crop, ("center", "tiles"))
     _check_sizes(paths, size, resize)
-    files = [Path(path) for path in paths]
+    files = _image_paths(paths)
     if limit is not None:
         _check_at_least("limit", limit, 1)
         count = min(limit, len(files))
         files = [files[i * len(files) // count] for i in range(count)]
     resize = size if resize is None and crop == "center" else resize
-    common = os.path.commonpath([file.absolute().parent for file in files])
-    return _read_tiles(files[rank::world_size], common, size, resize, crop, skipped, world_size)
+    named = list(zip(relative_names(files), files, strict=True))[rank::world_size]
+    return _read_tiles(named, size, resize, crop, skipped, world_size)
 
 
 def _read_tiles(
-    files: list[Path],
-    common: str,
+    named: list[tuple[str, ImagePath]],
     size: int,
     resize: int | None,
     crop: str,
@@ -314,7 +321,7 @@ def _read_tiles(
     world_size: int,
 ) -> Iterator[tuple[str, Tensor]]:
     failures = 0
-    for file in files:
+    for name, file in named:
         try:
             image = _load(file, size, resize, reduced=False)
         except ImageReadError as error:
@@ -322,10 +329,9 @@ def _read_tiles(
                 raise
             skipped[str(file)] = str(error)
             failures += 1
-            if failures == len(files) and world_size == 1:
+            if failures == len(named) and world_size == 1:
                 raise InputError(f"none of the {failures} images can be read; {error}") from None
             continue
-        name = file.absolute().relative_to(common).as_posix()
         height, width = image.shape[:2]
         rows, columns = (1, 1) if crop == "center" else (height // size, width // size)
         top, left = (height - rows * size) // 2, (width - columns * size) // 2
@@ -337,7 +343,7 @@ def _read_tiles(
                 yield label, torch.from_numpy(tile)
 
 
-def _load(path: Path, size: int, resize: int | None, *, reduced: bool) -> NDArray[np.uint8]:
+def _load(path: ImagePath, size: int, resize: int | None, *, reduced: bool) -> NDArray[np.uint8]:
     """``(H, W, 3)`` with short side ``resize``, or at least ``size`` where that is None."""
     # Twice the final size leaves the filtering to Lanczos and the JPEG decoder a quick shrink.
     draft = 2 * resize if reduced and resize is not None else None
@@ -346,6 +352,10 @@ def _load(path: Path, size: int, resize: int | None, *, reduced: bool) -> NDArra
         return lanczos(image, resize if resize is not None else max(size, min(image.shape[:2])))
     except ImageReadError as error:
         raise ImageReadError(f"cannot use image {str(path)!r}: {error}") from None
+
+
+def _image_paths(paths: Sequence[str | os.PathLike[str] | StoredImage]) -> list[ImagePath]:
+    return [path if isinstance(path, StoredImage) else Path(path) for path in paths]
 
 
 def _random_words(purpose: bytes, seed: int, epoch: int, index: int) -> tuple[int, int, int]:
@@ -358,7 +368,7 @@ def _random_words(purpose: bytes, seed: int, epoch: int, index: int) -> tuple[in
 
 def _check_sizes(paths: Sequence[object], size: int, resize: int | None) -> None:
     if not paths:
-        raise InputError("paths is empty; expected at least one image file")
+        raise InputError("paths is empty; expected at least one image")
     _check_at_least("size", size, 1)
     if resize is not None and resize < size:
         raise InputError(f"resize={resize}; expected at least size = {size}")

@@ -1,12 +1,14 @@
-"""Where images come from: a folder or the built-in photographs, read as 8-bit RGB."""
+"""Images read as 8-bit RGB, from files or from where else their bytes are."""
 
 from __future__ import annotations
 
-import hashlib
+import abc
+import io
 import os
-import re
-import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from msvq_fast.ops.checks import InputError, check_choice
+from msvq_fast.ops.checks import InputError
 
 EXTENSIONS = (
     *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png"),
@@ -22,9 +24,6 @@ EXTENSIONS = (
 )
 # Only decoders of these formats run, whatever a file's content claims to be.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_BUILTIN = {"photos": Path(__file__).parent / "photos"}
-_SPLITS = ("train", "val", "all")
-_VAL_SHARE = 0.1
 _MAX_PIXELS = 2**28
 
 _EXIF_ORIENTATION = 0x0112
@@ -43,33 +42,44 @@ class ImageReadError(InputError):
     """A file that cannot be read as an image; the message names the file and the reason."""
 
 
-def list_images(uri: str | os.PathLike[str], *, split: str) -> list[Path]:
-    """The image files of one split, in a fixed order.
+@dataclass(frozen=True, slots=True)
+class StoredImage(abc.ABC):
+    """An encoded image inside something larger, such as a tar file; taken wherever a path is.
 
-    Args:
-        uri: a folder, searched recursively (hidden files are left out), or ``"builtin:photos"``.
-        split: ``"train"``, ``"val"`` or ``"all"``. A folder with ``train/`` and ``val/`` inside
-            is split by them. Any other folder is split file by file: about a tenth, at least one,
-            is ``val``, chosen by a hash of the path relative to the folder. A file keeps its
-            split when the folder moves and, but for very small folders, when others are added.
-
-    Returns:
-        Paths sorted by their path relative to the folder; never empty.
-
-    Raises:
-        InputError: unknown URI, missing or empty folder, or a single image to be split.
+    Attributes:
+        container: what holds it.
+        member: its name in there, with ``/``.
+        size: in bytes; None where that is not known.
     """
-    check_choice("split", split, _SPLITS)
-    root = _resolve_folder(os.fspath(uri))
-    if split != "all" and (root / "train").is_dir() and (root / "val").is_dir():
-        return [root / split / name for name in _walk(root / split)]
-    names = _walk(root)
-    if split != "all":
-        names = _hash_split(root, names, split)
-    return [root / name for name in names]
+
+    container: Path
+    member: str
+    size: int | None
+
+    @abc.abstractmethod
+    def read(self) -> bytes:
+        """The image's bytes; any thread may call it. Raises OSError."""
+
+    @property
+    def path(self) -> Path:
+        """Where the image would lie if its container were a folder."""
+        return self.container / self.member
+
+    @property
+    def stem(self) -> str:
+        """The member's last part without extension."""
+        return self.path.stem
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
-def read_image(path: str | os.PathLike[str], *, min_side: int | None = None) -> Tensor:
+ImagePath: TypeAlias = Path | StoredImage
+
+
+def read_image(
+    path: str | os.PathLike[str] | StoredImage, *, min_side: int | None = None
+) -> Tensor:
     """Decode an image file to 8-bit RGB.
 
     EXIF orientation is applied, greyscale and palettes become RGB, transparency is composited on
@@ -77,7 +87,7 @@ def read_image(path: str | os.PathLike[str], *, min_side: int | None = None) -> 
     of an animation the first frame is taken.
 
     Args:
-        path: the file.
+        path: the file or stored image.
         min_side: a JPEG may be decoded at a half, a quarter or an eighth of its size (much
             quicker) as long as no side falls below this. None decodes at full size.
 
@@ -112,27 +122,45 @@ def to_float(image: Tensor) -> Tensor:
     return image.to(torch.float32).div_(127.5).sub_(1)
 
 
-def decode(path: str | os.PathLike[str], *, min_side: int | None = None) -> NDArray[np.uint8]:
+def relative_names(paths: Sequence[str | os.PathLike[str] | StoredImage]) -> list[str]:
+    """The paths below their common folder, with ``/``; stored images keep their container."""
+    places, folders = [], set()
+    for path in paths:
+        if isinstance(path, StoredImage):
+            places.append(path.path.absolute())
+            folders.add(path.container.absolute().parent)
+        else:
+            places.append(Path(path).absolute())
+            folders.add(places[-1].parent)
+    common = os.path.commonpath(folders)
+    return [place.relative_to(common).as_posix() for place in places]
+
+
+def decode(
+    path: str | os.PathLike[str] | StoredImage, *, min_side: int | None = None
+) -> NDArray[np.uint8]:
     """``read_image`` as an array ``(H, W, 3)``, as Pillow holds it.
 
     Loader threads use numpy only: with torch each of them would start an OpenMP pool of its own.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        source = io.BytesIO(path.read()) if isinstance(path, StoredImage) else path
+        with Image.open(source, formats=_FORMATS) as image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             image.load()
             rgb = _upright(image, _to_rgb(image))
         return np.asarray(rgb)
     except UnidentifiedImageError:
-        empty = Path(path).stat().st_size == 0
+        empty = (path.size if isinstance(path, StoredImage) else Path(path).stat().st_size) == 0
         reason = "the file is empty" if empty else "not an image of a known format"
     except OSError as error:
         reason = error.strerror or str(error)
     except Exception as error:  # decoders meet corrupt bytes with exceptions of any kind
         reason = str(error) or type(error).__name__
     reason = " ".join(reason.split())
-    raise ImageReadError(f"cannot read image {os.fspath(path)!r}: {reason}")
+    place = str(path) if isinstance(path, StoredImage) else os.fspath(path)
+    raise ImageReadError(f"cannot read image {place!r}: {reason}")
 
 
 def lanczos(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -149,70 +177,6 @@ def lanczos(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         )
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((new_width, new_height), Image.Resampling.LANCZOS))
-
-
-def _resolve_folder(uri: str) -> Path:
-    scheme, _, name = uri.partition(":")
-    if scheme == "builtin":
-        if name not in _BUILTIN:
-            known = ", ".join(f"'builtin:{known}'" for known in _BUILTIN)
-            raise InputError(f"data {uri!r} is not built in; expected {known}")
-        return _BUILTIN[name]
-    folder = Path(uri).expanduser()
-    if folder.is_dir():
-        return folder
-    # One letter before the colon is a Windows drive.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri) and not folder.exists():
-        raise InputError(f"data {uri!r} is not supported; expected a folder or 'builtin:photos'")
-    if folder.exists():
-        raise InputError(f"data {uri!r} is not a folder; give the folder that holds the images")
-    raise InputError(f"data folder {uri!r} does not exist")
-
-
-def _walk(root: Path) -> list[str]:
-    """Names of the image files below ``root``, relative to it, with ``/``, sorted."""
-
-    def fail(error: OSError) -> None:
-        raise InputError(f"cannot list folder {str(error.filename)!r}: {error.strerror}") from error
-
-    names = []
-    seen = set()
-    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up, or a second link to the same folder
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative = Path(folder).relative_to(root)
-        names += [
-            (relative / name).as_posix()
-            for name in files
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
-    if not names:
-        raise InputError(f"folder {str(root)!r} has no image; looked for {' '.join(EXTENSIONS)}")
-    return sorted(names)
-
-
-def _hash_split(root: Path, names: list[str], split: str) -> list[str]:
-    if len(names) == 1:
-        raise InputError(
-            f"folder {str(root)!r} has a single image and cannot be split into train and val; "
-            "add images, or make subfolders 'train' and 'val'"
-        )
-    place = {name: _hash_fraction(name) for name in names}
-    ranked = sorted(names, key=place.__getitem__)
-    in_val = sum(fraction < _VAL_SHARE for fraction in place.values())
-    in_val = min(max(in_val, 1), len(names) - 1)
-    chosen = set(ranked[:in_val] if split == "val" else ranked[in_val:])
-    return [name for name in names if name in chosen]
-
-
-def _hash_fraction(name: str) -> float:
-    """Uniform in [0, 1); the same for composed and decomposed accents (macOS renames them)."""
-    text = unicodedata.normalize("NFC", name).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big") / 2**48
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

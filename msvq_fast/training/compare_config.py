@@ -19,7 +19,8 @@ class CompareConfig:
 
     Attributes:
         preset: Preset of MS-VQVAE; VQ-VAE 2 is the preset of the same latents.
-        data: A folder of images or ``builtin:photos``; trained on train, judged on val.
+        data: A folder of images, ``builtin:photos``, ``wds:SHARDS`` or ``hf:NAME[:SPLIT]``; trained
+            on train, judged on val.
         pictures: Data whose val images the figures show; None is ``data``.
         out: Folder for runs, comparison.json, table.txt and the figures.
         seeds: Of weights, data order and crops; both models see the same crops.

@@ -60,7 +60,7 @@ def draw_comparison(
     Args:
         folders: Saved models: ``vqvae2`` and ``msvqvae``.
         out: Folder of the pictures.
-        data: A folder of images or ``builtin:photos``.
+        data: A folder of images, ``builtin:photos``, ``wds:SHARDS`` or ``hf:NAME[:SPLIT]``.
         size: Side of the tiles in pixels.
         resize: Shorter side of the images before cutting, None keeps their size.
         device: Where the models run.

@@ -76,7 +76,7 @@ class TrainConfig:
 
     Attributes:
         preset: Model preset; ``msvq info --presets`` lists them.
-        data: A folder of images or ``builtin:photos``.
+        data: A folder of images, ``builtin:photos``, ``wds:SHARDS`` or ``hf:NAME[:SPLIT]``.
         out: Folder of the run: checkpoints, metrics.jsonl, config.json.
         epochs: Passes over the data; None with no ``steps`` is the paper's 250.
         steps: Optimiser steps; wins over ``epochs``.
@@ -193,7 +193,7 @@ class EvaluateConfig:
 
     Attributes:
         checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
-        data: A folder of images or ``builtin:photos``.
+        data: A folder of images, ``builtin:photos``, ``wds:SHARDS`` or ``hf:NAME[:SPLIT]``.
         split: Part of the data.
         out: Folder for results.json and per_image.csv.
         size: Side of the square tiles in pixels; None is the model's resolution.
@@ -239,7 +239,8 @@ class ReconstructConfig:
 
     Attributes:
         checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
-        data: An image file, a folder of images or ``builtin:photos``.
+        data: An image file, a folder of images, ``builtin:photos``, ``wds:SHARDS`` or
+            ``hf:NAME[:SPLIT]``.
         split: Part of the data; a single file has no parts.
         out: The PNG file.
         size: Shorter side of the images in pixels, which are never enlarged; None is the model's
@@ -263,7 +264,7 @@ class TokenizeConfig:
 
     Attributes:
         checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
-        data: A folder of images or ``builtin:photos``.
+        data: A folder of images, ``builtin:photos``, ``wds:SHARDS`` or ``hf:NAME[:SPLIT]``.
         split: Part of the data.
         out: Folder for tokens.json and the shards.
         size: Side of the square crops in pixels; None is the model's resolution.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast.data import (
+    ImagePath,
     code_map,
     list_images,
     read_image,
@@ -100,7 +101,7 @@ def run_reconstruct(config: ReconstructConfig) -> Path:
     if size < model.stride:
         raise InputError(f"size={size}; this model takes at least {model.stride} pixels")
     if Path(config.data).is_file():
-        paths = [Path(config.data)]
+        paths: list[ImagePath] = [Path(config.data)]
     else:
         paths = list_images(config.data, split=config.split)
         count = min(config.limit, len(paths))
@@ -135,7 +136,7 @@ def _column_labels(gains: Sequence[int], num_scales: int) -> list[str]:
     return labels + [f"codes {m}" for m in range(num_scales)]
 
 
-def _fitted(path: Path, size: int, stride: int) -> Tensor:
+def _fitted(path: ImagePath, size: int, stride: int) -> Tensor:
     """Read an image, shrink its short side to ``size`` and crop its sides to whole strides."""
     image = read_image(path, min_side=2 * size)
     if min(image.shape[1:]) > size:

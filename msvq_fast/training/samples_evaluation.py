@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from msvq_fast.data import evaluation_tiles, list_images
+from msvq_fast.data import ImagePath, evaluation_tiles, list_images
 from msvq_fast.metrics import FeatureExtractor
 from msvq_fast.ops import InputError
 from msvq_fast.training.config import EvaluateConfig
@@ -66,7 +66,7 @@ def run_evaluate_samples(config: EvaluateConfig, world: World) -> SetQuality:
 
 
 def _read(
-    paths: list[Path],
+    paths: list[ImagePath],
     config: EvaluateConfig,
     extractor: FeatureExtractor,
     skipped: dict[str, str],

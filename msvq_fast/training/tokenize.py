@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msvq_fast.data import ImageDataset, ImageReadError, evaluation_tiles, list_images, to_float
+from msvq_fast.data import (
+    ImageDataset,
+    ImagePath,
+    ImageReadError,
+    StoredImage,
+    evaluation_tiles,
+    list_images,
+    relative_names,
+    to_float,
+)
 from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
 from msvq_fast.ops import InputError
 from msvq_fast.training.checkpoint import find_model, weights_digest
@@ -53,14 +61,14 @@ def run_tokenize(config: TokenizeConfig) -> Path:
     if model.config.num_codes > _MOST_CODES:
         raise InputError(f"num_codes={model.config.num_codes}; 16 bits hold {_MOST_CODES} codes")
     files = list_images(config.data, split=config.split)
-    names = _relative_names(files)
+    names = relative_names(files)
     out = Path(config.out)
     check_writable(out)
     settings = {
         **{name: getattr(config, name) for name in _DECISIVE},
         "size": size,
         "weights_sha256": weights_digest(folder),
-        "files_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        "files_sha256": _digest(files, names),
     }
     index = _start(out, settings, model, len(files))
     if not index["complete"]:
@@ -130,7 +138,7 @@ def _write_shards(
     model: MSVQVAE | VQVAE2,
     config: TokenizeConfig,
     size: int,
-    files: Sequence[Path],
+    files: Sequence[ImagePath],
     names: Sequence[str],
     out: Path,
     index: dict[str, Any],
@@ -174,13 +182,14 @@ def _write_shards(
 
 
 def _crops(
-    path: Path, number: int, size: int, config: TokenizeConfig
+    path: ImagePath, number: int, size: int, config: TokenizeConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Suffixes of the names and crops ``(3, size, size)`` uint8 of a file."""
     if config.crop != "random":
+        (whole,) = relative_names([path])
         tiles = evaluation_tiles([path], size=size, resize=config.resize, crop=config.crop)
         for name, tile in tiles:
-            yield name[len(path.name) :], tile
+            yield name[len(whole) :], tile
         return
     dataset = ImageDataset(
         [path],
@@ -199,9 +208,13 @@ def _crops(
         yield f":{index}", crop
 
 
-def _relative_names(files: Sequence[Path]) -> list[str]:
-    common = os.path.commonpath([file.absolute().parent for file in files])
-    return [file.absolute().relative_to(common).as_posix() for file in files]
+def _digest(files: Sequence[ImagePath], names: Sequence[str]) -> str:
+    """Of the names and, since rows have only numbers for names, the sizes of stored images."""
+    lines = [
+        f"{name} {file.size}" if isinstance(file, StoredImage) else name
+        for file, name in zip(files, names, strict=True)
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _images(index: dict[str, Any]) -> int:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from msvq_fast.data import evaluation_tiles, to_float
+from msvq_fast.data import ImagePath, evaluation_tiles, to_float
 from msvq_fast.metrics import mse, psnr_from_mse, to_unit_range
 from msvq_fast.models import MSVQVAE, VQVAE2
 from msvq_fast.training.distributed import World, all_reduce_
 
 
 def load_tiles(
-    paths: Sequence[Path],
+    paths: Sequence[ImagePath],
     *,
     size: int,
     resize: int | None,
@@ -27,7 +26,7 @@ def load_tiles(
     """Load at most ``limit`` tiles, spread evenly over the images and over each image.
 
     Args:
-        paths: Image files.
+        paths: Images of ``list_images``.
         size: Side of a tile in pixels.
         resize: As for the training crops.
         crop: ``"random"`` training crops are validated on a grid of tiles, ``"center"`` on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = (127.5 + 120 * np.stack(waves, -1)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same pictures in the same order in three shards."""
+    root = tmp_path_factory.mktemp("shards")
+    for split in ("train", "val"):
+        files = sorted((pictures / split).iterdir(), key=lambda path: path.name)
+        for start in range(0, len(files), 6):
+            with tarfile.open(root / f"{split}-{start // 6:03d}.tar", "w") as tar:
+                for file in files[start : start + 6]:
+                    tar.add(file, arcname=file.name)
+    return f"wds:{root}/*.tar"
 
 
 @pytest.fixture

@@ -102,6 +102,7 @@ def test_wrong_words(
         (["--min_lr_fraction=2"], "min_lr_fraction=2.0; expected 0 to 1"),
         (["--data=nowhere"], "data folder 'nowhere' does not exist"),
         (["--data=builtin:cats"], "is not built in; expected 'builtin:photos'"),
+        (["--data=wds:nowhere-{0..3}.tar"], "there is no shard 'nowhere-0.tar'"),
         (["--device=tpu"], "device='tpu'; expected auto, cpu, cuda or cuda:N"),
         (["--resume=nowhere"], "resume=nowhere does not exist"),
         (["--backend=triton"], "cannot run"),

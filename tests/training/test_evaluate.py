@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import tarfile
 
 import pytest
 import torch
@@ -207,16 +208,23 @@ def test_command_on_the_builtin_photographs(model, tmp_path, capsys):
     assert same.per_image == result.per_image
 
 
-def test_command_names_skipped_files(model, tmp_path, capsys):
+@pytest.mark.parametrize("packed", [False, True])
+def test_command_names_skipped_files(model, tmp_path, capsys, packed):
     from PIL import Image
 
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "images").mkdir()
     Image.new("RGB", (70, 80), (9, 99, 199)).save(tmp_path / "images" / "good.png")
     (tmp_path / "images" / "torn.png").write_bytes(b"\x89PNG")
+    data, place = str(tmp_path / "images"), tmp_path / "images"
+    if packed:
+        data, place = f"wds:{tmp_path}/*.tar", tmp_path / "x.tar"
+        with tarfile.open(place, "w") as tar:
+            for name in ("good.png", "torn.png"):
+                tar.add(tmp_path / "images" / name, arcname=name)
     config = EvaluateConfig(
         str(tmp_path / "model"),
-        data=str(tmp_path / "images"),
+        data=data,
         split="all",
         out=str(tmp_path),
         size=32,
@@ -224,8 +232,13 @@ def test_command_names_skipped_files(model, tmp_path, capsys):
     )
     result = run_evaluate(config)
     assert result.images == 4
-    assert list(result.settings["skipped"]) == [str(tmp_path / "images" / "torn.png")]
+    assert list(result.settings["skipped"]) == [str(place / "torn.png")]
     assert "torn.png" in capsys.readouterr().out
+    rows = csv.DictReader(io.StringIO((tmp_path / "per_image.csv").read_text()))
+    tiles_of_it = ("0,0", "0,1", "1,0", "1,1")
+    assert {row["image"] for row in rows} == {
+        f"{'x.tar/' * packed}good.png:{tile}" for tile in tiles_of_it
+    }
 
 
 @pytest.mark.parametrize(

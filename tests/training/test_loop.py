@@ -245,6 +245,21 @@ def test_codes_out_of_use_are_reported_once(
     assert printed.count("warning: less than 10 % of the codes of scale 0, 1 are in use") == 1
 
 
+def test_shards_train_as_their_folder_and_resume(
+    tmp_path: Path, train: Train, shards: str, read_metrics: ReadMetrics
+) -> None:
+    options = ("--repeat=2", "--schedule=constant", "--validate_every=1", "--log_every=1")
+    assert train(tmp_path / "folder", "--steps=9", *options) == 0
+    wds = (f"--data={shards}", "--workers=2", *options)
+    assert train(tmp_path / "shards", "--steps=4", *wds) == 0
+    assert train(tmp_path / "shards", "--steps=9", "--resume=auto", *wds) == 0
+    expected, found = (read_metrics(tmp_path / name) for name in ("folder", "shards"))
+    assert losses(found) == losses(expected)
+    assert found[-1] == expected[-1] and found[-1]["kind"] == "validation"
+    folder, tarred = (weights(tmp_path / name, 9) for name in ("folder", "shards"))
+    assert all(torch.equal(tarred[name], folder[name]) for name in folder)
+
+
 def test_config_json_repeats_the_run(tmp_path: Path, train: Train, pictures: Path) -> None:
     assert train(tmp_path / "a", "--steps=2") == 0
     saved = tmp_path / "a" / "config.json"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -100,15 +102,21 @@ def test_photos_of_any_size(tmp_path, drawn, width, height, size, expected):
         assert torch.equal(drawn["rows"][0][0], read_image(path)[:, 3:67, 1:89])
 
 
-def test_limit_spreads_over_the_folder(tmp_path, drawn):
+@pytest.mark.parametrize("packed", [False, True])
+def test_limit_spreads_over_the_data(tmp_path, drawn, packed):
     from_preset("tiny", **SMALL).save_pretrained(tmp_path / "model")
     (tmp_path / "images").mkdir()
     for i in range(5):
         photo(tmp_path / "images" / f"{i}.png", 32, 32)
+    data = str(tmp_path / "images")
+    if packed:
+        data = f"wds:{tmp_path / 'images.tar'}"
+        with tarfile.open(tmp_path / "images.tar", "w") as tar:
+            tar.add(tmp_path / "images", arcname=".")
     run_reconstruct(
         ReconstructConfig(
             str(tmp_path / "model"),
-            data=str(tmp_path / "images"),
+            data=data,
             split="all",
             out=str(tmp_path / "grid.png"),
             limit=2,

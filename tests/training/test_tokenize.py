@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,12 @@ def test_random_crops_differ_from_file_to_file(saved: Path, pictures: Path, tmp_
         assert torch.equal(mine, expected)
 
 
+@pytest.mark.parametrize("source", ["pictures", "shards"])
 def test_killed_and_started_again_nothing_is_lost_or_twice(
-    saved: Path, pictures: Path, tmp_path: Path
+    saved: Path, pictures: Path, tmp_path: Path, source: str, request: pytest.FixtureRequest
 ) -> None:
-    options = ("--size=8", "--batch_size=4")  # nine tiles a file
+    data = request.getfixturevalue(source)
+    options = ("--size=8", "--batch_size=4", f"--data={data}")  # nine tiles a file
     assert main(arguments(saved, pictures, tmp_path / "whole", *options)) == 0
     whole = everything(tmp_path / "whole")
     assert len(whole) == 11  # ten files, a shard each
@@ -218,6 +221,36 @@ def test_other_tokens_are_not_overwritten(
         name = option[2:].partition("=")[0]
         assert f"{name} is {json.loads(before['tokens.json'])['settings'][name]}" in error
     assert everything(tmp_path) == before
+
+
+def test_tokens_of_shards_are_those_of_the_folder(
+    saved: Path, pictures: Path, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for crop in ("tiles", "center", "random"):
+        found = []
+        for name, data in (("folder", pictures), ("shards", shards)):
+            out = tmp_path / crop / name
+            assert main(arguments(saved, pictures, out, f"--data={data}", f"--crop={crop}")) == 0
+            found.append(load_tokens(out))
+        folder, tarred = found
+        assert tarred.names() == [
+            f"train-{int(name[0]) // 6:03d}.tar/{name}" for name in folder.names()
+        ]
+        rows = torch.arange(len(folder))
+        for a, b in zip(folder.batch(rows), tarred.batch(rows), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_shard_with_another_image_of_the_same_name_gives_other_tokens(
+    saved: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = tmp_path / "x.tar"
+    for file in ("0.png", "1.png"):
+        with tarfile.open(shard, "w") as tar:
+            tar.add(pictures / "train" / file, arcname="a.png")
+        code = main(arguments(saved, shard, tmp_path / "out", f"--data=wds:{shard}", "--split=all"))
+        assert code == (0 if file == "0.png" else 2)
+    assert "is of other tokens: files_sha256 is" in capsys.readouterr().err
 
 
 def test_altered_shards_are_named(

@@ -1,0 +1,133 @@
+"""Which images a data URI names, in a fixed order and in fixed splits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+
+from msvq_fast.data.hub import list_rows
+from msvq_fast.data.images import EXTENSIONS, ImagePath
+from msvq_fast.data.shards import list_members
+from msvq_fast.ops.checks import InputError, check_choice
+
+_BUILTIN = {"photos": Path(__file__).parent / "photos"}
+_SPLITS = ("train", "val", "all")
+_VAL_SHARE = 0.1
+
+
+def list_images(uri: str | os.PathLike[str], *, split: str) -> list[ImagePath]:
+    """The images of one split, in a fixed order.
+
+    Args:
+        uri: a folder, searched recursively (hidden files are left out), ``"builtin:photos"``,
+            ``"wds:SHARDS"`` or ``"hf:NAME[:SPLIT]"``. SHARDS are local, uncompressed tar files of
+            the WebDataset layout, with wildcards and braces (``shard-{000..009}.tar``). NAME is a
+            dataset on the Hugging Face hub or a folder of one (extra ``hf``).
+        split: ``"train"``, ``"val"`` or ``"all"``. A folder with ``train/`` and ``val/`` inside
+            is split by them, shards by ``train`` and ``val`` or ``validation`` as words of their
+            paths, a dataset into its ``train`` and ``validation`` (or ``val``, or ``test``). All
+            else is split image by image: about a tenth, at least one, is ``val``, chosen by a hash
+            of the name: the path relative to the folder, shards being folders of their members,
+            or SPLIT and number of the row. An image keeps its split when the folder moves and,
+            but for very few images, when others are added.
+
+    Returns:
+        Paths, or stored images, which every function here takes as well; sorted by name, rows of
+        a dataset in its order; never empty.
+
+    Raises:
+        InputError: unknown URI, missing or empty folder, a shard or dataset that cannot be read,
+            or a single image to be split.
+    """
+    check_choice("split", split, _SPLITS)
+    uri = os.fspath(uri)
+    scheme, _, place = uri.partition(":")
+    images: Mapping[str, ImagePath]
+    if scheme == "wds":
+        images, settled = list_members(place, split)
+    elif scheme == "hf":
+        images, settled = list_rows(place, split)
+    else:
+        images, settled = _list_files(_resolve_folder(uri), split)
+    if split == "all" or settled:
+        return list(images.values())
+    return [images[name] for name in _hash_split(uri, list(images), split)]
+
+
+def _resolve_folder(uri: str) -> Path:
+    scheme, _, name = uri.partition(":")
+    if scheme == "builtin":
+        if name not in _BUILTIN:
+            known = ", ".join(f"'builtin:{known}'" for known in _BUILTIN)
+            raise InputError(f"data {uri!r} is not built in; expected {known}")
+        return _BUILTIN[name]
+    folder = Path(uri).expanduser()
+    if folder.is_dir():
+        return folder
+    # One letter before the colon is a Windows drive.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri) and not folder.exists():
+        raise InputError(
+            f"data {uri!r} is not supported; expected a folder, 'builtin:photos', 'wds:SHARDS' or "
+            "'hf:NAME'"
+        )
+    if folder.exists():
+        raise InputError(f"data {uri!r} is not a folder; give the folder that holds the images")
+    raise InputError(f"data folder {uri!r} does not exist")
+
+
+def _list_files(root: Path, split: str) -> tuple[dict[str, Path], bool]:
+    """Image files by their names, and whether they are those of ``split`` alone."""
+    settled = split != "all" and (root / "train").is_dir() and (root / "val").is_dir()
+    if settled:
+        root = root / split
+    return {name: root / name for name in _walk(root)}, settled
+
+
+def _walk(root: Path) -> list[str]:
+    """Names of the image files below ``root``, relative to it, with ``/``, sorted."""
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"cannot list folder {str(error.filename)!r}: {error.strerror}") from error
+
+    names = []
+    seen = set()
+    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up, or a second link to the same folder
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        relative = Path(folder).relative_to(root)
+        names += [
+            (relative / name).as_posix()
+            for name in files
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
+    if not names:
+        raise InputError(f"folder {str(root)!r} has no image; looked for {' '.join(EXTENSIONS)}")
+    return sorted(names)
+
+
+def _hash_split(uri: str, names: list[str], split: str) -> list[str]:
+    if len(names) == 1:
+        raise InputError(
+            f"data {uri!r} has a single image and cannot be split into train and val; add images, "
+            "or make parts 'train' and 'val'"
+        )
+    place = {name: _hash_fraction(name) for name in names}
+    ranked = sorted(names, key=place.__getitem__)
+    in_val = sum(fraction < _VAL_SHARE for fraction in place.values())
+    in_val = min(max(in_val, 1), len(names) - 1)
+    chosen = set(ranked[:in_val] if split == "val" else ranked[in_val:])
+    return [name for name in names if name in chosen]
+
+
+def _hash_fraction(name: str) -> float:
+    """Uniform in [0, 1); the same for composed and decomposed accents (macOS renames them)."""
+    text = unicodedata.normalize("NFC", name).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big") / 2**48
