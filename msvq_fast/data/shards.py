@@ -78,7 +78,7 @@ def _find_shards(pattern: str) -> tuple[Path, list[Path]]:
     root = Path(os.path.dirname(re.split(r"[*?\[{]", pattern, maxsplit=1)[0]))
     found: set[Path] = set()
     for place in _expand(pattern):
-        matches = glob.glob(place, recursive=True)
+        matches = [match for match in glob.glob(place, recursive=True) if os.path.exists(match)]
         if not matches:
             raise InputError(f"data 'wds:{pattern}': there is no shard {place!r}")
         found.update(Path(match) for match in matches)

@@ -342,6 +342,7 @@ def test_broken_shards_are_named(root: Path, change: Callable[[bytes], bytes], r
     [
         ("shard-{000..003}.tar", r"there is no shard '.*shard-003\.tar'"),
         ("none-*.tar", r"there is no shard '.*none-\*\.tar'"),
+        ("dangling.tar", r"there is no shard '.*dangling\.tar'"),
         ("", r"is a folder; give its shards as 'wds:.*\*\.tar'"),
         ("shard-{000..00x}.tar", r"\{000\.\.00x\} is neither a range such as \{000\.\.009\}"),
         ("shard-{3..0}.tar", r"\{3\.\.0\} is neither a range"),
@@ -353,6 +354,7 @@ def test_broken_shards_are_named(root: Path, change: Callable[[bytes], bytes], r
 def test_bad_patterns(root: Path, pattern: str, reason: str) -> None:
     write(root / "text.tar", {"a.txt": b"text"})
     write(root / "one.tar", {"a.png": b""})
+    (root / "dangling.tar").symlink_to(root / "nowhere.tar")
     with pytest.raises(InputError, match=reason) as error:
         list_images(f"wds:{root}/{pattern}", split="train")
     assert "\n" not in str(error.value)
