@@ -18,6 +18,8 @@ _VAL_SPLITS = ("validation", "val", "test")
 class RowImage(StoredImage):
     """A row of a split of a dataset, ``hf:NAME/SPLIT``; the member is the row's number.
 
+    Its class is the name in the dataset's one column of type ClassLabel.
+
     Attributes:
         dataset: the split, with the image column alone, which is not decoded.
         column: its name.
@@ -66,9 +68,10 @@ def list_rows(place: str, split: str) -> tuple[dict[str, RowImage], bool]:
     for part, rows in parts.items():
         dataset, column = _images_of(rows, name)
         container = Path(f"hf:{name}/{part}")
-        for row, size in enumerate(_sizes(dataset, column)):
+        described = zip(_sizes(dataset, column), _labels(rows), strict=True)
+        for row, (size, label) in enumerate(described):
             member = f"{row:08d}"
-            images[f"{part}/{member}"] = RowImage(container, member, size, dataset, column)
+            images[f"{part}/{member}"] = RowImage(container, member, size, label, dataset, column)
     if not images:
         raise InputError(f"data 'hf:{place}' has no image: it has no rows")
     return images, settled
@@ -113,3 +116,14 @@ def _sizes(dataset: Any, column: str) -> list[int | None]:
     length = importlib.import_module("pyarrow.compute").binary_length
     chunks = dataset.data.column(column).chunks
     return [size for chunk in chunks for size in length(chunk.field("bytes")).to_pylist()]
+
+
+def _labels(dataset: Any) -> list[str | None]:
+    """Names of the rows' classes; None everywhere unless one column has them."""
+    feature = importlib.import_module("datasets").ClassLabel
+    found = [column for column, kind in dataset.features.items() if isinstance(kind, feature)]
+    if len(found) != 1:
+        return [None] * len(dataset)
+    names = dataset.features[found[0]].names
+    # A negative number is how datasets say that a row has no class.
+    return [None if n is None or n < 0 else names[n] for n in dataset[found[0]]]

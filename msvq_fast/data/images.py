@@ -50,11 +50,13 @@ class StoredImage(abc.ABC):
         container: what holds it.
         member: its name in there, with ``/``.
         size: in bytes; None where that is not known.
+        label: its class, where the container says so.
     """
 
     container: Path
     member: str
     size: int | None
+    label: str | None
 
     @abc.abstractmethod
     def read(self) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from msvq_fast.data.hub import list_rows
-from msvq_fast.data.images import EXTENSIONS, ImagePath
+from msvq_fast.data.images import EXTENSIONS, ImagePath, StoredImage
 from msvq_fast.data.shards import list_members
 from msvq_fast.ops.checks import InputError, check_choice
 
@@ -43,6 +43,33 @@ def list_images(uri: str | os.PathLike[str], *, split: str) -> list[ImagePath]:
         InputError: unknown URI, missing or empty folder, a shard or dataset that cannot be read,
             or a single image to be split.
     """
+    return list(_list(uri, split).values())
+
+
+def list_labelled_images(uri: str | os.PathLike[str], *, split: str) -> list[tuple[ImagePath, str]]:
+    """The images of `list_images`, each with its class.
+
+    The class of a file is the first folder on its way from ``uri`` (or its ``train/`` or
+    ``val/``), of a member of a shard the text of the member ``.cls`` beside it, else the first
+    folder of its name, of a row of a dataset the name in its one column of type ClassLabel.
+
+    Raises:
+        InputError: as `list_images`, and for an image without a class.
+    """
+    found = []
+    for name, image in _list(uri, split).items():
+        folder, below, _ = name.partition("/")
+        label = image.label if isinstance(image, StoredImage) else folder if below else None
+        if not label:
+            raise InputError(
+                f"data {os.fspath(uri)!r} has no class for {name!r}; expected a folder for each "
+                "class, .cls files in shards, or one ClassLabel column in a dataset"
+            )
+        found.append((image, label))
+    return found
+
+
+def _list(uri: str | os.PathLike[str], split: str) -> dict[str, ImagePath]:
     check_choice("split", split, _SPLITS)
     uri = os.fspath(uri)
     scheme, _, place = uri.partition(":")
@@ -54,8 +81,8 @@ def list_images(uri: str | os.PathLike[str], *, split: str) -> list[ImagePath]:
     else:
         images, settled = _list_files(_resolve_folder(uri), split)
     if split == "all" or settled:
-        return list(images.values())
-    return [images[name] for name in _hash_split(uri, list(images), split)]
+        return dict(images)
+    return {name: images[name] for name in _hash_split(uri, list(images), split)}
 
 
 def _resolve_folder(uri: str) -> Path:

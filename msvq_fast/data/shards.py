@@ -23,6 +23,8 @@ _PART_NAMES = {"train": "train", "val": "val", "validation": "val"}
 class TarImage(StoredImage):
     """A member of an uncompressed tar file, which is its container.
 
+    Its class is the text of the member ``.cls`` beside it, else the first folder of its name.
+
     Attributes:
         offset: of its first byte there.
     """
@@ -147,7 +149,8 @@ class _Header(tarfile.TarInfo):
 @functools.cache
 def _index(shard: Path, size: int, changed: int) -> tuple[TarImage, ...]:
     """The images of a shard; read once as long as its size and time of change stay."""
-    found: dict[str, TarImage] = {}
+    found: dict[str, tuple[int, int]] = {}
+    labels: dict[str, str] = {}
     try:
         with open(shard, "rb") as file:
             start = file.read(_BLOCK)
@@ -161,8 +164,12 @@ def _index(shard: Path, size: int, changed: int) -> tuple[TarImage, ...]:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
                 for info in tar:
                     member = "/".join(p for p in info.name.split("/") if p not in ("", "."))
+                    key, extension = _split_name(member)
                     if info.isreg() and _is_image(member):  # of equal names the last is valid
-                        found[member] = TarImage(shard, member, info.size, info.offset_data)
+                        found[member] = (info.size, info.offset_data)
+                    elif info.isreg() and extension == ".cls" and info.size <= _BLOCK:
+                        file.seek(info.offset_data)
+                        labels[key] = file.read(info.size).decode(errors="replace").strip()
             # tarfile takes a broken header and a cut between two members for the end.
             file.seek(tar.offset)
             end = file.read(_BLOCK)
@@ -173,11 +180,22 @@ def _index(shard: Path, size: int, changed: int) -> tuple[TarImage, ...]:
         raise InputError(f"cannot read shard {str(shard)!r}: {error.strerror}") from error
     except tarfile.TarError as error:
         raise InputError(f"shard {str(shard)!r} is not a whole tar file: {error}") from error
-    return tuple(found.values())
+    images = []
+    for member, (length, offset) in found.items():
+        folder, below, _ = member.partition("/")
+        label = labels.get(_split_name(member)[0]) or (folder if below else None)
+        images.append(TarImage(shard, member, length, label, offset))
+    return tuple(images)
+
+
+def _split_name(member: str) -> tuple[str, str]:
+    """What members of one sample share, and the extension: all from the name's first dot on."""
+    folder, slash, name = member.rpartition("/")
+    stem, dot, extension = name.partition(".")
+    return folder + slash + stem, (dot + extension).lower()
 
 
 def _is_image(member: str) -> bool:
-    """Whether all that follows the first dot is an image's extension: no ``.seg.png``."""
-    parts = member.split("/")
-    extension = "." + parts[-1].partition(".")[2]
-    return extension.lower() in EXTENSIONS and not any(part.startswith(".") for part in parts)
+    """Whether it is no hidden file and its extension an image's: no ``.seg.png``."""
+    hidden = any(part.startswith(".") for part in member.split("/"))
+    return _split_name(member)[1] in EXTENSIONS and not hidden

@@ -274,6 +274,8 @@ class TokenizeConfig:
         repeat: Random crops per image.
         flip: Mirror half of the random crops.
         seed: Seed of the random crops.
+        labels: Keep the class of every image for a prior to learn: the first folder below
+            ``data`` that it lies in, the ``.cls`` beside it in a shard, a dataset's ClassLabel.
         batch_size: Crops at a time.
         shard_size: Crops per shard, rounded up to whole images; what a kill can cost.
         device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
@@ -289,6 +291,7 @@ class TokenizeConfig:
     repeat: int = 1
     flip: bool = False
     seed: int = 0
+    labels: bool = False
     batch_size: int = 16
     shard_size: int = 4096
     device: str = "auto"

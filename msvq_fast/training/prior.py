@@ -61,6 +61,7 @@ def build_prior(config: TrainPriorConfig, tokens: Tokens) -> AutoregressivePrior
         grids=tokens.grids,
         num_codes=tokens.num_codes,
         kernels=kernels,
+        num_classes=len(tokens.classes),
         depth=config.depth,
         heads=config.heads,
         width=config.width,
@@ -89,7 +90,8 @@ def validate_prior(
     rows = torch.arange(count) * len(tokens) // count
     total = torch.zeros(prior.config.num_scales, dtype=torch.float64, device=device)
     for part in rows.split(batch_size):
-        total += len(part) * prior([c.to(device) for c in tokens.batch(part)]).nll
+        labels = None if tokens.labels is None else tokens.labels[part].to(device)
+        total += len(part) * prior([c.to(device) for c in tokens.batch(part)], labels).nll
     prior.train(was_training)
     return (total / count).tolist()
 
@@ -117,12 +119,16 @@ class _Run:
             "tokens_sha256": _digest(self.tokens),
             "weights_sha256": self.tokens.index["settings"]["weights_sha256"],
         }
+        if self.tokens.classes:
+            self.description["classes"] = list(self.tokens.classes)
         state: dict[str, Any] = {"step": 0, "best": None}
         if start is not None:
             state = checkpoint.read_state(start)
+            # An earlier version's checkpoint lacks later options; it ran with their defaults.
+            defaults = TrainPriorConfig(tokens="").to_dict()
             check_unchanged(
                 start,
-                {**state["config"], **state["model_config"]},
+                {**defaults, **state["config"], **state["model_config"]},
                 {**config.to_dict(), **self.description},
                 PRIOR_FREE_ON_RESUME,
             )
@@ -160,7 +166,7 @@ class _Run:
                     f"validation={self.config.validation} has {name} {theirs}; the tokens have "
                     f"{ours}"
                 )
-        return held_out
+        return held_out.numbered_as(self.tokens.classes)
 
     def _plan(self) -> None:
         config = self.config
@@ -231,14 +237,18 @@ class _Run:
         codes = [c.to(self.device, non_blocking=True) for c in self.tokens.batch(rows)]
         # Masks and dropout follow from the step alone, so that a resumed run needs no random state.
         torch.manual_seed((config.seed << 32) + self.step + 1)
+        labels = self._labels(rows)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             out: PriorOutput
             if isinstance(self.prior, MaskGITPrior):
                 out = self.prior(
-                    codes, schedule=config.mask_schedule, label_smoothing=config.label_smoothing
+                    codes,
+                    labels,
+                    schedule=config.mask_schedule,
+                    label_smoothing=config.label_smoothing,
                 )
             else:
-                out = self.prior(codes)
+                out = self.prior(codes, labels)
         out.loss.backward()
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.prior.parameters(), config.grad_clip)
@@ -248,6 +258,14 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.sums += torch.cat([out.loss.detach().reshape(1), out.nll, self.sums.new_ones(1)])
         self.step += 1
+
+    def _labels(self, rows: Tensor) -> Tensor | None:
+        """Classes ``(B,)`` of a batch, some of them replaced by "no label"."""
+        if self.tokens.labels is None:
+            return None
+        dropped = torch.rand(len(rows)) < self.config.label_dropout
+        labels = self.tokens.labels[rows].masked_fill(dropped, len(self.tokens.classes))
+        return labels.to(self.device, non_blocking=True)
 
     def _after_step(self, stop: int) -> None:
         """Whatever is due: log line, validation, checkpoint."""

@@ -23,6 +23,8 @@ class TrainPriorConfig:
         dropout: Probability, after attention and after the perceptron.
         mask_schedule: Share of codes that maskgit masks while it learns.
         label_smoothing: Of maskgit's loss; the reported NLL is without.
+        label_dropout: Share of images that are learnt without their class, which ``sample``
+            without ``labels`` and guidance need; only of tokens with classes.
         epochs: Passes over the tokens; null with no ``steps`` is the paper's 50.
         steps: Optimiser steps; wins over ``epochs``.
         batch_size: Images per step.
@@ -57,6 +59,7 @@ class TrainPriorConfig:
     dropout: float = 0.1
     mask_schedule: Literal["arccos", "cosine"] = "arccos"
     label_smoothing: float = 0.1
+    label_dropout: float = 0.1
     epochs: int | None = None
     steps: int | None = None
     batch_size: int = 64
@@ -87,7 +90,7 @@ class TrainPriorConfig:
                 raise InputError(f"{name}={value}; expected at least {least}")
         if not 0 < self.lr < float("inf"):
             raise InputError(f"lr={self.lr}; expected a positive finite number")
-        for name in ("min_lr_fraction", "label_smoothing"):
+        for name in ("min_lr_fraction", "label_smoothing", "label_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}; expected 0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -149,6 +152,9 @@ class SampleConfig:
         checkpoint: The model that made the tokens: a run, a checkpoint, or a saved model.
         out: The PNG file; settings, scores and images/s are written beside it as JSON.
         images: Coarse images that are drawn.
+        labels: Classes by name, of which images are drawn in turn; null is of no class. Only of a
+            prior that learnt classes (``msvq tokenize --labels``).
+        guidance: How far maskgit's logits move away from those without the class; null is 0.
         reject: keep=K keeps the K most likely of them, judged by their coarse codes alone; null
             keeps all.
         variations: Drawings of the finer scales for every coarse image that is kept.
@@ -169,6 +175,8 @@ class SampleConfig:
     checkpoint: str
     out: str = "runs/samples.png"
     images: int = 8
+    labels: tuple[str, ...] | None = None
+    guidance: float | None = None
     reject: str | None = None
     variations: int = 1
     inpaint: str | None = None

@@ -40,23 +40,26 @@ _GAIN = 4  # of the finer contributions, which are faint
 
 
 @torch.no_grad()
-def coarse_scores(prior: AutoregressivePrior | MaskGITPrior, codes: Tensor) -> Tensor:
+def coarse_scores(
+    prior: AutoregressivePrior | MaskGITPrior, codes: Tensor, labels: Tensor | None = None
+) -> Tensor:
     """Mean log-probability in nats of every image's coarse codes ``(B, h_0, w_0)``: ``(B,)``.
 
-    Of an autoregressive prior it is exact. Of MaskGIT it is a pseudo-likelihood: four interleaved
-    quarters of the cells, each given the other three.
+    With ``labels (B,)`` it is given the classes. Of an autoregressive prior it is exact. Of MaskGIT
+    it is a pseudo-likelihood: four interleaved quarters of the cells, each given the other three.
     """
     own = codes.flatten(1)
     if isinstance(prior, AutoregressivePrior):
-        log_p = prior.logits([codes])[0].double().log_softmax(-1)
+        log_p = prior.logits([codes], labels)[0].double().log_softmax(-1)
         return log_p.gather(-1, own[..., None])[..., 0].mean(1)
     model = prior.scale_model(0)
     group = halton_rank(model.grids[0]).to(codes.device) % _GROUPS
-    memory = model.context([])
+    memory = model.context([], labels)
     total = torch.zeros(len(codes), dtype=torch.float64, device=codes.device)
     for number in range(_GROUPS):
         hidden = (group == number).expand_as(own)
-        logits = model(model.embed(own.masked_fill(hidden, model.num_codes)), memory)
+        masked = own.masked_fill(hidden, model.num_codes)
+        logits = model(model.embed(masked, labels), memory)
         log_p = logits.double().log_softmax(-1).gather(-1, own[..., None])[..., 0]
         total += log_p.masked_fill(~hidden, 0.0).sum(1)
     return total / own.shape[1]
@@ -78,6 +81,7 @@ def run_sample(config: SampleConfig) -> Path:
     model = from_pretrained(model_folder).to(device)
     check_match(prior, prior_folder, model, model_folder)
     settings = _sampling_settings(config, prior)
+    labels = _labels(config, prior, prior_folder).to(device) if config.labels else None
     out = Path(config.out)
     if out.is_dir():
         raise InputError(f"out={config.out!r} is a folder; give the name of a PNG file")
@@ -88,7 +92,7 @@ def run_sample(config: SampleConfig) -> Path:
         if config.inpaint is not None:
             picture, fixed = _inpainting(config, model, prior, device)
         start = time.perf_counter()
-        drawn = _draw(prior, config, keep, fixed, settings, device, progress)
+        drawn = _draw(prior, config, keep, labels, fixed, settings, device, progress)
         images = [
             [_decode(model, codes) for codes in drawn.variations[v]]
             for v in range(config.variations)
@@ -99,6 +103,7 @@ def run_sample(config: SampleConfig) -> Path:
     record = {
         "settings": dataclasses.asdict(config),
         "kept": drawn.kept,
+        **({"labels": [_label(config, i) for i in drawn.kept]} if config.labels else {}),
         "scores": drawn.scores,
         "images_per_second": rate,
     }
@@ -126,38 +131,50 @@ def _draw(
     prior: AutoregressivePrior | MaskGITPrior,
     config: SampleConfig,
     keep: int,
+    labels: Tensor | None,
     fixed: list[Tensor] | None,
     settings: dict[str, Any],
     device: torch.device,
     progress: Callable[[int], None] | None,
 ) -> _Drawn:
+    """Draw; ``labels (images,)`` are the classes of the coarse images."""
     done = 0
 
-    def draw(count: int, **options: Any) -> list[Tensor]:
+    def draw(images: Tensor, **options: Any) -> list[Tensor]:
+        """Draw for these numbers of coarse images."""
         nonlocal done
+        count = len(images)
         own = None if fixed is None else [f.expand(count, -1, -1) for f in fixed]
         codes = priors.sample(
-            prior, count, seed=config.seed, fixed=own, settings=settings, **options
+            prior,
+            count,
+            seed=config.seed,
+            labels=None if labels is None else labels[images],
+            fixed=own,
+            settings=settings,
+            **options,
         )
         done += count
         if progress is not None:
             progress(done)
         return codes
 
-    coarse = torch.cat(
+    numbers = torch.arange(config.images, device=device)
+    batches = numbers.split(config.batch_size)
+    coarse = torch.cat([draw(part, first=int(part[0]), upto=0)[0] for part in batches])
+    scores = torch.cat(
         [
-            draw(min(config.batch_size, config.images - first), first=first, upto=0)[0]
-            for first in range(0, config.images, config.batch_size)
+            coarse_scores(prior, coarse[part], None if labels is None else labels[part])
+            for part in batches
         ]
     )
-    scores = torch.cat([coarse_scores(prior, part) for part in coarse.split(config.batch_size)])
     best = scores.argsort(descending=True, stable=True)[:keep]
-    kept = best if config.reject is not None else torch.arange(keep, device=device)
+    kept = best if config.reject is not None else numbers[:keep]
     variations = []
     for v in range(config.variations):
         batches, first = [], v * keep
-        for part in coarse[kept].split(config.batch_size):
-            batches.append(draw(len(part), coarser=[part], first=first))
+        for part in kept.split(config.batch_size):
+            batches.append(draw(part, coarser=[coarse[part]], first=first))
             first += len(part)
         variations.append(batches)
     return _Drawn(kept.tolist(), scores.tolist(), variations)
@@ -197,7 +214,8 @@ def _write_grid(
         sums = [to_uint8(sum_contributions([p[i : i + 1] for p in parts[v]])[0]) for v, i in block]
         rows.append([*([] if picture is None else [picture]), *sums])
         number = f" {drawn.kept[block[0][1]]}" if config.variations > 1 else ""
-        labels.append(f"image{number}")
+        shown_classes = dict.fromkeys(_label(config, drawn.kept[i]) for _, i in block)
+        labels.append("\n".join([f"image{number}", *filter(None, shown_classes)]))
     save_png(out, rows, row_labels=labels)
 
 
@@ -241,6 +259,8 @@ def _check(config: SampleConfig) -> int:
     for name in ("images", "variations", "batch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}; expected at least 1")
+    if config.guidance and not config.labels:
+        raise InputError(f"guidance={config.guidance} without labels; expected labels, or null")
     top, left, bottom, right = config.region
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         raise InputError(
@@ -281,13 +301,34 @@ def check_match(
             )
 
 
+def _labels(
+    config: SampleConfig, prior: AutoregressivePrior | MaskGITPrior, folder: Path
+) -> Tensor:
+    """Numbers of the classes of all coarse images ``(images,)``."""
+    state = read_state(folder)["model_config"] if (folder / STATE).is_file() else {}
+    # A prior that no run of train-prior saved knows its classes by number alone.
+    classes = state.get("classes", [str(number) for number in range(prior.config.num_classes)])
+    assert config.labels is not None
+    for name in config.labels:
+        if name not in classes:
+            known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+            expected = f"one of its {len(classes)} classes, {known}" if classes else "null"
+            raise InputError(f"labels: {folder} learnt no class {name!r}; expected {expected}")
+    return torch.tensor([classes.index(_label(config, i)) for i in range(config.images)])
+
+
+def _label(config: SampleConfig, image: int) -> str:
+    """Name of the class of a coarse image, or nothing."""
+    return config.labels[image % len(config.labels)] if config.labels else ""
+
+
 def _sampling_settings(
     config: SampleConfig, prior: AutoregressivePrior | MaskGITPrior
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {
         name: getattr(config, name) for name in ("temperature", "top_k", "top_p")
     }
-    for name in ("steps", "choice_temperature", "order"):
+    for name in ("steps", "choice_temperature", "guidance", "order"):
         value = getattr(config, name)
         if value is None:
             continue

@@ -19,6 +19,7 @@ from msvq_fast.data import (
     StoredImage,
     evaluation_tiles,
     list_images,
+    list_labelled_images,
     relative_names,
     to_float,
 )
@@ -60,7 +61,8 @@ def run_tokenize(config: TokenizeConfig) -> Path:
         raise InputError(f"size={size}; this model takes multiples of {model.stride} pixels")
     if model.config.num_codes > _MOST_CODES:
         raise InputError(f"num_codes={model.config.num_codes}; 16 bits hold {_MOST_CODES} codes")
-    files = list_images(config.data, split=config.split)
+    files, labels = _list(config)
+    classes = sorted(set(labels), key=_by_value)
     names = relative_names(files)
     out = Path(config.out)
     check_writable(out)
@@ -70,11 +72,16 @@ def run_tokenize(config: TokenizeConfig) -> Path:
         "weights_sha256": weights_digest(folder),
         "files_sha256": _digest(files, names),
     }
-    index = _start(out, settings, model, len(files))
+    if labels:
+        settings["labels_sha256"] = hashlib.sha256("\n".join(labels).encode()).hexdigest()
+    index = _start(out, settings, model, len(files), classes)
+    number_of = {name: number for number, name in enumerate(classes)}
+    numbers = [number_of[label] for label in labels] if labels else [None] * len(files)
     if not index["complete"]:
         with inference_mode(model), counting("files", len(files)) as progress:
             start = time.perf_counter()
-            for images in _write_shards(model, config, size, files, names, out, index, device):
+            described = list(zip(files, names, numbers, strict=True))
+            for images in _write_shards(model, config, size, described, out, index, device):
                 if progress is not None:
                     progress(index["files_done"])
                 else:
@@ -97,8 +104,25 @@ def run_tokenize(config: TokenizeConfig) -> Path:
 _DECISIVE = ("split", "resize", "crop", "repeat", "flip", "seed", "batch_size", "shard_size")
 
 
+def _list(config: TokenizeConfig) -> tuple[list[ImagePath], list[str]]:
+    """The images and, where they are asked for, their classes."""
+    if not config.labels:
+        return list_images(config.data, split=config.split), []
+    labelled = list_labelled_images(config.data, split=config.split)
+    return [image for image, _ in labelled], [label for _, label in labelled]
+
+
+def _by_value(name: str) -> tuple[int, str]:
+    """Classes that are called by numbers in the order of these."""
+    return (int(name) if name.isdecimal() else -1), name
+
+
 def _start(
-    out: Path, settings: dict[str, Any], model: MSVQVAE | VQVAE2, files: int
+    out: Path,
+    settings: dict[str, Any],
+    model: MSVQVAE | VQVAE2,
+    files: int,
+    classes: Sequence[str],
 ) -> dict[str, Any]:
     """The index to go on from, its shards verified, or a new one."""
     found = read_index(out)
@@ -112,6 +136,7 @@ def _start(
             "model_config": dataclasses.asdict(model.config),
             "num_codes": model.config.num_codes,
             "grids": grids,
+            **({"classes": list(classes)} if classes else {}),
             "settings": settings,
             "files": files,
             "files_done": 0,
@@ -121,9 +146,9 @@ def _start(
         }
     before = found["settings"]
     changed = [
-        f"{name} is {before.get(name)} there and {value} here"
-        for name, value in settings.items()
-        if before.get(name) != value
+        f"{name} is {before.get(name)} there and {settings.get(name)} here"
+        for name in before | settings
+        if before.get(name) != settings.get(name)
     ]
     if changed:
         raise InputError(f"{out / INDEX} is of other tokens: {'; '.join(changed)}")
@@ -138,16 +163,26 @@ def _write_shards(
     model: MSVQVAE | VQVAE2,
     config: TokenizeConfig,
     size: int,
-    files: Sequence[ImagePath],
-    names: Sequence[str],
+    files: Sequence[tuple[ImagePath, str, int | None]],
     out: Path,
     index: dict[str, Any],
     device: torch.device,
 ) -> Iterator[int]:
-    """Write what is missing; yields the images written so far after every shard."""
+    """Write what is missing; yields the images written so far after every shard.
+
+    Args:
+        model: What encodes.
+        config: Settings.
+        size: Side of the crops in pixels.
+        files: Images, their names and the numbers of their classes.
+        out: Folder.
+        index: Brought up to date with every shard.
+        device: Of the model.
+    """
     written = 0
     waiting: list[Tensor] = []
-    labels: list[str] = []
+    crops: list[str] = []
+    labels: list[int] = []
     batches: list[list[Tensor]] = []
 
     def encode() -> None:
@@ -156,26 +191,31 @@ def _write_shards(
         waiting.clear()
 
     for number in range(index["files_done"], len(files)):
+        file, name, label = files[number]
         try:
-            for suffix, crop in _crops(files[number], number, size, config):
-                labels.append(names[number] + suffix)
+            for suffix, crop in _crops(file, number, size, config):
+                crops.append(name + suffix)
+                if label is not None:
+                    labels.append(label)
                 waiting.append(crop)
                 if len(waiting) == config.batch_size:
                     encode()
         except ImageReadError as error:
-            index["skipped"][names[number]] = str(error)
+            index["skipped"][name] = str(error)
         last = number + 1 == len(files)
-        if not last and len(labels) < config.shard_size:
+        if not last and len(crops) < config.shard_size:
             continue
         if waiting:
             encode()
-        if labels:
+        if crops:
             codes = [torch.cat(grids) for grids in zip(*batches, strict=True)]
-            index["shards"].append(write_shard(out, len(index["shards"]), labels, codes))
+            shard = write_shard(out, len(index["shards"]), crops, codes, labels or None)
+            index["shards"].append(shard)
         index["files_done"] = number + 1
         index["complete"] = last and bool(index["shards"])
         write_index(out, index)
-        written += len(labels)
+        written += len(crops)
+        crops.clear()
         labels.clear()
         batches.clear()
         yield written

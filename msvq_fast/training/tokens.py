@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from msvq_fast.ops import InputError
 
 INDEX = "tokens.json"
 _SCHEMA = 1
-_NAMES = "names"
+_NAMES, _LABELS = "names", "labels"
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class Tokens:
         folder: Where.
         index: ``tokens.json``: model, its hash, settings, shards.
         codes: Per scale uint16 ``(images, h_m, w_m)``, coarse to fine.
+        labels: Numbers of the images' classes ``(images,)`` int64, or None.
     """
 
     folder: Path
     index: dict[str, Any]
     codes: list[Tensor]
+    labels: Tensor | None
 
     def __len__(self) -> int:
         return len(self.codes[0])
@@ -48,6 +50,32 @@ class Tokens:
     def grids(self) -> tuple[tuple[int, int], ...]:
         """``(h, w)`` per scale, coarse to fine."""
         return tuple((h, w) for h, w in self.index["grids"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes by their numbers; empty where images have none."""
+        return tuple(self.index.get("classes", ()))
+
+    def numbered_as(self, classes: Sequence[str]) -> Tokens:
+        """The same tokens with the labels' numbers of other tokens.
+
+        Raises:
+            InputError: Unless all classes here are among ``classes``, or both have none.
+        """
+        if not classes and self.labels is None:
+            return self
+        numbers = {name: number for number, name in enumerate(classes)}
+        unknown = [name for name in self.classes if name not in numbers]
+        if unknown or self.labels is None or not classes:
+            here, there = (
+                f"{len(c)} classes" if c else "no classes" for c in (self.classes, classes)
+            )
+            first = f", {unknown[0]!r} not among them" if unknown and classes else ""
+            raise InputError(
+                f"{self.folder} has {here}; expected those of the tokens, {there}{first}"
+            )
+        moved = torch.tensor([numbers[name] for name in self.classes])[self.labels]
+        return replace(self, index={**self.index, "classes": list(classes)}, labels=moved)
 
     def batch(self, rows: Tensor) -> list[Tensor]:
         """Codes of ``rows (B,)``: int64 ``(B, h_m, w_m)`` per scale."""
@@ -80,9 +108,9 @@ def load_tokens(folder: str | Path) -> Tokens:
         )
     parts = [read_shard(folder, shard) for shard in index["shards"]]
     scales = range(len(index["grids"]))
-    return Tokens(
-        folder, index, [torch.cat([part[f"codes_{m}"] for part in parts]) for m in scales]
-    )
+    codes = [torch.cat([part[f"codes_{m}"] for part in parts]) for m in scales]
+    labels = torch.cat([part[_LABELS] for part in parts]).long() if "classes" in index else None
+    return Tokens(folder, index, codes, labels)
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
@@ -120,7 +148,11 @@ def read_shard(folder: Path, shard: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def write_shard(
-    folder: Path, number: int, names: Sequence[str], codes: Sequence[Tensor]
+    folder: Path,
+    number: int,
+    names: Sequence[str],
+    codes: Sequence[Tensor],
+    labels: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Write a shard so that a crash leaves it whole or absent; returns its entry of the index.
 
@@ -129,8 +161,11 @@ def write_shard(
         number: Of the shard; an older file with this number is replaced.
         names: Of the images.
         codes: Per scale int64 ``(images, h_m, w_m)`` on the CPU, at most 65535.
+        labels: Numbers of the images' classes.
     """
     tensors = {f"codes_{m}": c.to(torch.uint16).contiguous() for m, c in enumerate(codes)}
+    if labels is not None:
+        tensors[_LABELS] = torch.tensor(labels, dtype=torch.int32)
     content = save(tensors, metadata={_NAMES: json.dumps(list(names))})
     name = f"shard_{number:05d}.safetensors"
     _replace(folder / name, content)
