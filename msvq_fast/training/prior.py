@@ -18,33 +18,33 @@ from msvq_fast.data import epoch_order
 from msvq_fast.ops import InputError
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig, PriorOutput
 from msvq_fast.training import checkpoint, distributed
+from msvq_fast.training.distributed import World
+from msvq_fast.training.failure import explain
 from msvq_fast.training.interrupt import StopSignals
 from msvq_fast.training.optimizer import Schedule, warmup_steps
 from msvq_fast.training.prior_config import PRIOR_FREE_ON_RESUME, TrainPriorConfig
 from msvq_fast.training.progress import PRIOR_COLUMNS, MetricsFile, open_display
 from msvq_fast.training.resume import check_unchanged, choose_checkpoint
 from msvq_fast.training.tokens import Tokens, load_tokens
-from msvq_fast.training.window import TrainingError
+from msvq_fast.training.window import TrainingError, check_weights
 
 DEFAULT_EPOCHS = 50  # §4.3 of the paper
 
 
 def run_train_prior(config: TrainPriorConfig) -> int:
-    """``msvq train-prior``: learn the codes of a folder of tokens, in one process.
+    """``msvq train-prior``: learn the codes of a folder of tokens.
 
     Returns:
         Exit code: 0 at the end, 128 plus the signal's number after Ctrl-C or SIGTERM.
 
     Raises:
         InputError: For settings that cannot work, before anything is written.
-        TrainingError: If the loss is no longer finite.
+        TrainingError: If the loss is no longer finite, or another process ended.
         OSError: If the run's folder cannot be written.
     """
     config.check()
     with distributed.join(config.device) as world:
-        if world.size > 1:
-            raise InputError(f"{world.size} processes; msvq train-prior runs in one, no torchrun")
-        run = _Run(config, world.device)
+        run = _Run(config, world)
         try:
             with StopSignals() as signals:
                 return run.train(signals)
@@ -74,43 +74,54 @@ def build_prior(config: TrainPriorConfig, tokens: Tokens) -> AutoregressivePrior
 
 @torch.no_grad()
 def validate_prior(
-    prior: AutoregressivePrior | MaskGITPrior, tokens: Tokens, *, batch_size: int, limit: int
+    prior: AutoregressivePrior | MaskGITPrior,
+    tokens: Tokens,
+    *,
+    batch_size: int,
+    limit: int,
+    world: World | None = None,
 ) -> list[float]:
     """Mean cross-entropy in nats per code and scale, over at most ``limit`` images.
 
     Of an autoregressive prior it is the exact negative log-likelihood. Of MaskGIT it is that of
-    masked codes under masks that are the same at every call, and not comparable with the former.
-    The prior's mode is restored; torch's random state is not.
+    masked codes under masks that are the same at every call and for any number of processes, and
+    not comparable with the former. The prior's mode is restored; torch's random state is not.
     """
     device = next(prior.parameters()).device
     was_training = prior.training
     prior.eval()
-    torch.manual_seed(0)
+    world = world or World(0, 1, device)
     count = min(limit, len(tokens))
     rows = torch.arange(count) * len(tokens) // count
     total = torch.zeros(prior.config.num_scales, dtype=torch.float64, device=device)
-    for part in rows.split(batch_size):
+    for number, part in enumerate(rows.split(batch_size)):
+        if number % world.size != world.rank:
+            continue
+        torch.manual_seed(number)
         labels = None if tokens.labels is None else tokens.labels[part].to(device)
         total += len(part) * prior([c.to(device) for c in tokens.batch(part)], labels).nll
     prior.train(was_training)
-    return (total / count).tolist()
+    return (distributed.all_reduce_(total, world) / count).tolist()
 
 
 class _Run:
-    """A training run.
+    """One process of a training run.
 
     Attributes:
         step: Optimiser steps done; with the configuration it decides everything that follows.
     """
 
-    def __init__(self, config: TrainPriorConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainPriorConfig, world: World) -> None:
         self.config = config
-        self.device = device
+        self.world = world
+        self.device = device = world.device
         self.out = Path(config.out)
         self.tokens = load_tokens(config.tokens)
         self.held_out = self._load_held_out()
         self._plan()
-        start = choose_checkpoint(config, lambda text: print(text, flush=True))
+        start = distributed.first_decides(
+            lambda: choose_checkpoint(config, lambda text: print(text, flush=True)), world
+        )
         torch.manual_seed(config.seed)
         self.prior = build_prior(config, self.tokens)
         self.description = {
@@ -118,6 +129,7 @@ class _Run:
             **json.loads(json.dumps(dataclasses.asdict(self.prior.config))),
             "tokens_sha256": _digest(self.tokens),
             "weights_sha256": self.tokens.index["settings"]["weights_sha256"],
+            "processes": world.size,  # masks and dropout are drawn by each
         }
         if self.tokens.classes:
             self.description["classes"] = list(self.tokens.classes)
@@ -125,7 +137,7 @@ class _Run:
         if start is not None:
             state = checkpoint.read_state(start)
             # An earlier version's checkpoint lacks later options; it ran with their defaults.
-            defaults = TrainPriorConfig(tokens="").to_dict()
+            defaults = {**TrainPriorConfig(tokens="").to_dict(), "processes": 1}
             check_unchanged(
                 start,
                 {**defaults, **state["config"], **state["model_config"]},
@@ -152,7 +164,9 @@ class _Run:
         if start is not None:
             saved = checkpoint.load_optimizer(start, device)
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.sums.copy_(saved["window"])
+            if world.leads:
+                self.sums.copy_(saved["window"])
+        self.wrapped = distributed.wrap(self.prior, world)
         self._open_files()
 
     def _load_held_out(self) -> Tokens | None:
@@ -170,11 +184,13 @@ class _Run:
 
     def _plan(self) -> None:
         config = self.config
-        self.steps_per_epoch = len(self.tokens) // config.batch_size
+        self.group = config.batch_size * self.world.size
+        self.steps_per_epoch = len(self.tokens) // self.group
         if self.steps_per_epoch == 0:
+            processes = f" x {self.world.size} processes" if self.world.size > 1 else ""
             raise InputError(
                 f"tokens={config.tokens} has {len(self.tokens)} images, too few for one step of "
-                f"batch_size={config.batch_size}"
+                f"batch_size={config.batch_size}{processes}"
             )
         self.total_steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * self.steps_per_epoch
         warmup = warmup_steps(
@@ -190,12 +206,14 @@ class _Run:
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda)
 
     def _open_files(self) -> None:
-        (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.config.to_dict(), indent=1)
-        (self.out / "config.json").write_text(text + "\n", encoding="utf-8")
-        self.metrics = MetricsFile(self.out, step=self.step, tensorboard=False)
+        self.metrics = None
+        if self.world.leads:
+            (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.config.to_dict(), indent=1)
+            (self.out / "config.json").write_text(text + "\n", encoding="utf-8")
+            self.metrics = MetricsFile(self.out, step=self.step, tensorboard=False)
         self.display = open_display(
-            leads=True,
+            leads=self.world.leads,
             step=self.step,
             total_steps=self.total_steps,
             grids=[f"{h}x{w}" for h, w in self.tokens.grids],
@@ -204,8 +222,8 @@ class _Run:
         parameters = sum(p.numel() for p in self.prior.parameters())
         self.display.message(
             f"{self.config.kind}, {self.config.attention}: {parameters / 1e6:.2f} M parameters on "
-            f"{self.device}; {len(self.tokens)} images; {self.steps_per_epoch} steps an epoch, "
-            f"{self.total_steps} in all; into {self.out}"
+            f"{self.device} x {self.world.size}; {len(self.tokens)} images; "
+            f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; into {self.out}"
         )
         if self.step:
             done = "; nothing is left to train" if self.step >= self.total_steps else ""
@@ -214,41 +232,52 @@ class _Run:
     def close(self) -> None:
         """Give the terminal back and close the files."""
         self.display.close()
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
     def train(self, signals: StopSignals) -> int:
         """Run to the end or to a signal; see `run_train_prior`."""
         self.mark, self.marked_step = time.perf_counter(), self.step
         epoch, order = -1, torch.zeros(0)
-        while self.step < self.total_steps:
-            if epoch != self.step // self.steps_per_epoch:
-                epoch = self.step // self.steps_per_epoch
-                order = epoch_order(len(self.tokens), seed=self.config.seed, epoch=epoch)
-            first = self.step % self.steps_per_epoch * self.config.batch_size
-            self._optimizer_step(order[first : first + self.config.batch_size])
-            self._after_step(signals.received)
-            if signals.received:
-                self.display.message(f"stopped after step {self.step}, saved")
-                return 128 + signals.received
+        try:
+            while self.step < self.total_steps:
+                if epoch != self.step // self.steps_per_epoch:
+                    epoch = self.step // self.steps_per_epoch
+                    order = epoch_order(len(self.tokens), seed=self.config.seed, epoch=epoch)
+                first = self.step % self.steps_per_epoch * self.group
+                first += self.world.rank * self.config.batch_size
+                self._optimizer_step(order[first : first + self.config.batch_size])
+                stop = distributed.agree(signals.received, self.world)
+                self._after_step(stop)
+                if stop:
+                    self.display.message(f"stopped after step {self.step}, saved")
+                    return 128 + stop
+        except RuntimeError as error:
+            told = explain(error, self.step + 1, self.out, self.config.betas, self.world)
+            if told is None:
+                raise
+            raise told from error
         return 0
 
     def _optimizer_step(self, rows: Tensor) -> None:
         config = self.config
         codes = [c.to(self.device, non_blocking=True) for c in self.tokens.batch(rows)]
-        # Masks and dropout follow from the step alone, so that a resumed run needs no random state.
-        torch.manual_seed((config.seed << 32) + self.step + 1)
+        # Masks and dropout follow from the step and the process alone, so that a resumed run needs
+        # no random state.
+        number = self.step * self.world.size + self.world.rank
+        torch.manual_seed((config.seed << 32) + number + 1)
         labels = self._labels(rows)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             out: PriorOutput
             if isinstance(self.prior, MaskGITPrior):
-                out = self.prior(
+                out = self.wrapped(
                     codes,
                     labels,
                     schedule=config.mask_schedule,
                     label_smoothing=config.label_smoothing,
                 )
             else:
-                out = self.prior(codes, labels)
+                out = self.wrapped(codes, labels)
         out.loss.backward()
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.prior.parameters(), config.grad_clip)
@@ -285,10 +314,17 @@ class _Run:
             self._save()
         self.mark += time.perf_counter() - paused
 
+    def _reduce(self) -> None:
+        """Bring the sums of all processes into rank 0's; the others' become zero."""
+        distributed.all_reduce_(self.sums, self.world)
+        if not math.isfinite(float(self.sums[0])):
+            raise TrainingError(f"the loss is not finite at step {self.step}")
+        if not self.world.leads:
+            self.sums.zero_()
+
     def _log(self) -> None:
-        loss, *nll = (self.sums[:-1] / self.sums[-1]).tolist()
-        if not math.isfinite(loss):
-            raise TrainingError(self._not_finite(f"the loss is not finite at step {self.step}"))
+        self._reduce()
+        loss, *nll = (self.sums[:-1] / self.sums[-1].clamp_min(1)).tolist()
         self.sums.zero_()
         now = time.perf_counter()
         rate = (self.step - self.marked_step) / max(now - self.mark, 1e-9)
@@ -303,7 +339,7 @@ class _Run:
                 "nll": nll,
                 "lr": self.schedule(self.step - 1),
                 "steps_per_second": rate,
-                "images_per_second": rate * self.config.batch_size,
+                "images_per_second": rate * self.group,
                 "eta_seconds": (self.total_steps - self.step) / rate,
             }
         )
@@ -312,7 +348,9 @@ class _Run:
         """Record the held-out figures; return whether they are the best so far."""
         config = self.config
         limit = min(config.validation_images, len(held_out))
-        nll = validate_prior(self.prior, held_out, batch_size=config.batch_size, limit=limit)
+        nll = validate_prior(
+            self.prior, held_out, batch_size=config.batch_size, limit=limit, world=self.world
+        )
         nats = math.fsum(n * h * w for n, (h, w) in zip(nll, held_out.grids, strict=True))
         record = {"kind": "validation", "step": self.step, "nll": nll, "nats_per_image": nats}
         self._record({**record, "images": limit})
@@ -322,15 +360,15 @@ class _Run:
         return True
 
     def _record(self, record: dict[str, Any]) -> None:
-        self.metrics.write(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
         self.display.log(record)
 
     def _save(self) -> None:
-        """Write a checkpoint, but none of weights that a bad gradient has spoilt."""
-        for name, weight in self.prior.named_parameters():
-            if not bool(weight.isfinite().all()):
-                text = f"{name} is not finite after step {self.step}"
-                raise TrainingError(self._not_finite(text))
+        check_weights(self.prior, self.step)
+        self._reduce()
+        if not self.world.leads:
+            return
         checkpoint.save_checkpoint(
             self.out,
             model=self.prior,
@@ -344,9 +382,6 @@ class _Run:
         )
         best = None if self.best is None else self.best["step"]
         checkpoint.prune_checkpoints(self.out, keep_last=self.config.keep_last, best_step=best)
-
-    def _not_finite(self, what: str) -> str:
-        return f"{what}; {checkpoint.name_last(self.out)}; try a lower lr"
 
 
 def _digest(tokens: Tokens) -> str:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ import pytest
 import torch
 
 from msvq_fast.training.checkpoint import list_checkpoints, read_state, verify
+from tests.training.two_processes import run_two
 
 Train = Callable[..., int]
 TrainCommand = Callable[..., list[str]]
@@ -64,38 +61,6 @@ sys.argv += ["--data=nowhere"] * int(os.environ["RANK"])
 """
 
 
-def run_two(folder: Path, command: list[str], program: str = WORKER) -> list[tuple[int, str]]:
-    """Exit code and output of both processes; process r leaves its files as ``folder/r``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    ending = "\nsys.exit(main(sys.argv[2:]))"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program + ending, str(folder / str(rank)), *command],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [(p.returncode, text) for p, text in zip(processes, printed, strict=True)]
-
-
 def losses(records: list[dict[str, Any]]) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
@@ -123,7 +88,7 @@ def test_two_processes_train_as_one(
     statistics: int,
 ) -> None:
     run = (f"--steps={steps}", "--log_every=1", "--validate_every=0", *options)
-    done = run_two(tmp_path, train_command(tmp_path / "two", *run, "--batch_size=2"))
+    done = run_two(tmp_path, train_command(tmp_path / "two", *run, "--batch_size=2"), WORKER)
     assert [code for code, _ in done] == [0, 0], done
     assert done[1][1] == "", "only the first process speaks"
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
