@@ -236,7 +236,10 @@ bool search(const VectorQuantizeParams& p, [[maybe_unused]] Filter best, float* 
       int64_t* out = p.codes + row;
       block.count = count;
       if (codes.count == 0) {
-        for (int64_t i = 0; i < count; ++i) out[i] = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          read_row(z, row + i, width, block.z_row.data);
+          out[i] = all_finite(block.z_row.data, width) ? 0 : kSkipped;
+        }
       } else {
         if (__atomic_load_n(&given_up, __ATOMIC_RELAXED)) return;
         const int64_t again = search_block(z, row, p.codebook, codes, &block, out);

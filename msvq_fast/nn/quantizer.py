@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msvq_fast.nn.rotation import rotate_to
-from msvq_fast.ops.checks import InputError, check_choice, may_read
+from msvq_fast.ops.checks import InputError, accumulation_dtype, check_choice, may_read
 from msvq_fast.ops.vector_quantize import (
     VectorQuantizeOutput,
     ema_update_,
@@ -69,8 +70,8 @@ class VectorQuantizer(nn.Module):
             raise InputError(f"num_codes={num_codes}, code_dim={code_dim}; both must be at least 1")
         if not 0 <= decay < 1:
             raise InputError(f"decay={decay}; expected 0 <= decay < 1")
-        if restart_below < 0:
-            raise InputError(f"restart_below={restart_below}; expected at least 0")
+        if not 0 <= restart_below < math.inf:
+            raise InputError(f"restart_below={restart_below}; expected a finite number >= 0")
         check_choice("gradient", gradient, GRADIENTS)
         self.dim = dim
         self.commitment_weight = commitment_weight
@@ -82,9 +83,11 @@ class VectorQuantizer(nn.Module):
         self.defer_updates = False
         self._pending: tuple[Tensor, ...] | None = None
         bound = 1 / num_codes
-        self.register_buffer("codebook", torch.empty(num_codes, code_dim).uniform_(-bound, bound))
-        self.register_buffer("cluster_size", torch.zeros(num_codes))
-        self.register_buffer("code_sums", torch.zeros(num_codes, code_dim))
+        dtype = accumulation_dtype(torch.get_default_dtype())
+        start = torch.empty(num_codes, code_dim, dtype=dtype).uniform_(-bound, bound)
+        self.register_buffer("codebook", start)
+        self.register_buffer("cluster_size", torch.zeros(num_codes, dtype=dtype))
+        self.register_buffer("code_sums", torch.zeros(num_codes, code_dim, dtype=dtype))
 
     def forward(self, z: Tensor) -> VectorQuantizeOutput:
         """Quantize latents.

@@ -153,6 +153,23 @@ def test_compiles_in_one_graph_for_any_batch(training: bool) -> None:
     assert len(set(compilations)) == 1
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("gradient", ["straight-through", "rotation"])
+def test_compiled_gradient_after_the_codebook_moved(gradient: str, backend: str | None) -> None:
+    plain = VectorQuantizer(8, 4, gradient=gradient, backend=backend)
+    other = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    z = torch.randn(2, 4, 5, 6, requires_grad=True)
+    upstream = torch.randn_like(z)
+    grads = []
+    for quantizer in (plain, compiled):
+        out = quantizer(z)
+        grads.append(torch.autograd.grad((out.z_q * upstream).sum() + out.commitment_loss, z)[0])
+    torch.testing.assert_close(*grads)
+    assert torch.equal(plain.codebook, other.codebook)
+
+
 def test_an_empty_batch_changes_no_code() -> None:
     quantizer = VectorQuantizer(8, 4, dim=-1, restart_below=0.5)
     before = quantizer.codebook.clone()
@@ -177,11 +194,24 @@ def test_casts_leave_the_codebook_exact() -> None:
     assert quantizer.double().codebook.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_rounds_no_codebook(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        quantizer = VectorQuantizer(8, 4)
+        loss = quantizer(torch.randn(2, 4, 5, 6)).commitment_loss
+    finally:
+        torch.set_default_dtype(torch.float32)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {t.dtype for t in (*quantizer.buffers(), loss)} == {exact}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"num_codes": 0, "code_dim": 4}, "num_codes=0"),
         ({"num_codes": 4, "code_dim": 4, "decay": 1.0}, "decay=1.0"),
+        ({"num_codes": 4, "code_dim": 4, "restart_below": float("nan")}, "restart_below=nan"),
     ],
 )
 def test_bad_settings(arguments: dict[str, float], message: str) -> None:

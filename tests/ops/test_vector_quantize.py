@@ -38,7 +38,9 @@ def test_non_finite_rows_and_codes(backend):
     assert out.code_counts.sum() == 3 and out.code_counts[0] == 0
     assert torch.equal(out.z_q, codebook[codes])
     assert out.code_sums.isfinite().all()
-    assert nearest_code(z, codebook * math.nan, backend=backend).tolist() == [0] * 5
+    out = vector_quantize(z, codebook * math.nan, backend=backend)
+    assert out.codes.tolist() == [0] * 5 and out.code_counts.tolist() == [3, *[0] * 39]
+    assert out.code_sums.isfinite().all()
 
 
 def layouts(dtype=torch.float32):
@@ -94,9 +96,13 @@ def test_native_says_how_many_codes_it_takes():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", ((0, 4), (2, 4, 0, 3)))
-def test_empty(backend, shape):
-    z = torch.randn(shape, requires_grad=True)
+@pytest.mark.parametrize("strided", (False, True))
+@pytest.mark.parametrize("shape", ((0, 4), (2, 4, 0, 3), (3, 4, 2, 0, 5)))
+def test_empty(backend, shape, strided):
+    z = torch.randn(shape)
+    if strided:  # as no dense tensor is, and contiguous for all that
+        z = torch.randn([2 * size + 1 for size in shape])[tuple(slice(0, 2 * s, 2) for s in shape)]
+    z.requires_grad_()
     out = vector_quantize(z, torch.randn(5, 4), dim=1, backend=backend)
     assert out.z_q.shape == shape and out.codes.numel() == 0
     assert out.commitment_loss == 0
@@ -156,6 +162,17 @@ def test_codebook_changed_between_forward_and_backward(backend):
     codebook.mul_(2)
     (grad,) = torch.autograd.grad(out.commitment_loss, z)
     want = 0.25 * 2 / z.numel() * (z.detach() - before[out.codes]).double()
+    assert_close("grad", grad, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codebook_that_is_not_contiguous(backend):
+    codebook = torch.randn(8, 9).t()
+    z = torch.randn(30, 8, requires_grad=True)
+    out = vector_quantize(z, codebook, backend=backend)
+    (grad,) = torch.autograd.grad(out.commitment_loss, z)
+    assert torch.equal(out.z_q, codebook[out.codes])
+    want = 0.25 * 2 / z.numel() * (z.detach() - codebook[out.codes]).double()
     assert_close("grad", grad, want)
 
 

@@ -15,6 +15,10 @@ COMPILED = ["native"] if "native" in OP.kernels else []
 BACKENDS = ["reference", *COMPILED]
 
 
+def test_opcheck_of_the_copy():
+    torch.library.opcheck(torch.ops.msvq_fast.codebook_copy, (torch.randn(4, 5).t(),))
+
+
 @pytest.mark.parametrize(
     "function",
     (

@@ -99,6 +99,8 @@ def vector_quantize_backward(
 
 def _strides(dim: int, *tensors: Tensor) -> tuple[list[int], list[tuple[int, int, int]]] | None:
     """As `row_strides`; None also where neither ``d`` nor ``inner`` is dense."""
+    if tensors[0].numel() == 0:  # contiguous with any strides, and none is ever followed
+        return [0, 0], [(0, 0, 1)] * len(tensors)
     placed = row_strides(dim, *tensors)
     if placed is None:
         return None

@@ -241,11 +241,12 @@ class _VectorQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, codebook: Tensor, dim: int, commitment_weight: float, backend: str
     ) -> tuple[Tensor, ...]:
+        codebook = reference.codebook_copy(codebook)
         out: tuple[Tensor, ...] = OP.kernels[backend].vector_quantize(
             z, codebook, dim, commitment_weight
         )
         z_q, codes, commitment_loss, counts, sums = out
-        ctx.save_for_backward(z, codes, codebook.clone())
+        ctx.save_for_backward(z, codes, codebook)
         ctx.settings = (dim, commitment_weight, backend)
         ctx.mark_non_differentiable(codes, counts, sums)
         ctx.set_materialize_grads(False)

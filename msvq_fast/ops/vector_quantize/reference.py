@@ -74,7 +74,7 @@ def vector_quantize(
     straight-through and leaves its value the code, bit for bit. Autograd differentiates it.
     """
     codes = nearest_code(z.detach(), codebook, dim)
-    vectors = codebook[codes].movedim(-1, dim)
+    vectors = codebook_copy(codebook)[codes].movedim(-1, dim)
     work = work_dtype(z, codebook)
     difference = z.to(work) - vectors.to(work)
     commitment_loss = commitment_weight * difference.square().sum() / max(z.numel(), 1)
@@ -82,6 +82,28 @@ def vector_quantize(
     z_q = z_q + (z - z.detach()).nan_to_num()
     counts, sums = code_statistics(z.detach(), codes, codebook, dim)
     return z_q, codes, commitment_loss, counts, sums
+
+
+def codebook_copy(codebook: Tensor) -> Tensor:
+    """A contiguous copy ``(K, D)`` that the backward reads, whatever becomes of the codebook.
+
+    Forward and backward must both take the copy: only then does torch.compile keep it, and not
+    copy the codebook again in the backward, after `ema_update_` has changed it in place.
+    """
+    if torch.compiler.is_compiling():
+        copy: Tensor = _opaque_copy(codebook)
+        return copy
+    return codebook.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("msvq_fast::codebook_copy", mutates_args=())
+def _opaque_copy(codebook: Tensor) -> Tensor:
+    return codebook.clone(memory_format=torch.contiguous_format)
+
+
+@_opaque_copy.register_fake
+def _(codebook: Tensor) -> Tensor:
+    return codebook.new_empty(codebook.shape)
 
 
 def code_statistics(z: Tensor, codes: Tensor, codebook: Tensor, dim: int) -> tuple[Tensor, Tensor]:
