@@ -114,6 +114,27 @@ def test_only_the_asked_gradients() -> None:
     assert frozen.grad is None and free.grad is not None
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_no_pixels(shape: tuple[int, ...], dtype: torch.dtype, backend) -> None:
+    c = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    for reduction in ("sum", "mean"):
+        loss, terms = multiscale_loss([c, c], c.detach(), reduction=reduction, backend=backend)
+        assert terms.shape == (2,)
+        assert loss == 0 if reduction == "sum" else loss.isnan()
+        loss.backward()
+        assert c.grad.shape == shape
+
+
+@pytest.mark.parametrize("scales", [1, 5])
+def test_on_meta(scales: int) -> None:
+    c = torch.zeros(2, 3, 16, 16, device="meta", requires_grad=True)
+    loss, terms = multiscale_loss([c] * scales, torch.zeros(2, 3, 16, 16, device="meta"))
+    loss.backward()
+    assert loss.shape == () and terms.shape == (scales,) and c.grad.device.type == "meta"
+
+
 def test_uint8_images() -> None:
     x = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     contributions = [torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16)]

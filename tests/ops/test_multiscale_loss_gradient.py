@@ -180,6 +180,16 @@ def test_second_gradients(recompute: bool, border: str) -> None:
         assert_close("gradient", got.detach(), want.detach(), ulps=32)
 
 
+@pytest.mark.parametrize("recompute", MODES)
+def test_contributions_that_depend_on_each_other(recompute: bool) -> None:
+    (c, _), x = leaves((1, 2, 9, 12), 2)
+    for contributions in ([c, c], [c, c.square()], [c.square(), c]):
+        loss, _ = multiscale_loss(contributions, x, recompute=recompute, backend="native")
+        (want,) = torch.autograd.grad(loss, c, retain_graph=True)
+        (got,) = torch.autograd.grad(loss, c, create_graph=True)
+        assert_close("gradient", got.detach(), want.double(), ulps=32)
+
+
 def test_definition_in_float64() -> None:
     contributions, x = inputs((1, 1, 4, 5), 3)
     mine = tuple(c.double().requires_grad_() for c in contributions)

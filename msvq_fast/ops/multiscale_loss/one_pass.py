@@ -57,9 +57,11 @@ class _OnePass(torch.autograd.Function):
                 weighted = differences.pop() * weights[m]
                 running = weighted if running is None else running + weighted
                 sums[m][images, channels] = running
-        count = x.numel() if reduction == "mean" else 1
-        per_scale = torch.stack(squares).sum(0) / count  # (M,)
-        ctx.factor = 2 / count
+        per_scale = torch.stack(squares).sum(0)  # (M,)
+        ctx.factor = 2.0
+        if reduction == "mean":
+            per_scale = per_scale / x.numel()
+            ctx.factor /= max(x.numel(), 1)
         ctx.save_for_backward(*sums)
         ctx.mark_non_differentiable(per_scale)
         return (per_scale * per_scale.new_tensor(weights)).sum(), per_scale
@@ -90,7 +92,7 @@ def _parts(x: Tensor) -> Iterator[Part]:
     """Images, or single channels of single images where those are large."""
     batch, channels, height, width = x.shape
     images = max(1, _PART // max(1, channels * height * width))
-    width_of_part = channels if channels * height * width <= _PART else 1
+    width_of_part = max(channels, 1) if channels * height * width <= _PART else 1
     for b in range(0, max(batch, 1), images):
-        for c in range(0, channels, width_of_part):
+        for c in range(0, max(channels, 1), width_of_part):
             yield slice(b, b + images), slice(c, c + width_of_part)

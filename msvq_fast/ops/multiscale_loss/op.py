@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def multiscale_loss(
     factors = tuple(float(weight) for weight in weights)
     blur = (*kernel, sigma_rule, border, backend)
     if chosen == "reference":
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             if backend == "reference":
                 return _definition(contributions, x, blur, factors, reduction)
             return one_pass.multiscale_loss(contributions, x, blur, factors, reduction)
@@ -111,6 +112,13 @@ def multiscale_loss(
         x, blur, taps, border, factors, reduction, recompute, chosen, *contributions
     )
     return loss, per_scale
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """The meta device has no autocast to switch off, and raises."""
+    if device == "meta":
+        return nullcontext()
+    return torch.autocast(device_type=device, enabled=False)
 
 
 def _definition(
@@ -169,8 +177,10 @@ class _MultiscaleLoss(torch.autograd.Function):
         kernels = OP.kernels[backend]
         grads, ctx.grads = ctx.grads, None
         if torch.is_grad_enabled():  # for a second derivative
-            loss = _definition(contributions, x, blur, weights, reduction)[0]
-            asked = [c for c, w in zip(contributions, ctx.wanted, strict=True) if w]
+            # Views: no contribution is then another one, nor computed from it.
+            views = [c.view_as(c) for c in contributions]
+            loss = _definition(views, x, blur, weights, reduction)[0]
+            asked = [c for c, w in zip(views, ctx.wanted, strict=True) if w]
             grads = torch.autograd.grad(loss, asked, grad_loss, create_graph=True)
         elif grads is None:
             grads = kernels.multiscale_loss_backward(
