@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
-from msvq_fast.nn.strips import flat_layers, output_height, run_rows, strips_of
+from msvq_fast.nn.strips import Rows, flat_layers, output_height, run_rows, strips_of
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -46,6 +47,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, module: nn.Module, strips: int, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.module, ctx.strips = module, strips
+        ctx.names = [name for name, _ in module.named_parameters()]
         device = x.device.type
         ctx.autocast = {
             "device_type": device,
@@ -60,14 +62,19 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        wanted = [p for p in parameters if p.requires_grad]
+        # The forward's parameters, also if `functional_call` had lent them; detached, since hooks
+        # on a parameter's gradient run when this node's outputs reach it, and only then.
+        lent = {
+            name: p.detach().requires_grad_(p.requires_grad)
+            for name, p in zip(ctx.names, parameters, strict=True)
+        }
         with _same_autocast(ctx.autocast):
             if ctx.strips > 1:
                 grad_x, found = _gradients_in_strips(
-                    ctx.module, x, wanted, grad, ctx.strips, ctx.needs_input_grad[2]
+                    ctx.module, x, lent, grad, ctx.strips, ctx.needs_input_grad[2]
                 )
             else:
-                grad_x, found = _gradients(ctx.module, x, wanted, grad, ctx.needs_input_grad[2])
+                grad_x, found = _gradients(ctx.module, x, lent, grad, ctx.needs_input_grad[2])
         left = iter(found)
         return None, None, grad_x, *(next(left) if p.requires_grad else None for p in parameters)
 
@@ -108,13 +115,13 @@ def _run(module: nn.Module, x: Tensor, strips: int) -> Tensor:
 
 
 def _gradients(
-    module: nn.Module, x: Tensor, parameters: Sequence[Tensor], grad: Tensor, wants_x: bool
+    module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor], grad: Tensor, wants_x: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of ``x``, if wanted, and of ``parameters``."""
+    """Gradients of ``x``, if wanted, and of those ``parameters`` that require one."""
     with torch.enable_grad():
         x = x.detach().requires_grad_(wants_x)
-        out = module(x)
-    inputs = [x, *parameters] if wants_x else list(parameters)
+        out = functional_call(module, dict(parameters), (x,))
+    inputs = [*([x] if wants_x else []), *_trained(parameters)]
     found = list(torch.autograd.grad(out, inputs, grad))
     return (found.pop(0) if wants_x else None), found
 
@@ -122,21 +129,23 @@ def _gradients(
 def _gradients_in_strips(
     module: nn.Module,
     x: Tensor,
-    parameters: Sequence[Tensor],
+    parameters: Mapping[str, Tensor],
     grad: Tensor,
     strips: int,
     wants_x: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """As `_gradients`, summed over strips of the output, in order."""
     layers, height = flat_layers(module), x.shape[2]
+    rows_of, lent = _Rows(module), {f"chain.{name}": p for name, p in parameters.items()}
+    trained = _trained(parameters)
     grad_x = torch.zeros_like(x) if wants_x else None
-    total = [torch.zeros_like(p) for p in parameters]
+    total = [torch.zeros_like(p) for p in trained]
     for chain in strips_of(layers, height, strips):
         rows, out_rows = slice(*chain[0]), slice(*chain[-1])
         with torch.enable_grad():
             piece = x[:, :, rows].detach().requires_grad_(wants_x)
-            out = run_rows(layers, piece, height, chain)
-        inputs = [piece, *parameters] if wants_x else list(parameters)
+            out = functional_call(rows_of, lent, (piece, height, chain))
+        inputs = [*([piece] if wants_x else []), *trained]
         found = list(torch.autograd.grad(out, inputs, grad[:, :, out_rows]))
         del out
         if grad_x is not None:
@@ -144,3 +153,18 @@ def _gradients_in_strips(
         for sum_, part in zip(total, found, strict=True):
             sum_ += part
     return grad_x, total
+
+
+def _trained(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    return [p for p in parameters.values() if p.requires_grad]
+
+
+class _Rows(nn.Module):
+    """`run_rows` as a module, to which `functional_call` can lend parameters."""
+
+    def __init__(self, chain: nn.Module) -> None:
+        super().__init__()
+        self.chain = chain
+
+    def forward(self, x: Tensor, height: int, rows: Sequence[Rows]) -> Tensor:
+        return run_rows(flat_layers(self.chain), x, height, rows)

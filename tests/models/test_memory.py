@@ -186,6 +186,45 @@ def test_gradients_by_autograd_grad_and_frozen_parts() -> None:
         torch.testing.assert_close(other.reconstruct(x), plain.reconstruct(x))
 
 
+@pytest.mark.parametrize("mode", ["sequential", "strips"])
+def test_a_hook_on_a_parameter_runs_once(mode: str) -> None:
+    plain = small("tiny").double().eval()
+    other = copy.deepcopy(plain)
+    other.set_memory(mode, strips=2)
+    calls = []
+    for model in (plain, other):
+        model.step_two[0][0].weight.register_hook(lambda g: (calls.append(1), 2 * g)[1])
+    assert_same(plain, other, images(plain))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("mode", ["sequential", "strips"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_functional_call_lends_parameters_to_both_runs(mode: str, trained: bool) -> None:
+    chain = small("tiny").double().step_two[0]
+    lent = {name: torch.randn_like(p) / 9 for name, p in chain.named_parameters()}
+    inputs = [torch.randn(1, chain[0].in_channels, 4, 4, dtype=torch.float64)]
+    inputs += lent.values() if trained else []
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    class Replayed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chain = chain
+
+        def forward(self, x: Tensor) -> Tensor:
+            return replay(self.chain, x, strips=3 if mode == "strips" else 1)
+
+    want = torch.func.functional_call(chain, lent, inputs[0]).square().sum()
+    named = {f"chain.{name}": p for name, p in lent.items()}
+    got = torch.func.functional_call(Replayed(), named, inputs[0]).square().sum()
+    torch.testing.assert_close(got, want)
+    grads = torch.autograd.grad(got, inputs)
+    for grad, true in zip(grads, torch.autograd.grad(want, inputs), strict=True):
+        torch.testing.assert_close(grad, true, rtol=1e-10, atol=1e-12)
+
+
 def test_weights_changed_before_the_backward_are_noticed() -> None:
     model = small("tiny")
     model.set_memory("sequential")
