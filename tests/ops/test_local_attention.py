@@ -300,6 +300,8 @@ BAD = [
     ({"kernels": [3, -1]}, "kernels[1]=-1;"),
     ({"kernels": [3, "all"]}, "kernels[1]='all';"),
     ({"kernels": [3, True]}, "kernels[1]=True;"),
+    ({"kernels": [3, 3.0]}, "kernels[1]=3.0;"),
+    ({"kernels": [3, torch.tensor(3)]}, "kernels[1]=tensor(3);"),
     ({"kernels": [0, 0]}, "kernels are all 0;"),
     ({"kernels": [3]}, "kernels has 1 entries; expected 2, one per grid"),
     ({"grids": []}, "grids is empty;"),

@@ -122,7 +122,10 @@ def check_windows(
             raise InputError(f"grids[{n}]={grid}; expected (h, w) with both at least 1")
     for n, kernel in enumerate(kernels):
         if kernel != "full" and (
-            isinstance(kernel, (bool, str)) or kernel < 0 or (kernel != 0 and kernel % 2 == 0)
+            not isinstance(kernel, int)
+            or isinstance(kernel, bool)
+            or kernel < 0
+            or (kernel != 0 and kernel % 2 == 0)
         ):
             raise InputError(f"kernels[{n}]={kernel!r}; expected an odd int, 0 or 'full'")
     if all(kernel == 0 for kernel in kernels):
