@@ -56,6 +56,30 @@ def test_bad_input_says_what_is_expected(arguments: dict[str, object], message: 
         gaussian_blur(**call)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"kernel_size": 4}, "kernel_size=4; expected an odd positive int"),
+        ({"kernel_size": (3, 5)}, r"kernel_size=\(3, 5\); expected an odd positive int"),
+        ({"sigma": 0.0}, "sigma=0.0"),
+        ({"sigma": 1.0, "sigma_rule": "mine"}, "sigma_rule='mine'"),
+        ({"border": "mirror"}, "border='mirror'; expected one of"),
+    ],
+)
+@pytest.mark.parametrize("num_scales", [1, 2])
+def test_pyramids_of_any_height_check_their_blur(
+    num_scales: int, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        gaussian_pyramid(torch.zeros(1, 3, 8, 8), num_scales, **arguments)
+
+
+@pytest.mark.parametrize("sigma", [1e-200, 5e-324])
+def test_the_narrowest_blur_is_none(sigma: float) -> None:
+    x = torch.randn(1, 2, 6, 7)
+    assert torch.equal(gaussian_blur(x, 5, sigma), x)
+
+
 def test_native_leaves_float64_to_the_reference() -> None:
     x = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     assert gaussian_blur(x, 3).dtype == torch.float64

@@ -100,6 +100,8 @@ def gaussian_pyramid(
     if num_scales < 1:
         raise InputError(f"num_scales={num_scales}; expected at least 1")
     kernel_size, sigma = pyramid_kernel(x, kernel_size, sigma, sigma_rule)
+    blur_taps(kernel_size, sigma)  # one scale has no blur that would check them
+    check_choice("border", border, BORDERS)
     levels = [x]
     for _ in range(num_scales - 1):
         levels.append(gaussian_blur(levels[-1], kernel_size, sigma, border=border, backend=backend))
@@ -110,8 +112,11 @@ def pyramid_kernel(
     x: Tensor, kernel_size: int | None, sigma: float | None, sigma_rule: str
 ) -> tuple[int, float]:
     """Kernel size and sigma of every blur of `gaussian_pyramid`."""
+    check_choice("sigma_rule", sigma_rule, SIGMA_RULES)
     if kernel_size is None:
         kernel_size = default_kernel_size(min(x.shape[-2:]))
+    elif not isinstance(kernel_size, int):
+        raise InputError(f"kernel_size={kernel_size!r}; expected an odd positive int")
     return kernel_size, default_sigma(kernel_size, sigma_rule) if sigma is None else sigma
 
 
@@ -160,7 +165,8 @@ def _sigma_pair(
 def _gaussian_taps(kernel_size: int, sigma: float) -> tuple[float, ...]:
     """Sample exp(-j²/2σ²) at the integers and divide by the sum, in float64."""
     radius = kernel_size // 2
-    weights = [math.exp(-0.5 * (j / sigma) ** 2) for j in range(-radius, radius + 1)]
+    steps = [j / sigma for j in range(-radius, radius + 1)]
+    weights = [math.exp(-0.5 * (step * step)) for step in steps]  # ** would raise where * is inf
     total = math.fsum(weights)
     return tuple(w / total for w in weights)
 
