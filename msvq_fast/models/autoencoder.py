@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -299,7 +300,8 @@ class Autoencoder(nn.Module, ABC):
         try:
             model.load_state_dict(load_file(path))
         except Exception as error:  # safetensors and torch raise their own types
-            reason = str(error).splitlines()[0]
+            # torch says what is wrong only from its second line on, and goes through all tensors.
+            reason = textwrap.shorten(str(error), 300, placeholder=" ...")
             raise InputError(f"{path} cannot be loaded: {reason}") from None
         return model
 
@@ -390,7 +392,7 @@ class Autoencoder(nn.Module, ABC):
             expected = f"{most}" if whole else f"1 to {most}"
             raise InputError(f"codes has {len(codes)} grids; expected {expected}")
         for m, grid in enumerate(codes):
-            shape = (codes[0].shape[0], *(side << m for side in codes[0].shape[1:]))
+            shape = (*codes[0].shape[:1], *(side << m for side in codes[0].shape[1:]))
             if grid.dim() != 3 or grid.shape != shape:
                 raise InputError(
                     f"codes[{m}] has shape {tuple(grid.shape)}; expected (B, h, w), each grid "

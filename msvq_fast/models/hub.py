@@ -101,9 +101,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or "model" not in values:
-            raise ValueError("no field 'model'")
-    except FileNotFoundError:
+        if not isinstance(values, dict) or not isinstance(values.get("model"), str):
+            raise ValueError("no field 'model' with a name")
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist; expected a folder of a saved model") from None
     except ValueError as error:
         raise InputError(f"{path} is not the configuration of a model: {error}") from None

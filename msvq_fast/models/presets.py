@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from msvq_fast.nn import GRADIENTS
 from msvq_fast.ops.checks import InputError, check_choice
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,17 @@ class AutoencoderConfig:
         object.__setattr__(self, "latents", tuple(self.latents))
         counts = ("resolution", "num_codes", "code_dim", "width", "num_residual_blocks")
         for name in counts:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}; expected at least 1")
+            if not _is_count(getattr(self, name)):
+                raise InputError(f"{name}={getattr(self, name)!r}; expected an int of at least 1")
         if not 0 <= self.decay < 1:
             raise InputError(f"decay={self.decay}; expected 0 <= decay < 1")
         if self.codebook_init not in ("uniform", "kmeans"):
             raise InputError(f"codebook_init={self.codebook_init!r}; expected uniform or kmeans")
         check_choice("gradient", self.gradient, GRADIENTS)
-        if self.restart_below < 0:
-            raise InputError(f"restart_below={self.restart_below}; expected at least 0")
-        if not self.latents or any(size < 1 for size in self.latents):
+        for name in ("commitment_weight", "restart_below"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)}; expected a finite number >= 0")
+        if not self.latents or not all(_is_count(size) for size in self.latents):
             raise InputError(f"latents={self.latents}; expected at least one positive size")
         if any(2 * a != b for a, b in zip(self.latents, self.latents[1:], strict=False)):
             raise InputError(f"latents={self.latents}; each must be double the one before")
@@ -104,7 +110,9 @@ class MSVQVAEConfig(AutoencoderConfig):
         super().__post_init__()
         if self.block_factor not in (2, 4):
             raise InputError(f"block_factor={self.block_factor}; expected 2 or 4")
-        if self.kernel_size is not None and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
+        if self.kernel_size is not None and not (
+            _is_count(self.kernel_size) and self.kernel_size % 2 == 1
+        ):
             raise InputError(f"kernel_size={self.kernel_size}; expected an odd positive int")
         if self.sigma_rule not in ("paper", "opencv"):
             raise InputError(f"sigma_rule={self.sigma_rule!r}; expected 'paper' or 'opencv'")

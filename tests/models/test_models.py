@@ -195,13 +195,20 @@ def test_loading_says_what_is_wrong(tmp_path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"model\.safetensors cannot be loaded"):
         models.from_pretrained(folder)
+    with pytest.raises(InputError, match=r"expected a folder of a saved model"):
+        models.from_pretrained(weights)
+    models.from_preset("tiny", num_codes=7).save_pretrained(tmp_path / "other")
+    weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"size mismatch for quantizers\.0\.codebook.*\.\.\.$"):
+        models.from_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "depth": 3}))
     with pytest.raises(InputError, match="depth"):
         models.from_pretrained(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match="is not the configuration of a model"):
-        models.from_pretrained(folder)
+    for text in ("{", '{"model": ["MSVQVAE"]}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(InputError, match="is not the configuration of a model"):
+            models.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +238,8 @@ def test_bad_codes() -> None:
         model.decode([*good, good[1]])
     with pytest.raises(InputError, match=r"codes\[1\] has shape \(1, 8, 8\)"):
         model.decode([good[0], good[0]])
+    with pytest.raises(InputError, match=r"codes\[0\] has shape \(\)"):
+        model.decode([good[0][0, 0, 0]])
     with pytest.raises(InputError, match="expected int64"):
         model.decode([g.int() for g in good])
     with pytest.raises(InputError, match="codes span"):
@@ -253,7 +262,12 @@ def test_bad_codes() -> None:
         ({"kernel_size": 8}, "odd"),
         ({"sigma_rule": "mine"}, "sigma_rule"),
         ({"codebook_init": "pca"}, "codebook_init"),
+        ({"kernel_size": 3.0}, "odd"),
+        ({"width": 32.5}, "width=32.5; expected an int"),
+        ({"latents": (8.0, 16.0)}, "latents"),
+        ({"commitment_weight": -1.0}, "commitment_weight=-1.0"),
         ({"restart_below": -1.0}, "restart_below"),
+        ({"restart_below": float("nan")}, "restart_below"),
         ({"depth": 3}, "not a field"),
     ],
 )
