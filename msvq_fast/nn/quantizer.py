@@ -138,13 +138,13 @@ class VectorQuantizer(nn.Module):
         drawn; a centre that wins none moves to the latent farthest from its own centre.
 
         Args:
-            z: Latents as in `forward`, at least one.
+            z: Latents as in `forward`, at least one of them finite; the others are left out.
             iterations: Steps of Lloyd's algorithm.
         """
-        if z.numel() == 0:
-            raise InputError(f"z has shape {tuple(z.shape)}; expected at least one latent")
         rows = z.detach().movedim(self.dim, -1).reshape(-1, self.codebook.shape[1])
-        rows = rows.to(self.codebook.dtype)
+        rows = rows[rows.isfinite().all(dim=1)].to(self.codebook.dtype)
+        if len(rows) == 0:
+            raise InputError(f"z has shape {tuple(z.shape)}; expected at least one finite latent")
         self.codebook.copy_(self._spread(rows))
         for _ in range(iterations):
             out = vector_quantize(rows, self.codebook, backend=self.backend)
@@ -156,6 +156,7 @@ class VectorQuantizer(nn.Module):
             self.codebook.copy_(torch.where(empty[:, None], rows[order[rank]], means))
         self.cluster_size.zero_()
         self.code_sums.zero_()
+        self._pending = None  # statistics of another codebook
 
     def code_statistics(self) -> tuple[Tensor, ...]:
         """Statistics collected since the last update, to sum over processes in place.

@@ -94,8 +94,29 @@ def test_kmeans_start_with_fewer_latents_than_codes() -> None:
     quantizer = VectorQuantizer(8, 2, dim=-1)
     quantizer.initialise(torch.randn(3, 2))
     assert bool(quantizer.codebook.isfinite().all())
-    with pytest.raises(InputError, match="at least one latent"):
+    with pytest.raises(InputError, match="at least one finite latent"):
         quantizer.initialise(torch.randn(0, 2))
+
+
+def test_kmeans_start_leaves_out_what_is_not_finite() -> None:
+    z = torch.randn(6, 2)
+    plain, other = VectorQuantizer(8, 2, dim=-1), VectorQuantizer(8, 2, dim=-1)
+    plain.initialise(z)
+    other.initialise(torch.cat([z[:3], torch.tensor([[float("nan"), 0.0]]), z[3:]]))
+    assert torch.equal(other.codebook, plain.codebook)
+    with pytest.raises(InputError, match="at least one finite latent"):
+        plain.initialise(z * float("inf"))
+
+
+def test_kmeans_start_forgets_what_was_collected() -> None:
+    quantizer = VectorQuantizer(8, 2, dim=-1)
+    quantizer.defer_updates = True
+    z = torch.randn(50, 2)
+    quantizer(z)
+    quantizer.initialise(z)
+    start = quantizer.codebook.clone()
+    quantizer.update_codebook()
+    assert torch.equal(quantizer.codebook, start)
 
 
 def test_dead_codes_restart_at_latents() -> None:
