@@ -21,6 +21,7 @@ _HOLDS = (
     "files of a folder"
 )
 _EPS = 1e-10
+_LEAST_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}  # pixels that leave one for every layer
 # The statistics of ImageNet as LPIPS applies them to images in [-1, 1].
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
@@ -54,14 +55,16 @@ class LPIPS(nn.Module):
         """Distance of each pair of images.
 
         Args:
-            x: ``(B, 3, H, W)`` float images in [-1, 1].
+            x: ``(B, 3, H, W)`` float images in [-1, 1], H and W at least 31 (``alex``), 16
+                (``vgg``) or 17 (``squeeze``).
             y: Images of the same shape and device.
 
         Returns:
             ``(B,)`` float64, at least 0 with the published heads. Differentiable.
 
         Raises:
-            InputError: If an input is not a float RGB batch, or shapes or devices differ.
+            InputError: If an input is not a float RGB batch or too small, or shapes or devices
+                differ.
 
         Numerics:
             Convolutions run in the weights' dtype; features are normalised, compared and summed
@@ -74,6 +77,11 @@ class LPIPS(nn.Module):
         if x.shape != y.shape:
             raise InputError(f"y has shape {tuple(y.shape)} but x has {tuple(x.shape)}")
         check_same_device(x=x, y=y)
+        if min(x.shape[-2:]) < _LEAST_SIDE[self.net]:
+            raise InputError(
+                f"x has images of {x.shape[-2]}x{x.shape[-1]} pixels; LPIPS of {self.net} needs "
+                f"at least {_LEAST_SIDE[self.net]} a side"
+            )
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for a, b, head in zip(self._taps(x), self._taps(y), self.heads, strict=True):
             difference = (_unit(a) - _unit(b)).square()  # (B, C, h, w)

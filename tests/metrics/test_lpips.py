@@ -150,5 +150,10 @@ def test_bad_images_are_named():
         model(torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64))
     with pytest.raises(InputError, match="y has shape"):
         model(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 65))
+    for net, side in (("alex", 31), ("vgg", 16), ("squeeze", 17)):
+        model, x = LPIPS(net), torch.rand(1, 3, side, side + 9)
+        assert float(model(x, -x).detach()) > 0
+        with pytest.raises(InputError, match=rf"{side - 1}x{side + 9} pixels; .* at least {side}"):
+            model(x[..., 1:, :], x[..., 1:, :])
     with pytest.raises(InputError, match="net='resnet'"):
         LPIPS("resnet")
