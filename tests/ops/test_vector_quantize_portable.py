@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from msvq_fast.ops import nearest_code
-from msvq_fast.ops.vector_quantize.portable import nearest_rows
+from msvq_fast.ops import nearest_code, vector_quantize
+from msvq_fast.ops.vector_quantize.portable import decompositions, nearest_rows
 
 
 def test_the_portable_search_finds_the_same_codes() -> None:
@@ -26,3 +27,16 @@ def test_a_small_difference_of_large_vectors_counts() -> None:
     codebook = torch.full((2, 8), 1000.0)
     codebook[1, 3] += 2**-10  # in float32 the products would hide it
     assert nearest_rows(codebook, codebook).tolist() == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own
+def test_a_graph_of_the_whole_step_is_portable() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return vector_quantize(z, codebook, backend="reference")
+
+    inputs = torch.randn(30, 4), torch.randn(8, 4)
+    program = torch.export.export(Step(), inputs).run_decompositions(decompositions())
+    assert "msvq_fast" not in "".join(str(node.target) for node in program.graph.nodes)
+    for got, want in zip(program.module()(*inputs), vector_quantize(*inputs), strict=True):
+        torch.testing.assert_close(got, want)

@@ -30,5 +30,8 @@ def nearest_rows(rows: Tensor, codebook: Tensor) -> Tensor:
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What ``ExportedProgram.run_decompositions`` puts in the place of the reference's operator."""
-    return {torch.ops.msvq_fast.nearest_code_reference.default: nearest_rows}
+    """What ``ExportedProgram.run_decompositions`` puts in place of the reference's operators."""
+    return {
+        torch.ops.msvq_fast.nearest_code_reference.default: nearest_rows,
+        torch.ops.msvq_fast.codebook_copy.default: torch.clone,
+    }

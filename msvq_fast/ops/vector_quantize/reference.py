@@ -90,7 +90,7 @@ def codebook_copy(codebook: Tensor) -> Tensor:
     Forward and backward must both take the copy: only then does torch.compile keep it, and not
     copy the codebook again in the backward, after `ema_update_` has changed it in place.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export():
         copy: Tensor = _opaque_copy(codebook)
         return copy
     return codebook.clone(memory_format=torch.contiguous_format)
