@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from msvq_fast.ops import local_attention
+
 # grids, kernels, options: every border, order, ratio and kernel kind at awkward sizes
 CASES = [
     ([(4, 4), (8, 8)], [3, 5], {}),
@@ -48,3 +50,34 @@ def bias_sizes(kernels, options, with_bias):
         return None
     double = options.get("border") == "shift"
     return [None if k in (0, "full") else 2 * k - 1 if double else k for k in kernels]
+
+
+def check_scores_of_minus_infinity(backend, device="cpu"):
+    """Keys whose bias is -inf do not count, as if they lay outside the window."""
+    h, w = 3, 5
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 3, h * w, 8, generator=generator).to(device).requires_grad_()
+        for _ in range(3)
+    )
+    table = torch.full((3, 3, 3), -torch.inf)  # head 0 sees nothing
+    table[1, 1, 1] = 0.5  # head 1 itself
+    table[2, 2, 2] = 0.5  # head 2 the cell below to the right, the last row and column nothing
+    table = table.to(device).requires_grad_()
+    out = local_attention(
+        q, [k], [v], grids=[(h, w)], kernels=[3], include_self=True, bias=[table], backend=backend
+    )
+    cells = v.detach().unflatten(2, (h, w))
+    want = torch.zeros_like(cells)
+    want[:, 1] = cells[:, 1]
+    want[:, 2, :-1, :-1] = cells[:, 2, 1:, 1:]
+    assert torch.equal(out.unflatten(2, (h, w)), want)
+    upstream = torch.randn(cells.shape, generator=generator).to(device)
+    out.backward(upstream.flatten(2, 3))
+    want = torch.zeros_like(cells)
+    want[:, 1] = upstream[:, 1]
+    want[:, 2, 1:, 1:] = upstream[:, 2, :-1, :-1]
+    # The weight 1 is an exponential of scores, known to some roundings.
+    torch.testing.assert_close(v.grad.unflatten(2, (h, w)), want, rtol=1e-5, atol=0)
+    for leaf in (q, k, table):  # one key's softmax is constant, up to dO.V - dO.O
+        assert leaf.grad.abs().max() < 1e-5

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from attention_cases import CASES, bias_sizes, run
+from attention_cases import CASES, bias_sizes, check_scores_of_minus_infinity, run
 from index_lists import index_list_attention, make_inputs, pairs
 from parity import assert_close
 
@@ -222,6 +222,11 @@ def test_rows_without_keys_are_zero(backend):
     out = local_attention(q, keys, values, kernels=[1], **options)
     out.sum().backward()
     assert (out == 0).all() and (q.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_of_minus_infinite_bias_do_not_count(backend):
+    check_scores_of_minus_infinity(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

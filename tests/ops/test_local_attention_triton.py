@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attention_cases import CASES, bias_sizes, run
+from attention_cases import CASES, bias_sizes, check_scores_of_minus_infinity, run
 from index_lists import make_inputs, pairs
 from parity import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -55,6 +55,10 @@ def exact(inputs):
         [*map(leaf, values)],
         None if bias is None else [*map(leaf, bias)],
     )
+
+
+def test_keys_of_minus_infinite_bias_do_not_count():
+    check_scores_of_minus_infinity("triton", DEVICE)
 
 
 def compare(inputs, grids, kernels, options, *, ulps=32):

@@ -56,7 +56,7 @@ def local_attention(
             that every query sees ``min(k, size)`` cells an axis.
         bias: Added to the scores: per scale None or ``(heads, k, k)``, indexed
             ``[y' - c_y + r, x' - c_x + r]``; ``(heads, 2k - 1, 2k - 1)`` and ``k - 1`` for r with
-            ``border="shift"``. A ``"full"`` scale takes none.
+            ``border="shift"``. -inf leaves a key out. A ``"full"`` scale takes none.
         scale: Factor of the dot products; None takes ``d ** -0.5``; 0.0 is 0.0.
         backend: ``None`` picks; ``"reference"``, ``"native"`` or ``"triton"`` runs or raises.
 

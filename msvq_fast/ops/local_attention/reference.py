@@ -63,7 +63,8 @@ def local_attention(
 ) -> Tensor:
     """``O_i = Σ_j softmax_j(scale q_i·k_j + b_ij) v_j`` over the windows of all scales at once.
 
-    Softmax and sums in float32 (float64 for float64 inputs); a query without keys gives 0.
+    Softmax and sums in float32 (float64 for float64 inputs); a key whose score is -inf, by its bias,
+    is as one outside the window, and a query without keys gives 0.
     """
     work = accumulation_dtype(q.dtype)
     group = q.shape[1] // keys[0].shape[1]
@@ -76,10 +77,11 @@ def local_attention(
         if relative is not None:
             score = score + _dense_bias(relative.to(work), windows, n)
         scores.append(score)
-    mask = torch.cat(window_mask(windows), dim=-1).to(q.device)
+    logits = torch.cat(scores, dim=-1)
+    mask = torch.cat(window_mask(windows), dim=-1).to(q.device) & (logits != -torch.inf)
     empty = ~mask.any(dim=-1, keepdim=True)
     # An empty row is given finite scores, so that neither its softmax nor its gradient is NaN.
-    logits = torch.cat(scores, dim=-1).masked_fill(~mask, -torch.inf).masked_fill(empty, 0.0)
+    logits = logits.masked_fill(~mask, -torch.inf).masked_fill(empty, 0.0)
     weights = logits.softmax(dim=-1).masked_fill(~mask, 0.0)
     value = torch.cat([v.to(work).repeat_interleave(group, dim=1) for v in values], dim=2)
     return (weights @ value).to(q.dtype)

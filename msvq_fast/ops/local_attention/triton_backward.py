@@ -264,7 +264,8 @@ def bias_kernel(
         keys = load_tokens(head_of(key, b, k_b, kv, k_h), index, seen, k_n, d, DP)
         values = load_tokens(head_of(value, b, v_b, kv, v_h), index, seen, v_n, d, DP)
         plane = (b * heads + head) * tokens
-        log = tl.load(lse + plane + place, mask=seen, other=0.0) * LOG2E
+        log = tl.load(lse + plane + place, mask=seen, other=0.0)
+        log = tl.where(log == float("-inf"), 0.0, log) * LOG2E
         mean = tl.load(delta + plane + place, mask=seen, other=0.0)
         s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1) * (scale * LOG2E) + add
         dp = tl.sum(grads.to(tl.float32) * values.to(tl.float32), 1)
