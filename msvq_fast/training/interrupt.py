@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Launchers (torchrun, timeout) pass on a signal that the terminal or the scheduler has already sent
+# to all processes: what comes within this many seconds is the same request.
+_SAME_REQUEST = 1.0
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM sets ``received``; the second one kills.
+    """While entered, the first SIGINT or SIGTERM sets ``received``; one a second later kills.
 
     Attributes:
         received: Number of the signal that asked to stop, 0 before.
@@ -38,9 +42,13 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         for each in _SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN)
         # A second signal leaves no chance to bring back a cursor that the progress bar hides.
         cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         message = "stopping after this step and saving; once more stops at once"
         sys.stderr.write(f"{cursor}\n{message}\n")
         sys.stderr.flush()
+        time.sleep(_SAME_REQUEST)
+        # Not a handler of our own: that would wait for a step that hangs.
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)

@@ -55,6 +55,26 @@ loop._Run._optimizer_step = dying
 """
 
 
+# Process 1 is asked to stop; process 0, which saves, takes its time.
+STOPPED = """
+import signal, time
+from msvq_fast.training import checkpoint
+save, step = checkpoint.save_checkpoint, loop._Run._optimizer_step
+def slow(*args, **options):
+    time.sleep(4)
+    return save(*args, **options)
+def stopped(run, stream):
+    if run.step == 1 and run.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    step(run, stream)
+def leaving(run):
+    print("found", len(checkpoint.list_checkpoints(run.out)), flush=True)
+    close(run)
+checkpoint.save_checkpoint, loop._Run._optimizer_step = slow, stopped
+loop._Run.close = leaving
+"""
+
+
 # Process 1 has no data.
 APART = """
 sys.argv += ["--data=nowhere"] * int(os.environ["RANK"])
@@ -143,6 +163,16 @@ def test_a_process_that_dies_ends_the_other_and_one_goes_on(
     found = losses(read_metrics(out))
     assert len(found) == 5
     assert found == pytest.approx(losses(read_metrics(tmp_path / "one")), rel=1e-3)
+
+
+def test_a_stopped_process_waits_until_the_first_has_saved(
+    tmp_path: Path, train_command: TrainCommand
+) -> None:
+    command = train_command(tmp_path / "two", "--steps=50", "--validate_every=0", "--batch_size=2")
+    first, second = run_two(tmp_path, command, WORKER + STOPPED)
+    assert (first[0], second[0]) == (143, 143)
+    assert "stopped after step 2, saved" in first[1]
+    assert second[1].splitlines()[-1] == "found 1"
 
 
 def test_a_process_that_cannot_start_ends_the_other(

@@ -3,7 +3,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +212,29 @@ def test_a_second_signal_is_not_held_back() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# The second signal comes while the first one's step is saved; the third one when people wait.
+PASSED_ON = """
+import os, signal, threading
+from msvq_fast.training.interrupt import StopSignals
+with StopSignals() as signals:
+    again = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    again.start()
+    os.kill(os.getpid(), signal.SIGTERM)
+    again.join()
+    print("saved", signals.received, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("not stopped")
+"""
+
+
+def test_a_signal_that_a_launcher_passes_on_is_the_same_request() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", PASSED_ON]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"saved {int(signal.SIGTERM)}\n"
+    assert done.returncode == -signal.SIGINT
 
 
 def test_metrics_of_steps_after_the_checkpoint_are_dropped(
