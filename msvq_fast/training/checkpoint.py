@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from msvq_fast import __version__
 from msvq_fast.models import MSVQVAE, VQVAE2
@@ -80,7 +81,8 @@ def save_checkpoint(
     try:
         temporary.mkdir()
         model.save_pretrained(temporary)
-        torch.save(optimizer, temporary / OPTIMIZER)
+        with (temporary / OPTIMIZER).open("wb") as file:
+            torch.save(optimizer, file)
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         versions = {
             "msvq_fast": __version__,
@@ -95,12 +97,10 @@ def save_checkpoint(
             shutil.rmtree(final)
         temporary.rename(final)
         _sync(final.parent)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror or str(error)
-        raise OSError(f"cannot write checkpoint {final}: {reason}") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if reason := _write_failure(error):
+            raise OSError(f"cannot write checkpoint {final}: {reason}") from error
         raise
     return final
 
@@ -194,6 +194,17 @@ def checkpoints_to_resume(source: Path) -> Iterator[Path]:
         yield source
     else:
         yield from reversed(list_checkpoints(source))
+
+
+def _write_failure(error: BaseException) -> str | None:
+    """What the disk said, if that is behind ``error``."""
+    # torch raises a RuntimeError of its own over the file's error, safetensors a type of its own.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (OSError, SafetensorError)):
+            return getattr(cause, "strerror", None) or str(cause)
+        cause = cause.__context__
+    return None
 
 
 def _fingerprint(path: Path) -> dict[str, int]:

@@ -32,6 +32,7 @@ from msvq_fast.training.optimizer import (
     warmup_steps,
 )
 from msvq_fast.training.progress import MetricsFile, open_display
+from msvq_fast.training.results import write_text
 from msvq_fast.training.validation import load_tiles, validate
 from msvq_fast.training.window import Window, check_weights
 
@@ -180,7 +181,7 @@ class _Run:
         if self.world.leads:
             (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.config.to_dict(), indent=1)
-            (self.out / "config.json").write_text(text + "\n", encoding="utf-8")
+            write_text(self.out / "config.json", text + "\n")
             self.metrics = MetricsFile(
                 self.out, step=self.step, tensorboard=self.config.tensorboard
             )

@@ -24,6 +24,7 @@ from msvq_fast.training.interrupt import StopSignals
 from msvq_fast.training.optimizer import Schedule, warmup_steps
 from msvq_fast.training.prior_config import PRIOR_FREE_ON_RESUME, TrainPriorConfig
 from msvq_fast.training.progress import PRIOR_COLUMNS, MetricsFile, open_display
+from msvq_fast.training.results import write_text
 from msvq_fast.training.resume import check_unchanged, choose_checkpoint
 from msvq_fast.training.tokens import Tokens, load_tokens
 from msvq_fast.training.window import TrainingError, check_weights
@@ -209,9 +210,9 @@ class _Run:
         self.metrics = None
         if self.world.leads:
             (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.config.to_dict(), indent=1)
-            (self.out / "config.json").write_text(text + "\n", encoding="utf-8")
             self.metrics = MetricsFile(self.out, step=self.step, tensorboard=False)
+            text = json.dumps(self.config.to_dict(), indent=1)
+            write_text(self.out / "config.json", text + "\n")
         self.display = open_display(
             leads=self.world.leads,
             step=self.step,

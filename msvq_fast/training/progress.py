@@ -202,12 +202,16 @@ class MetricsFile:
         temporary = path.with_name(f".{METRICS}.{os.getpid()}")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
+        self._path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append a record; `OSError` naming the file if it cannot be written."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"cannot write {self._path}: {error.strerror or error}") from error
         if self._events is None:
             return
         for name, value in record.items():
@@ -219,7 +223,8 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that `write` has failed to write
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

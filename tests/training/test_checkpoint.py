@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -202,21 +203,41 @@ def test_a_corrupt_checkpoint_is_named_and_auto_takes_the_one_before(
 def test_a_full_disk_leaves_the_older_checkpoints(
     tmp_path: Path,
     train: Train,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    save = torch.save
-
-    def full(content: object, path: Path) -> None:
-        if "00000002" in str(path):
-            raise OSError(28, "No space left on device")
-        save(content, path)
-
-    monkeypatch.setattr(torch, "save", full)
-    assert train(tmp_path, "--steps=4", "--checkpoint_every=1") == 2
-    assert "step_00000002: No space left on device" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert train(tmp_path, "--steps=1") == 0
+    grows = {"optimizer.pt": 0, "model.safetensors": 0}
+    for name in grows:
+        grows[name] = (checkpoint_path(tmp_path, 1) / name).stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel refuses what is beyond the limit, as it does on a full disk.
+    for size in (min(grows.values()) // 2, max(grows.values()) - 5000, max(grows.values()) - 50):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            assert train(tmp_path, "--steps=2", "--resume=auto") == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        error = capsys.readouterr().err
+        assert "step_00000002: " in error and "File too large" in error and error.count("\n") == 1
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     from_pretrained(find_model(tmp_path))
+
+
+def test_metrics_that_cannot_be_written_are_named(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, "--steps=1", "--log_every=1") == 0
+    metrics = tmp_path / "metrics.jsonl"
+    # Longer than config.json, which is written first.
+    copies = 1 + (tmp_path / "config.json").stat().st_size // metrics.stat().st_size
+    metrics.write_text(metrics.read_text() * copies)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size + 10, before[1]))
+    try:
+        assert train(tmp_path, "--steps=2", "--log_every=1", "--resume=auto") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err == f"msvq: error: cannot write {metrics}: File too large\n"
 
 
 def test_find_model_takes_runs_checkpoints_and_saved_models(run: Path, tmp_path: Path) -> None:
