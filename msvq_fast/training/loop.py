@@ -111,8 +111,13 @@ class _Run:
         )
         self.reported: set[str] = set()
         self.warned = False
-        self.held_out = list_images(config.data, split="val") if config.validate_every else []
+        self.unseen: dict[str, str] = {}  # validation images that cannot be read, and why
         self.tiles: Tensor | None = None
+        if config.validate_every:  # now, so that an error does not come after an epoch
+            held_out = list_images(config.data, split="val")
+            cut: dict[str, Any] = {"size": size, "resize": config.resize, "crop": config.crop}
+            limit = config.validation_tiles
+            self.tiles = load_tiles(held_out, limit=limit, skipped=self.unseen, **cut)
 
     def _plan(self) -> None:
         config = self.config
@@ -199,6 +204,8 @@ class _Run:
             f" {self.dataset.size} px an epoch; {self.steps_per_epoch} steps an epoch,"
             f" {self.total_steps} in all; into {self.out}"
         )
+        for reason in self.unseen.values():
+            self.display.message(f"skipped validation image: {reason}")
         if is_unstable(self.betas):
             self.display.message(f"warning: betas={self.betas} {WHY_UNSTABLE}")
         if self.step:
@@ -296,10 +303,10 @@ class _Run:
             self._log()
         paused = time.perf_counter()
         best = False
-        if config.validate_every:
+        if self.tiles is not None:
             every = config.validate_every * self.steps_per_epoch
             if last or step % every == 0:
-                best = self._validate()
+                best = self._validate(self.tiles)
         every = config.checkpoint_every
         if last or best or stop or (step % every == 0 if every else epoch_end):
             self._save()
@@ -337,25 +344,13 @@ class _Run:
                 f"skipped image {len(self.reported)} of {len(self.dataset.paths)}: {reason}"
             )
 
-    def _validate(self) -> bool:
+    def _validate(self, tiles: Tensor) -> bool:
         """Record the held-out figures; return whether they are the best so far."""
-        if self.tiles is None:
-            skipped: dict[str, str] = {}
-            self.tiles = load_tiles(
-                self.held_out,
-                size=self.dataset.size,
-                resize=self.config.resize,
-                crop=self.config.crop,
-                limit=self.config.validation_tiles,
-                skipped=skipped,
-            )
-            for reason in skipped.values():
-                self.display.message(f"skipped validation image: {reason}")
         errors, psnr = validate(
-            self.model, self.tiles, batch_size=self.config.batch_size, world=self.world
+            self.model, tiles, batch_size=self.config.batch_size, world=self.world
         )
         record = {"kind": "validation", "step": self.step, "mse": errors, "psnr": psnr}
-        self._record({**record, "tiles": len(self.tiles)})
+        self._record({**record, "tiles": len(tiles)})
         if self.best is not None and not psnr[-1] > self.best["psnr"]:
             return False
         if not math.isfinite(psnr[-1]):

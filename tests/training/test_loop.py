@@ -263,6 +263,21 @@ def test_an_unreadable_image_is_named_and_counted(
     assert printed.count(str(broken)) == 1 and "skipped image 1 of 10" in printed
 
 
+def test_unreadable_validation_images_stop_the_run_before_it_trains(
+    tmp_path: Path, train: Train, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    first, second = sorted((data / "val").iterdir())
+    first.write_bytes(b"")
+    assert train(tmp_path / "out", f"--data={data}", "--steps=5") == 0
+    assert f"skipped validation image: cannot read image '{first}'" in capsys.readouterr().out
+    second.write_bytes(b"")
+    assert train(tmp_path / "none", f"--data={data}", "--steps=10") == 2
+    assert "none of the 2 images can be read" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_codes_out_of_use_are_reported_once(
     tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
