@@ -171,6 +171,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise InputError(f"{name}={value}; expected at least {least}")
+        if self.seed >= 2**64:
+            raise InputError(f"seed={self.seed}; expected less than 2^64")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise InputError(f"lr={self.lr}; expected a positive finite number")
         if not 0 <= self.min_lr_fraction <= 1:

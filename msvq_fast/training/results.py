@@ -176,8 +176,10 @@ def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> 
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(f.name for f in dataclasses.fields(ImageQuality))
     writer.writerows(dataclasses.astuple(row) for row in result.per_image)
+    # A file name that is no UTF-8 keeps its odd bytes as \\udcXX, as JSON and messages show them.
+    text = table.getvalue().encode(errors="backslashreplace").decode()
     folder = Path(out_dir)
-    write_text(folder / PER_IMAGE_FILE, table.getvalue())
+    write_text(folder / PER_IMAGE_FILE, text)
     write_text(folder / RESULTS_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
 
 

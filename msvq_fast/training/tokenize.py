@@ -73,7 +73,7 @@ def run_tokenize(config: TokenizeConfig) -> Path:
         "files_sha256": _digest(files, names),
     }
     if labels:
-        settings["labels_sha256"] = hashlib.sha256("\n".join(labels).encode()).hexdigest()
+        settings["labels_sha256"] = _sha256(labels)
     index = _start(out, settings, model, len(files), classes)
     number_of = {name: number for number, name in enumerate(classes)}
     numbers = [number_of[label] for label in labels] if labels else [None] * len(files)
@@ -254,7 +254,12 @@ def _digest(files: Sequence[ImagePath], names: Sequence[str]) -> str:
         f"{name} {file.size}" if isinstance(file, StoredImage) else name
         for file, name in zip(files, names, strict=True)
     ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return _sha256(lines)
+
+
+def _sha256(lines: Sequence[str]) -> str:
+    # File names may hold bytes that are no UTF-8.
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _images(index: dict[str, Any]) -> int:

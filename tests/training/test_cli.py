@@ -97,6 +97,7 @@ def test_wrong_words(
         (["--batch_size=50", "--repeat=1"], "an epoch has 10 crops, too few for one step of"),
         (["--accumulate=9"], "an epoch has 20 crops, too few for one step of"),
         (["--steps=0"], "steps=0; expected at least 1"),
+        ([f"--seed={2**64}"], "seed=18446744073709551616; expected less than 2^64"),
         (["--lr=-1"], "lr=-1.0; expected a positive finite number"),
         (["--betas=[0.9,1]"], "betas=(0.9, 1.0); expected two numbers in [0, 1)"),
         (["--min_lr_fraction=2"], "min_lr_fraction=2.0; expected 0 to 1"),

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import os
+import shutil
 import tarfile
 
 import pytest
@@ -206,6 +208,20 @@ def test_command_on_the_builtin_photographs(model, tmp_path, capsys):
     paths = list_images("builtin:photos", split="val")
     same = evaluate(model, evaluation_tiles(paths, size=64, crop="center", limit=2))
     assert same.per_image == result.per_image
+
+
+def test_file_names_that_are_no_text(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    data = tmp_path / "data"
+    data.mkdir()
+    picture = list_images("builtin:photos", split="val")[0]
+    for name in (b"caf\xc3\xa9.jpg", b"caf\xe9.jpg"):
+        shutil.copy(picture, os.fsencode(data) + b"/" + name)
+    options = {"checkpoint": str(tmp_path / "model"), "data": str(data), "out": str(tmp_path)}
+    run_evaluate(EvaluateConfig(**options, split="all", crop="center", device="cpu"))
+    with (tmp_path / "per_image.csv").open(encoding="utf-8") as file:
+        names = {row["image"] for row in csv.DictReader(file)}
+    assert names == {"café.jpg", r"caf\udce9.jpg"}
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,15 @@ def test_decoded_tokens_are_the_reconstruction(
             codes = tokens.batch(rows)
             assert all(c.dtype == torch.int64 for c in codes)
             assert torch.equal(model.decode(codes), model.reconstruct(x))
+
+
+def test_file_names_that_are_no_text(saved: Path, pictures: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "tokens"
+    shutil.copytree(pictures / "val", data)
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(next(data.iterdir()), data / name)
+    assert main(arguments(saved, data, out, "--split=all", "--crop=center")) == 0
+    assert name in load_tokens(out).names()
 
 
 def test_random_crops_differ_from_file_to_file(saved: Path, pictures: Path, tmp_path: Path) -> None:
