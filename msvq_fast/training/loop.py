@@ -185,11 +185,11 @@ class _Run:
         self.metrics = None
         if self.world.leads:
             (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.config.to_dict(), indent=1)
-            write_text(self.out / "config.json", text + "\n")
             self.metrics = MetricsFile(
                 self.out, step=self.step, tensorboard=self.config.tensorboard
             )
+            text = json.dumps(self.config.to_dict(), indent=1)
+            write_text(self.out / "config.json", text + "\n")
         self.display = open_display(
             leads=self.world.leads,
             step=self.step,

@@ -186,24 +186,28 @@ def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], No
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per log line and validation, each step once.
 
+    While it is open it is locked, so that a second run cannot go into the same folder.
+
     Args:
         folder: Folder of the run.
         step: Step from which the run goes on; what the file says about later steps is dropped.
         tensorboard: Also write TensorBoard events into ``folder/tensorboard``.
 
     Raises:
-        InputError: If TensorBoard is asked for and not installed.
+        InputError: If another run has it open, or TensorBoard is asked for and not installed.
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
-        self._events = _open_events(folder, step) if tensorboard else None
-        path = folder / METRICS
-        kept = _lines_upto(path, step) if step and path.exists() else []
-        temporary = path.with_name(f".{METRICS}.{os.getpid()}")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        self._path = path
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._path = path = folder / METRICS
+        with path.open("a", encoding="utf-8") as before:
+            _lock(before)
+            self._events = _open_events(folder, step) if tensorboard else None
+            kept = _lines_upto(path, step) if step else []
+            temporary = path.with_name(f".{METRICS}.{os.getpid()}")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            self._file: IO[str] = temporary.open("a", encoding="utf-8")
+            _lock(self._file)
+            temporary.replace(path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; `OSError` naming the file if it cannot be written."""
@@ -227,6 +231,22 @@ class MetricsFile:
             self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock a file until it is closed or the process ends; `InputError` if another one has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{file.name} is being written by another run; choose another out"
+        ) from None
+    except OSError:  # some file systems have no locks
+        return
 
 
 def _lines_upto(path: Path, step: int) -> list[str]:

@@ -23,6 +23,7 @@ from msvq_fast.training.checkpoint import (
     prune_checkpoints,
     read_state,
 )
+from msvq_fast.training.progress import MetricsFile
 
 Train = Callable[..., int]
 ReadMetrics = Callable[[Path], list[dict[str, Any]]]
@@ -142,6 +143,21 @@ def test_a_second_run_does_not_overwrite_the_first(
     assert train(run, "--steps=6", f"--resume={older}") == 2
     assert "would overwrite" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text() == lines
+
+
+def test_a_run_before_its_first_checkpoint_is_not_overwritten(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = MetricsFile(tmp_path, step=0, tensorboard=False)
+    first.write({"kind": "train", "step": 1})
+    for options in ((), ("--resume=auto",)):
+        assert train(tmp_path, "--steps=3", *options) == 2
+        named = f"{tmp_path / 'metrics.jsonl'} is being written by another run; choose another out"
+        assert capsys.readouterr().err == f"msvq: error: {named}\n"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
+    assert not (tmp_path / "config.json").exists()
+    first.close()
+    assert train(tmp_path, "--steps=3", "--resume=auto") == 0
 
 
 def test_a_finished_run_says_that_nothing_is_left(
