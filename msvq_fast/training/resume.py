@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def _newest_good(run: Path, say: Callable[[str], None]) -> Path:
         except CorruptCheckpointError as error:
             problem = problem or error
             aside = path.with_name(f"{path.name}.corrupt")
+            shutil.rmtree(aside, ignore_errors=True)  # of the same step, corrupt before
             say(f"warning: {error}; trying the checkpoint before it, this one is kept as {aside}")
             path.rename(aside)
         else:

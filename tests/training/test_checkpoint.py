@@ -214,6 +214,9 @@ def test_a_corrupt_checkpoint_is_named_and_auto_takes_the_one_before(
     assert "warning: " in printed and "going on after step 3" in printed
     assert all(torch.equal(t, expected[n]) for n, t in weights(run, 4).items())
     assert good.is_dir() and newest.with_name(f"{newest.name}.corrupt").is_dir()
+    damage(newest / name)  # a bad disk does it again
+    assert train(run, *options) == 0
+    assert "going on after step 3" in capsys.readouterr().out
 
 
 def test_a_full_disk_leaves_the_older_checkpoints(
