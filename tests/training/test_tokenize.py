@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -74,6 +75,27 @@ def test_file_names_that_are_no_text(saved: Path, pictures: Path, tmp_path: Path
     shutil.copy(next(data.iterdir()), data / name)
     assert main(arguments(saved, data, out, "--split=all", "--crop=center")) == 0
     assert name in load_tokens(out).names()
+
+
+def test_a_full_disk_costs_one_shard(
+    saved: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "tokens"
+    options = ("--crop=center", "--shard_size=5")
+    assert main(arguments(saved, pictures, whole, *options)) == 0
+    index, shard = ((whole / n).stat().st_size for n in ("tokens.json", "shard_00000.safetensors"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel refuses what is beyond the limit, as it does on a full disk.
+    for limit, name in ((shard - 10, "shard_00000.safetensors"), (index - 10, "tokens.json")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            assert main(arguments(saved, pictures, out, *options)) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert f"error: cannot write {out / name}: File too large\n" in capsys.readouterr().err
+        assert not list(out.glob(".*.tmp"))
+    assert main(arguments(saved, pictures, out, *options)) == 0
+    assert everything(out) == everything(whole)
 
 
 def test_random_crops_differ_from_file_to_file(saved: Path, pictures: Path, tmp_path: Path) -> None:
