@@ -351,11 +351,11 @@ class _Run:
         )
         record = {"kind": "validation", "step": self.step, "mse": errors, "psnr": psnr}
         self._record({**record, "tiles": len(tiles)})
-        if self.best is not None and not psnr[-1] > self.best["psnr"]:
+        # A resumed run may have other tiles, whose figures do not compare with those before.
+        best = self.best if self.best and self.best.get("tiles") in (None, len(tiles)) else None
+        if not math.isfinite(psnr[-1]) or (best and not psnr[-1] > best["psnr"]):
             return False
-        if not math.isfinite(psnr[-1]):
-            return False
-        self.best = {"step": self.step, "psnr": psnr[-1]}
+        self.best = {"step": self.step, "psnr": psnr[-1], "tiles": len(tiles)}
         return True
 
     def _record(self, record: dict[str, Any]) -> None:

@@ -355,9 +355,12 @@ class _Run:
         nats = math.fsum(n * h * w for n, (h, w) in zip(nll, held_out.grids, strict=True))
         record = {"kind": "validation", "step": self.step, "nll": nll, "nats_per_image": nats}
         self._record({**record, "images": limit})
-        if not math.isfinite(nats) or (self.best is not None and nats >= self.best["nats"]):
+        # A resumed run may have other images, whose figures do not compare with those before.
+        of = f"{limit} of {_digest(held_out)}"
+        best = self.best if self.best and self.best.get("of") in (None, of) else None
+        if not math.isfinite(nats) or (best and nats >= best["nats"]):
             return False
-        self.best = {"step": self.step, "nats": nats}
+        self.best = {"step": self.step, "nats": nats, "of": of}
         return True
 
     def _record(self, record: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from msvq_fast.models import from_preset, from_pretrained
 from msvq_fast.ops import InputError
+from msvq_fast.training import loop
 from msvq_fast.training.checkpoint import (
     checkpoint_path,
     find_model,
@@ -158,6 +159,18 @@ def test_a_run_before_its_first_checkpoint_is_not_overwritten(
     assert not (tmp_path / "config.json").exists()
     first.close()
     assert train(tmp_path, "--steps=3", "--resume=auto") == 0
+
+
+def test_the_best_is_that_of_the_same_tiles(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = iter([20.0, 19.0, 10.0, 9.0])  # in dB, after every epoch of five steps
+    monkeypatch.setattr(loop, "validate", lambda *a, **o: ([0.1], [next(figures)]))
+    for steps, tiles, best in ((10, 2, 5), (15, 1, 15), (20, 1, 15)):
+        options = (f"--steps={steps}", f"--validation_tiles={tiles}", "--resume=auto")
+        assert train(tmp_path, *options) == 0
+        assert read_state(list_checkpoints(tmp_path)[-1])["best"]["step"] == best
+        assert find_model(tmp_path) == checkpoint_path(tmp_path, best)
 
 
 def test_a_finished_run_says_that_nothing_is_left(

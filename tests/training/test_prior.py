@@ -71,6 +71,17 @@ def records(out: Path) -> list[dict[str, Any]]:
 KINDS = [(kind, how) for kind in ("autoregressive", "maskgit") for how in ("dense", "windowed")]
 
 
+def test_the_best_is_that_of_the_same_validation(
+    tokens: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = iter([[1.0, 1.0], [2.0, 2.0], [8.0, 8.0], [9.0, 9.0]])  # after every step
+    monkeypatch.setattr(training, "validate_prior", lambda *a, **o: next(figures))
+    for steps, images, best in ((2, 6, 1), (3, 2, 3), (4, 2, 3)):
+        options = (f"--steps={steps}", f"--validation_images={images}", "--resume=auto")
+        assert train(tokens, tmp_path, *options, "--batch_size=22") == 0
+        assert find_model(tmp_path) == checkpoint_path(tmp_path, best)
+
+
 @pytest.mark.parametrize(("kind", "attention"), KINDS)
 def test_it_learns_what_can_be_learnt(
     tokens: list[str], tmp_path: Path, kind: str, attention: str
