@@ -102,6 +102,9 @@ COMMANDS = {
 }
 
 
+_CONFIG_HELP = "YAML or JSON file with these options; the ones after it on the line win over it."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``msvq`` and return its exit code.
 
@@ -177,7 +180,7 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=command.help)
-        sub.add_argument("--config", action="config", help="YAML or JSON file with these options.")
+        sub.add_argument("--config", action="config", help=_CONFIG_HELP)
         _add_options(sub, command.config, "")
         commands.add_subcommand(name, sub, help=command.help)
     return parser
