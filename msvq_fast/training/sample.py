@@ -32,7 +32,7 @@ from msvq_fast.training.distributed import choose_device
 from msvq_fast.training.inference import inference_mode
 from msvq_fast.training.prior_config import SampleConfig
 from msvq_fast.training.progress import counting
-from msvq_fast.training.results import check_writable
+from msvq_fast.training.results import check_writable, write_text
 
 _GROUPS = 4  # parts of a coarse grid that are predicted from the others
 _COLUMNS = 8
@@ -83,8 +83,9 @@ def run_sample(config: SampleConfig) -> Path:
     settings = _sampling_settings(config, prior)
     labels = _labels(config, prior, prior_folder).to(device) if config.labels else None
     out = Path(config.out)
-    if out.is_dir():
-        raise InputError(f"out={config.out!r} is a folder; give the name of a PNG file")
+    if out.is_dir() or out.suffix == ".json":  # where the settings are written
+        what = "a folder" if out.is_dir() else "a JSON file"
+        raise InputError(f"out={config.out!r} is {what}; give the name of a PNG file")
     check_writable(out.parent)
     total = config.images + keep * config.variations
     with inference_mode(model), counting("drawings", total) as progress:
@@ -107,7 +108,7 @@ def run_sample(config: SampleConfig) -> Path:
         "scores": drawn.scores,
         "images_per_second": rate,
     }
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     print(f"{keep * config.variations} images in {seconds:.2f} s, {rate:.2f} images/s; wrote {out}")
     return out
 

@@ -159,6 +159,7 @@ def test_inpainting_keeps_the_codes_outside(
         ("maskgit", ["--inpaint=nowhere.png"], "cannot read image 'nowhere.png'"),
         ("maskgit", ["--temperature=-1"], "temperature=-1.0; expected at least 0"),
         ("maskgit", ["--steps=0"], "steps=0; expected at least 1"),
+        ("maskgit", ["--out=grid.json"], "out='grid.json' is a JSON file; give the name of a PNG"),
         ("autoregressive", ["--steps=3"], "steps=3 is of maskgit"),
         ("autoregressive", ["--top_p=2"], "top_p=2.0; expected 0 < top_p <= 1"),
         ("other", [], "draws grids ((2, 2), (6, 6)) of 6 codes"),
