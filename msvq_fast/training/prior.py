@@ -251,6 +251,8 @@ class _Run:
                 stop = distributed.agree(signals.received, self.world)
                 self._after_step(stop)
                 if stop:
+                    # The first process has saved: torchrun ends it as soon as one has left.
+                    distributed.agree(stop, self.world)
                     self.display.message(f"stopped after step {self.step}, saved")
                     return 128 + stop
         except RuntimeError as error:

@@ -63,8 +63,8 @@ def local_attention(
 ) -> Tensor:
     """``O_i = Σ_j softmax_j(scale q_i·k_j + b_ij) v_j`` over the windows of all scales at once.
 
-    Softmax and sums in float32 (float64 for float64 inputs); a key whose score is -inf, by its bias,
-    is as one outside the window, and a query without keys gives 0.
+    Softmax and sums in float32 (float64 for float64 inputs). A key whose score is -inf, by its
+    bias, is as one outside the window; a query without keys gives 0.
     """
     work = accumulation_dtype(q.dtype)
     group = q.shape[1] // keys[0].shape[1]
