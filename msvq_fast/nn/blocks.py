@@ -24,9 +24,9 @@ def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
 def _start(layer: _Conv, taps: int) -> _Conv:
     """Draw weights of variance ``1 / (in_channels * taps)``, as many as an output sums; no bias.
 
-    PyTorch's own start has a third of that variance or less and random biases. With no
-    normalisation in between, what differs between images then shrinks from layer to layer while
-    the biases do not: bfloat16 rounds it away, and the encoder's gradients fall below Adam's ε.
+    PyTorch's own start has smaller weights and random biases. With no normalisation in between,
+    what differs between images then shrinks from layer to layer while the biases do not: bfloat16
+    rounds it away, and gradients fall below Adam's ε.
     """
     assert layer.bias is not None
     nn.init.normal_(layer.weight, std=(layer.in_channels * taps) ** -0.5)

@@ -325,4 +325,4 @@ def test_an_untrained_model_passes_images_and_gradients_on(name: str) -> None:
         # What differs between the two images, against what rounding does to it.
         signal = want[0] - want[1]
         error = got[0].float() - got[1].float() - signal
-        assert error.norm() < 16 * torch.finfo(torch.bfloat16).eps * signal.norm()
+        assert error.norm() < 32 * torch.finfo(torch.bfloat16).eps * signal.norm()
