@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_Conv = TypeVar("_Conv", nn.Conv2d, nn.ConvTranspose2d)
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """Convolution that keeps the size, or halves it with ``stride=2``."""
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2)
+    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2)
+    return _start(layer, taps=kernel * kernel)
 
 
 def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
     """4x4 transposed convolution of stride 2: doubles height and width."""
-    return nn.ConvTranspose2d(in_channels, out_channels, 4, 2, 1)
+    return _start(nn.ConvTranspose2d(in_channels, out_channels, 4, 2, 1), taps=4)
+
+
+def _start(layer: _Conv, taps: int) -> _Conv:
+    """Draw weights of variance ``1 / (in_channels * taps)``, as many as an output sums; no bias.
+
+    PyTorch's own start has smaller weights and random biases. With no normalisation in between,
+    what differs between images then shrinks from layer to layer while the biases do not: bfloat16
+    rounds it away, and gradients fall below Adam's ε.
+    """
+    assert layer.bias is not None
+    nn.init.normal_(layer.weight, std=(layer.in_channels * taps) ** -0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Residual(nn.Module):

@@ -311,3 +311,32 @@ def test_autocast_and_channels_last() -> None:
         out = model(x)
     assert out.loss.dtype == torch.float32
     out.loss.backward()
+
+
+@pytest.mark.parametrize("name", models.PRESETS)
+def test_an_untrained_model_passes_images_and_gradients_on(name: str) -> None:
+    config = models.PRESETS[name]
+    side = 2 * config.stride  # as deep as the preset, but narrow and of few pixels
+    latents = [n * side // config.resolution for n in config.latents]
+    model = models.from_preset(name, width=16, resolution=side, latents=latents)
+    x = images(2, side, side)
+    model.initialise_codebooks(x)
+    model.defer_codebook_updates()
+    model(x).loss.backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad.square().mean().sqrt() > 10 * 1e-8, key  # ten times Adam's eps
+
+    codes = model.encode(x)
+
+    def activations() -> list[torch.Tensor]:
+        return [*model.latents(x, codes), *model.contributions(codes)]
+
+    with torch.no_grad():
+        exact = activations()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = activations()
+    for want, got in zip(exact, rounded, strict=True):
+        # What differs between the two images, against what rounding does to it.
+        signal = want[0] - want[1]
+        error = got[0].float() - got[1].float() - signal
+        assert error.norm() < 32 * torch.finfo(torch.bfloat16).eps * signal.norm()
