@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import itertools
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_Conv = TypeVar("_Conv", nn.Conv2d, nn.ConvTranspose2d)
-
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution that keeps the size, or halves it with ``stride=2``."""
+    """Convolution that keeps the size, or halves it with ``stride=2``.
+
+    It starts with weights of variance ``1 / (in_channels * kernel²)`` and without biases. PyTorch's
+    own start has smaller weights and random biases. With no normalisation in between, what differs
+    between images then shrinks from layer to layer while the biases do not: bfloat16 rounds it
+    away, and gradients fall below Adam's ε.
+    """
     layer = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2)
-    return _start(layer, taps=kernel * kernel)
+    assert layer.bias is not None
+    nn.init.normal_(layer.weight, std=(in_channels * kernel * kernel) ** -0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
-    """4x4 transposed convolution of stride 2: doubles height and width."""
-    return _start(nn.ConvTranspose2d(in_channels, out_channels, 4, 2, 1), taps=4)
+    """4x4 transposed convolution of stride 2: doubles height and width.
 
-
-def _start(layer: _Conv, taps: int) -> _Conv:
-    """Draw weights of variance ``1 / (in_channels * taps)``, as many as an output sums; no bias.
-
-    PyTorch's own start has smaller weights and random biases. With no normalisation in between,
-    what differs between images then shrinks from layer to layer while the biases do not: bfloat16
-    rounds it away, and gradients fall below Adam's ε.
+    It starts as bilinear interpolation between randomly mixed channels, without biases, and so
+    keeps their variance too: with weights drawn one by one its four phases would differ, and a grid
+    would lie over every image that short trainings do not get rid of.
     """
+    layer = nn.ConvTranspose2d(in_channels, out_channels, 4, 2, 1)
     assert layer.bias is not None
-    nn.init.normal_(layer.weight, std=(layer.in_channels * taps) ** -0.5)
+    mix = layer.weight.new_empty(in_channels, out_channels).normal_(std=in_channels**-0.5)
+    with torch.no_grad():
+        for (y, a), (x, b) in itertools.product(enumerate((1, 3, 3, 1)), repeat=2):
+            layer.weight[:, :, y, x] = mix * (a * b / 16)
     nn.init.zeros_(layer.bias)
     return layer
 

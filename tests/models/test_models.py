@@ -324,7 +324,7 @@ def test_an_untrained_model_passes_images_and_gradients_on(name: str) -> None:
     model.defer_codebook_updates()
     model(x).loss.backward()
     for key, parameter in model.named_parameters():
-        assert parameter.grad.square().mean().sqrt() > 10 * 1e-8, key  # ten times Adam's eps
+        assert parameter.grad.square().mean().sqrt() > 3 * 1e-8, key  # thrice Adam's eps
 
     codes = model.encode(x)
 
