@@ -27,7 +27,7 @@ class TrainPriorConfig:
             without ``labels`` and guidance need; only of tokens with classes.
         epochs: Passes over the tokens; null with no ``steps`` is the paper's 50.
         steps: Optimiser steps; wins over ``epochs``.
-        batch_size: Images per step.
+        batch_size: Images per process and step.
         lr: Peak learning rate of AdamW.
         betas: AdamW's two decay rates.
         weight_decay: Of all matrices and tables.
