@@ -110,7 +110,7 @@ def test_wrong_tokens_are_told_from_rounding() -> None:
         # A code as far from the latent as the nearest one, on its other side, but for rounding.
         z = model.latents(x, codes)[1][0, :, 0, 0]
         book = model.quantizers[1].codebook
-        book[twin] = (2 * z - book[codes[1][0, 0, 0]]) * (1 + 1e-6)
+        book[twin] = z + (z - book[codes[1][0, 0, 0]]) * (1 + 1e-6)
         found = model.encode(x)[1]
         found[0, 0, 0] = twin
         assert export.compare_codes(model, x, [codes[0], found])["within_rounding_of_a_tie"] == 1
