@@ -125,5 +125,6 @@ def _labels(dataset: Any) -> list[str | None]:
     if len(found) != 1:
         return [None] * len(dataset)
     names = dataset.features[found[0]].names
+    numbers = dataset.data.column(found[0]).to_pylist()  # at once: the dataset goes row by row
     # A negative number is how datasets say that a row has no class.
-    return [None if n is None or n < 0 else names[n] for n in dataset[found[0]]]
+    return [None if n is None or n < 0 else names[n] for n in numbers]

@@ -27,9 +27,9 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> n
 def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
     """4x4 transposed convolution of stride 2: doubles height and width.
 
-    It starts as bilinear interpolation between randomly mixed channels, without biases, and so
-    keeps their variance too: with weights drawn one by one its four phases would differ, and a grid
-    would lie over every image that short trainings do not get rid of.
+    It starts as bilinear interpolation between randomly mixed channels, without biases, and keeps
+    the variance of what is smooth. With weights drawn one by one its four phases would differ, and
+    a grid that short trainings do not get rid of would lie over every image.
     """
     layer = nn.ConvTranspose2d(in_channels, out_channels, 4, 2, 1)
     assert layer.bias is not None

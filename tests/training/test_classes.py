@@ -15,7 +15,7 @@ from msvq_fast import models, priors
 from msvq_fast.cli import main
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig
 from msvq_fast.training.checkpoint import checkpoint_path, find_model
-from msvq_fast.training.tokens import INDEX, Tokens, load_tokens, write_index, write_shard
+from msvq_fast.training.tokens import load_tokens, write_index, write_shard
 
 GRIDS, NUM_CODES = [(2, 2), (4, 4)], 6
 SIZES = ["--depth=1", "--heads=2", "--width=16", "--device=cpu", "--batch_size=8", "--log_every=9"]
@@ -224,10 +224,8 @@ def test_classes_that_do_not_fit(
     assert sample("twelve", '--labels=["11"]', "--images=2") == 0
 
 
-def test_an_index_of_classes_needs_their_numbers(tokens: Path) -> None:
+def test_labels_take_the_numbers_of_other_classes(tokens: Path) -> None:
     loaded = load_tokens(tokens / "train")
-    assert isinstance(loaded, Tokens) and loaded.labels is not None
     assert loaded.numbered_as(["c", "x", "b, b", "a"]).labels[:3].tolist() == [3, 2, 0]
     plain = load_tokens(tokens / "none")
     assert plain.numbered_as(()) is plain
-    assert (tokens / "train" / INDEX).is_file()
