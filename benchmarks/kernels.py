@@ -137,7 +137,11 @@ def _tensor_cores(sass: str) -> str:
 
 
 def _inner_loop(sass: str) -> int:
-    """Instructions of the smallest loop with products in it, or 0 if there is none."""
+    """Instructions of the smallest loop with products in it, or 0 if there is none.
+
+    Of a kernel that has products of warpgroups they are those.
+    """
+    products = "HGMMA" if "HGMMA" in sass else "MMA|FFMA"
     lines = [
         (int(at, 16), code) for at, code in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", sass)
     ]
@@ -146,7 +150,7 @@ def _inner_loop(sass: str) -> int:
         target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", code)
         if target and int(target[1], 16) < at:
             body = [code for where, code in lines if int(target[1], 16) <= where <= at]
-            if any(re.search(r"MMA|FFMA", code) for code in body):
+            if any(re.search(products, code) for code in body):
                 sizes.append(len(body))
     return min(sizes, default=0)
 
@@ -193,7 +197,7 @@ def compile_cuda(path: Path, order: int, arch: int) -> list[Compiled]:
                 shared=_number(r"(\d+) bytes smem", part),
                 loop=_inner_loop(functions.get(name, "")),
                 tensor_cores=_tensor_cores(functions.get(name, "")),
-                claims_tensor_cores=_is_hopper(path),
+                claims_tensor_cores=_is_hopper(path) and "quantize_kernel" in name,
             )
         )
     names = _demangle([r.name for r in rows])

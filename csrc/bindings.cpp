@@ -13,10 +13,11 @@
 #include "memory.h"
 #include "multiscale_loss/multiscale_loss.h"
 #include "multiscale_loss/multiscale_loss_cuda.h"
-#include "vector_quantize/quantize_hopper_params.h"
 #include "vector_quantize/vector_quantize.h"
 
 namespace py = pybind11;
+
+void bind_hopper(py::module_& m);  // bindings_hopper.cpp
 
 namespace {
 
@@ -210,50 +211,6 @@ double vector_quantize_cpu(Pointer z, int type, std::array<int64_t, 3> size,
   return squared_error;
 }
 
-msvq::QuantizeHopperParams quantize_hopper_params(Pointer z, int type, std::array<int, 2> size,
-                                                  std::array<int, 2> strides, Pointer codebook,
-                                                  Pointer codes, Pointer keys, Pointer z_q,
-                                                  Pointer errors) {
-  msvq::QuantizeHopperParams params{};
-  params.z = reinterpret_cast<const void*>(z);
-  params.type = static_cast<msvq::LatentType>(type);
-  params.count = size[0];
-  params.num_codes = size[1];
-  params.z_stride = strides[0];
-  params.z_q_stride = strides[1];
-  params.codebook = reinterpret_cast<const float*>(codebook);
-  params.codes = reinterpret_cast<int64_t*>(codes);
-  params.keys = reinterpret_cast<int16_t*>(keys);
-  params.z_q = reinterpret_cast<void*>(z_q);
-  params.errors = reinterpret_cast<double*>(errors);
-  return params;
-}
-
-#ifdef __GLIBC__
-void vector_quantize_hopper_on_host(Pointer z, int type, std::array<int, 2> size,
-                                    std::array<int, 2> strides, Pointer codebook, Pointer codes,
-                                    Pointer keys, Pointer z_q, Pointer errors, int blocks,
-                                    int order) {
-  msvq::vector_quantize_hopper_on_host(
-      quantize_hopper_params(z, type, size, strides, codebook, codes, keys, z_q, errors), blocks,
-      order);
-}
-#endif
-
-#ifdef MSVQ_HOPPER
-void vector_quantize_hopper(Pointer z, int type, std::array<int, 2> size,
-                            std::array<int, 2> strides, Pointer codebook, Pointer codes,
-                            Pointer keys, Pointer z_q, Pointer errors, int blocks, int device,
-                            Pointer stream) {
-  const int error = msvq::vector_quantize_hopper(
-      quantize_hopper_params(z, type, size, strides, codebook, codes, keys, z_q, errors), blocks,
-      device, reinterpret_cast<void*>(stream));
-  if (error)
-    throw std::runtime_error("vector_quantize did not start on the GPU: " +
-                             std::string(msvq::cuda_error_text(error)));
-}
-#endif
-
 void vector_quantize_backward_cpu(Pointer z, Pointer grad_z_q, Pointer grad_z, int type,
                                   std::array<int64_t, 3> size, std::array<int64_t, 3> strides,
                                   Pointer codebook, Pointer codes, double scale, int threads,
@@ -376,17 +333,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("z_q"), py::arg("z_q_strides"), py::arg("counts"), py::arg("sums"),
         py::arg("threads"), py::arg("filter") = 2, py::arg("isa") = "",
         py::call_guard<py::gil_scoped_release>());
-#ifdef __GLIBC__
-  m.def("vector_quantize_hopper_on_host", &vector_quantize_hopper_on_host, py::arg("z"),
-        py::arg("type"), py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"),
-        py::arg("keys"), py::arg("z_q"), py::arg("errors"), py::arg("blocks"), py::arg("order"));
-#endif
-#ifdef MSVQ_HOPPER
-  m.def("vector_quantize_hopper", &vector_quantize_hopper, py::arg("z"), py::arg("type"),
-        py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"), py::arg("keys"),
-        py::arg("z_q"), py::arg("errors"), py::arg("blocks"), py::arg("device"), py::arg("stream"),
-        py::call_guard<py::gil_scoped_release>());
-#endif
   m.def("vector_quantize_backward_cpu", &vector_quantize_backward_cpu, py::arg("z"),
         py::arg("grad_z_q"), py::arg("grad_z"), py::arg("type"), py::arg("size"),
         py::arg("strides"), py::arg("codebook"), py::arg("codes"), py::arg("scale"),
@@ -395,4 +341,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grids"), py::arg("rules"), py::arg("scale"), py::arg("queries"), py::arg("tokens"),
         py::arg("bias"), py::arg("grad_bias"), py::arg("lse"), py::arg("threads"),
         py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
+  bind_hopper(m);
 }

@@ -5,7 +5,7 @@
 #include <vector>
 
 #if defined(__GLIBC__)  // for its fibers
-#include "vector_quantize/quantize_hopper_outputs.h"
+#include "vector_quantize/quantize_hopper_sums.h"
 
 namespace msvq {
 namespace cuda {
@@ -15,21 +15,28 @@ struct alignas(128) Line {
   float values[32];
 };
 
-template <class T, bool kVectors>
+// Shared memory of a block, NaN until written to.
+std::vector<Line> shared_memory(int bytes) {
+  std::vector<Line> memory((static_cast<size_t>(bytes) + sizeof(Line) - 1) / sizeof(Line));
+  for (Line& line : memory) std::fill(line.values, std::end(line.values), NAN);
+  return memory;
+}
+
+template <class T, bool kVectors, bool kSums>
 void run(const QuantizeHopperParams& p, int blocks, int order) {
-  const int bytes = quantize_shared_bytes(p.num_codes);
+  const int bytes = quantize_shared_bytes<T>(p.num_codes, kSums);
   for (int block = 0; block < blocks; ++block) {
-    std::vector<Line> memory(static_cast<size_t>(bytes) / sizeof(Line));
-    for (Line& line : memory) std::fill(line.values, std::end(line.values), NAN);
+    std::vector<Line> memory = shared_memory(bytes);
     char* const shared = reinterpret_cast<char*>(memory.data());
     run_block(kThreads, block, blocks, order, shared, bytes,
-              [&] { quantize_block<T, kVectors>(p, shared); });
+              [&] { quantize_block<T, kVectors, kSums>(p, shared); });
   }
 }
 
 template <class T>
 void run(const QuantizeHopperParams& p, int blocks, int order) {
-  p.z_q ? run<T, true>(p, blocks, order) : run<T, false>(p, blocks, order);
+  if (!p.z_q) return run<T, false, false>(p, blocks, order);
+  p.sums ? run<T, true, true>(p, blocks, order) : run<T, true, false>(p, blocks, order);
 }
 
 }  // namespace
@@ -39,6 +46,21 @@ void vector_quantize_hopper_on_host(const QuantizeHopperParams& p, int blocks, i
   if (p.type == LatentType::float32) return cuda::run<float>(p, blocks, order);
   if (p.type == LatentType::float16) return cuda::run<cuda::Half>(p, blocks, order);
   cuda::run<cuda::Bfloat>(p, blocks, order);
+}
+
+void total_hopper_on_host(const QuantizeHopperTotals& t) {
+  std::vector<cuda::Line> memory = cuda::shared_memory(cuda::kTotalBytes);
+  char* const shared = reinterpret_cast<char*>(memory.data());
+  for (int piece = 0; t.keys && piece * kPiece < t.count; ++piece)
+    cuda::run_block(32, piece, piece + 1, 0, shared, cuda::kTotalBytes, [&] {
+      float* const pieces = const_cast<float*>(t.part_sums);
+      if (t.type == LatentType::float32) return cuda::sum_piece<float>(t, pieces, piece);
+      if (t.type == LatentType::float16) return cuda::sum_piece<cuda::Half>(t, pieces, piece);
+      cuda::sum_piece<cuda::Bfloat>(t, pieces, piece);
+    });
+  for (int block = 0; block < t.num_codes; ++block)
+    cuda::run_block(cuda::kTotalThreads, block, t.num_codes, 0, shared, cuda::kTotalBytes,
+                    [&] { cuda::total_code(t, shared); });
 }
 
 }  // namespace msvq

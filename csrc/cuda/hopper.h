@@ -10,6 +10,7 @@
 #define MSVQ_WARPS __device__ __forceinline__
 #define MSVQ_WARPS_HOST __host__ __device__ inline
 #define MSVQ_UNROLL _Pragma("unroll")
+#define MSVQ_NO_UNROLL _Pragma("unroll 1")
 
 namespace msvq {
 namespace cuda {
@@ -41,8 +42,9 @@ struct MatrixDescriptor {
   }
 };
 
-// Order ordinary writes to shared memory before the tensor cores' reads; then a barrier is needed.
-MSVQ_WARPS void fence_shared_for_products() {
+// Order ordinary accesses to shared memory before those of the tensor cores and of copies; then a
+// barrier is needed.
+MSVQ_WARPS void fence_shared_for_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 MSVQ_WARPS void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -104,6 +106,21 @@ MSVQ_WARPS void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
+// An arrival, and `bytes` of copies to come before the phase ends.
+MSVQ_WARPS void arrive_with_bytes(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+// A copy that the copy engine makes, of whole 16 bytes at multiples of 16.
+MSVQ_WARPS void copy_to_shared(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
 // Until the phase of this parity is over; before the first ends, that of parity 1 is.
 MSVQ_WARPS void wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -128,11 +145,6 @@ MSVQ_WARPS int thread_again() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread & 1023;
-}
-
-// The line of an address in global memory into the second-level cache.
-MSVQ_WARPS void prefetch(const void* pointer) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
 // Within 2^-22 of the root.

@@ -5,13 +5,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 
+#include "cuda/bits_on_host.h"
 #include "cuda/block_on_host.h"
-
-#define MSVQ_ISA on_host
-#include "elements.h"
-#undef MSVQ_ISA
 
 #define MSVQ_WARPS inline
 #define MSVQ_WARPS_HOST inline
@@ -24,19 +22,6 @@
 
 namespace msvq {
 namespace cuda {
-
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline void __syncthreads() { BlockModel::running().sync(0, BlockModel::running().threads()); }
 inline void sync_part(int number, int threads) {
@@ -52,6 +37,23 @@ inline void check_mask(unsigned mask) {
 inline void __syncwarp(unsigned mask = ~0u) {
   check_mask(mask);
   BlockModel::running().meet("__syncwarp of warp ", nullptr, [](void* const*) {});
+}
+
+struct MatchArgument {
+  int value;
+  unsigned result;
+};
+inline unsigned __match_any_sync(unsigned mask, int value) {
+  check_mask(mask);
+  MatchArgument argument{value, 0};
+  BlockModel::running().meet("__match_any_sync of warp ", &argument, [](void* const* lanes) {
+    for (int i = 0; i < 32; ++i)
+      for (int j = 0; j < 32; ++j) {
+        auto& own = *static_cast<MatchArgument*>(lanes[i]);
+        if (static_cast<const MatchArgument*>(lanes[j])->value == own.value) own.result |= 1u << j;
+      }
+  });
+  return argument.result;
 }
 
 template <class T>
@@ -135,6 +137,27 @@ inline void arrive(uint64_t* barrier) {
   *barrier = (*barrier ^ kParityBit) | (*barrier >> kCountBits & kCountMask);
   BlockModel::running().wake(barrier);
 }
+// Bytes that a barrier waits for; the copies themselves are made at once.
+inline std::map<const uint64_t*, int>& bytes_to_come() {
+  static thread_local std::map<const uint64_t*, int> bytes;
+  return bytes;
+}
+inline void arrive_with_bytes(uint64_t* barrier, int bytes) {
+  checked_parity(barrier);
+  if (bytes <= 0 || bytes_to_come()[barrier] != 0)
+    throw std::logic_error("copies of a phase are announced once, before they begin");
+  bytes_to_come()[barrier] = bytes;
+}
+inline void copy_to_shared(void* to, const void* from, int bytes, uint64_t* barrier) {
+  if (bytes % 16 != 0 || shared_address(to) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    throw std::logic_error("copies are of whole 16 bytes at multiples of 16");
+  int& left = bytes_to_come()[barrier];
+  if (bytes > left) throw std::logic_error("more is copied than was announced");
+  memcpy(to, from, static_cast<size_t>(bytes));
+  left -= bytes;
+  if (left == 0) arrive(barrier);
+}
 inline void wait(uint64_t* barrier, uint32_t parity) {
   if (parity > 1) throw std::logic_error("a parity is 0 or 1");
   // Asked again once awake: as on the device, a thread that is two phases late waits on.
@@ -169,10 +192,6 @@ struct MatrixDescriptor {
   }
 };
 
-inline float half_of(uint32_t pair, int i) {
-  return on_host::widen(on_host::float16{static_cast<uint16_t>(pair >> (16 * i))});
-}
-
 struct ProductArgument {
   const uint32_t* a;
   float* out;
@@ -200,7 +219,7 @@ void multiply_fragments(void* const* lanes, const float (&right)[16][kColumns]) 
 }
 
 // Orders nothing here: fibers see each other's writes at once.
-inline void fence_shared_for_products() {}
+inline void fence_shared_for_async() {}
 
 inline void trace_products(PendingProducts& products, uint64_t call) {
   products.trace = (products.trace ^ call) * 0x9E3779B97F4A7C15u + 1;
@@ -324,56 +343,6 @@ void __stcs(T* to, T value) {
   write_as(to, value);
 }
 inline int thread_again() { return static_cast<int>(threadIdx.x); }
-inline void prefetch(const void*) {}
-
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __float_as_int(float x) { return static_cast<int>(on_host::bits_of(x)); }
-inline unsigned __float_as_uint(float x) { return on_host::bits_of(x); }
-inline float __int_as_float(int x) { return on_host::float_of(static_cast<uint32_t>(x)); }
-inline float __uint_as_float(unsigned x) { return on_host::float_of(x); }
-
-// volatile: never contracted.
-inline double __dadd_rn(double a, double b) {
-  const volatile double sum = a + b;
-  return sum;
-}
-inline double __dsub_rn(double a, double b) {
-  const volatile double difference = a - b;
-  return difference;
-}
-inline double __dmul_rn(double a, double b) {
-  const volatile double product = a * b;
-  return product;
-}
-
-// The other operand for NaN, and -0 below 0. fmaf, fabsf, sqrtf, fmin and fmax are those of math.h.
-inline float fminf(float a, float b) {
-  if (a != a || b != b) return a != a ? b : a;
-  return a < b || (a == b && __float_as_int(a) < 0) ? a : b;
-}
-inline float fmaxf(float a, float b) {
-  if (a != a || b != b) return a != a ? b : a;
-  return a > b || (a == b && __float_as_int(a) >= 0) ? a : b;
-}
-inline int min(int a, int b) { return a < b ? a : b; }
-inline int max(int a, int b) { return a > b ? a : b; }
-inline float quick_root(float x) { return sqrtf(x); }
-
-inline uint32_t pack_halves(float low, float high) {
-  on_host::float16 pair[2];
-  on_host::narrow(low, pair), on_host::narrow(high, pair + 1);
-  return static_cast<uint32_t>(pair[1].bits) << 16 | pair[0].bits;
-}
-inline float2 unpack_halves(uint32_t bits) { return {half_of(bits, 0), half_of(bits, 1)}; }
-inline uint32_t pack_bfloats(float low, float high) {
-  on_host::bfloat16 pair[2];
-  on_host::narrow(low, pair), on_host::narrow(high, pair + 1);
-  return static_cast<uint32_t>(pair[1].bits) << 16 | pair[0].bits;
-}
-inline float2 unpack_bfloats(uint32_t bits) {
-  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
-}
 
 }  // namespace cuda
 }  // namespace msvq

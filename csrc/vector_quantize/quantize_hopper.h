@@ -1,9 +1,11 @@
 // The quantizer for Hopper (sm_90a): what its parts share.
 //
 // A block stays on its multiprocessor with the codes in half precision in its shared memory, and
-// takes one tile of 64 rows after another. Four warpgroups search (quantize_hopper_search.h) and
-// hand their tiles on; the warps of the other two settle what the search leaves open and write the
-// outputs (quantize_hopper_outputs.h). ARCHITECTURE.md has the bound that certifies a code.
+// the sums of up to 320 codes beside them. Each of its five warpgroups takes a tile of 64 rows,
+// searches it (quantize_hopper_search.h), settles what the search leaves open
+// (quantize_hopper_exact.h), writes the outputs (quantize_hopper_outputs.h) and takes the next,
+// which by then is on its way into shared memory. ARCHITECTURE.md has the bound that certifies a
+// code.
 #pragma once
 #include "cuda/hopper.h"
 #include "vector_quantize/quantize_hopper_params.h"
@@ -14,15 +16,15 @@ namespace cuda {
 
 constexpr int kWidth = 64;        // D
 constexpr int kMostCodes = 1024;  // K that fits
+constexpr int kMostSums = 320;    // K whose sums fit too
 constexpr int kTile = 64;         // rows
-constexpr int kSearchers = 4;     // warpgroups
-constexpr int kAssistants = 8;    // warps
-constexpr int kThreads = 128 * kSearchers + 32 * kAssistants;
-constexpr int kSlots = 16;           // tiles on their way from the searchers to the assistants
-constexpr int kLanes = 8;            // in which the scores of a row's pairs of codes are kept
+constexpr int kWarpgroups = 5;
+constexpr int kWarps = 4 * kWarpgroups;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kRows = kTile / 4;     // of a tile that are one warp's
+constexpr int kLot = 4;              // open rows that a warp settles at once
 constexpr int kNotFinite = 1 << 30;  // the code of a row with NaN or Inf: 0, marked
-constexpr int kNoRow = -1;
-constexpr int kOpen = -2;  // the search does not say
+constexpr int kNone = -1;            // no row, or one whose code the search does not say
 
 // The codes in shared memory: blocks of 8 codes by 8 values, 16 bytes a code.
 constexpr int kAlong = 128;
@@ -33,39 +35,58 @@ MSVQ_WARPS_HOST int columns_of(int num_codes) {
   return (num_codes + kProductColumns - 1) / kProductColumns * kProductColumns;
 }
 
-// Two neighbouring codes share a score until they are told apart. Pair `number` of lane 4 p + q is
-// what thread q of a quad holds of columns 32 p to 32 p + 31 of product number / 4.
-constexpr int kPairsOfChunk = 4;
-constexpr int kNumberMask = kMostCodes / kProductColumns * kPairsOfChunk - 1;  // 63
-MSVQ_WARPS int pair_column(int lane, int number) {
-  return number / kPairsOfChunk * kProductColumns + lane / 4 * 32 + number % kPairsOfChunk * 8 +
+// Four codes share a score until they are told apart: a pair of neighbours and the pair eight
+// further. The scores of a row's groups are kept in 8 lanes. Group `number` of lane 4 p + q is what
+// thread q of a quad holds of 16 columns of product number / 2.
+constexpr int kGroupsOfChunk = 2;
+constexpr int kNumberMask = kMostCodes / kProductColumns * kGroupsOfChunk - 1;  // 31
+MSVQ_WARPS int group_column(int lane, int number) {
+  return number / kGroupsOfChunk * kProductColumns + lane / 4 * 32 + number % kGroupsOfChunk * 16 +
          lane % 4 * 2;
 }
+MSVQ_WARPS int code_of_group(int i) { return i / 2 * 8 + i % 2; }
 
-// A tile between its searcher and the assistants.
-struct TileCodes {
-  int codes[kTile];
-  // Of an open row: every lane's best pair, and one bit per lane that says that this pair may hold
-  // the nearest code, or that any pair of the lane may.
-  uint8_t numbers[kTile][kLanes];
-  uint8_t near[kTile], any[kTile];
+constexpr int kTable = 2048;  // entries of the one that finds repeated codes
+
+// A row whose code the search does not say.
+struct alignas(16) OpenRow {
+  int row;
+  uint32_t near_any;    // bits of the lanes whose best group may hold the nearest code; 8 further,
+                        // of those of which any group may
+  uint32_t numbers[2];  // of every lane's best group, a byte each
 };
 
 // What has one size whatever K is comes first, at addresses that the compiler knows.
 struct alignas(128) QuantizeShared {
-  TileCodes ring[kSlots];
-  uint64_t full[kSlots];   // the searcher has written
-  uint64_t empty[kSlots];  // the assistants have read
-  double errors[kAssistants];
+  uint64_t loaded[kWarps];                 // a warp's rows of the next tile are there
+  uint64_t turns[kWarps];                  // the warp before has added its rows to the sums
+  OpenRow open[kWarps][kRows + kLot - 1];  // settled once there are kLot of them
   float norms[4];           // largest norm, rounded norm and rounding error of the codes; scale
   float shift[kWidth];      // mean of the codes, scaled
   float seeds[kMostCodes];  // half the squared norms, 1e30 where there is no code to be chosen
+  float errors[kThreads];   // parts of the sum of (z - e)^2
+  int counts[kMostSums];
+  int queued[kWarps];  // open rows
+  int rounds;          // tiles of the block for every warpgroup
 
   MSVQ_WARPS char* codes() { return reinterpret_cast<char*>(this + 1); }
+  MSVQ_WARPS char* rows(int num_codes) { return codes() + columns_of(num_codes) / 8 * kAcross; }
+  template <class T>
+  MSVQ_WARPS T* rows_of_warp(int num_codes, int warp) {  // (16, 64)
+    return reinterpret_cast<T*>(rows(num_codes)) + warp * kRows * kWidth;
+  }
+  template <class T>
+  MSVQ_WARPS float* sums(int num_codes) {  // (K + 1, 64); the last takes what no code does
+    return reinterpret_cast<float*>(rows_of_warp<T>(num_codes, kWarps));
+  }
 };
 
-inline int quantize_shared_bytes(int num_codes) {
-  return static_cast<int>(sizeof(QuantizeShared)) + columns_of(num_codes) / 8 * kAcross;
+template <class T>
+int quantize_shared_bytes(int num_codes, bool with_sums) {
+  constexpr int kRowsBytes = kWarps * kRows * kWidth * static_cast<int>(sizeof(T));
+  static_assert(kRowsBytes >= 4 * (kMostCodes + kTable), "the tables of repeated codes fit there");
+  return static_cast<int>(sizeof(QuantizeShared)) + columns_of(num_codes) / 8 * kAcross +
+         kRowsBytes + (with_sums ? (num_codes + 1) * kWidth * 4 : 0);
 }
 
 // Elements of rows, four at a time.
@@ -75,18 +96,36 @@ struct Half {
 struct Bfloat {
   uint16_t bits;
 };
-MSVQ_WARPS float4 load_four(const float* from) {
-  return __ldg(reinterpret_cast<const float4*>(from));
-}
-MSVQ_WARPS float4 load_four(const Half* from) {
-  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(from));
+MSVQ_WARPS float4 four_of(const float4& x, const float*) { return x; }
+MSVQ_WARPS float4 four_of(const uint2& bits, const Half*) {
   const float2 low = unpack_halves(bits.x), high = unpack_halves(bits.y);
   return make_float4(low.x, low.y, high.x, high.y);
 }
-MSVQ_WARPS float4 load_four(const Bfloat* from) {
-  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(from));
+MSVQ_WARPS float4 four_of(const uint2& bits, const Bfloat*) {
   const float2 low = unpack_bfloats(bits.x), high = unpack_bfloats(bits.y);
   return make_float4(low.x, low.y, high.x, high.y);
+}
+template <class T>
+struct Four {
+  using Bits = uint2;
+};
+template <>
+struct Four<float> {
+  using Bits = float4;
+};
+// From shared memory, and from memory that does not change.
+template <class T>
+MSVQ_WARPS float4 read_four(const T* from) {
+  return four_of(*reinterpret_cast<const typename Four<T>::Bits*>(from), from);
+}
+template <class T>
+MSVQ_WARPS float4 load_four(const T* from) {
+  return four_of(__ldg(reinterpret_cast<const typename Four<T>::Bits*>(from)), from);
+}
+template <class T>
+MSVQ_WARPS void copy_four(T* to, const T* from) {
+  using Bits = typename Four<T>::Bits;
+  *reinterpret_cast<Bits*>(to) = __ldg(reinterpret_cast<const Bits*>(from));
 }
 MSVQ_WARPS void store_four(float* to, const float4& x) { __stcs(reinterpret_cast<float4*>(to), x); }
 MSVQ_WARPS void store_four(Half* to, const float4& x) {

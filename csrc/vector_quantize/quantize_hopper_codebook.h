@@ -5,8 +5,6 @@
 namespace msvq {
 namespace cuda {
 
-constexpr int kTable = 2048;  // entries of the one that finds repeated codes
-
 MSVQ_WARPS void raise_to(float* to, float x) {  // x >= 0
   atomicMax(reinterpret_cast<int*>(to), __float_as_int(x));
 }
@@ -14,40 +12,38 @@ MSVQ_WARPS void raise_to(float* to, float x) {  // x >= 0
 // Leaves the mean of the finite codes in shift, and how far any lies from it in norms[3].
 // The mean need not be exact: any shift leaves the nearest code what it is.
 MSVQ_WARPS void measure_codes(const QuantizeHopperParams& p, QuantizeShared& shared) {
-  constexpr int kWarps = 8, kAtOnce = 16;  // the scratch lies where 64 codes will be
+  constexpr int kAtOnce = 16;  // the scratch may reach beyond the codes
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* sums = reinterpret_cast<float*>(shared.codes());          // (kWarps, D)
   float* lows = sums + kWarps * kWidth;                            // (kWarps, D)
   float* highs = lows + kWarps * kWidth;                           // (kWarps, D)
   int* numbers = reinterpret_cast<int*>(highs + kWarps * kWidth);  // (kWarps,)
   if (threadIdx.x < 4) shared.norms[threadIdx.x] = 0;
-  if (warp < kWarps) {
-    float2 sum = make_float2(0, 0), low = make_float2(INFINITY, INFINITY);
-    float2 high = make_float2(-INFINITY, -INFINITY);
-    int number = 0;
-    for (int first = warp; first < p.num_codes; first += kWarps * kAtOnce) {
-      float2 e[kAtOnce];
-      MSVQ_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int code = min(first + i * kWarps, p.num_codes - 1);
-        e[i] = __ldg(reinterpret_cast<const float2*>(p.codebook + code * kWidth) + lane);
-      }
-      MSVQ_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const bool finite = is_finite(e[i].x) && is_finite(e[i].y);
-        if (!__all_sync(~0u, finite) || first + i * kWarps >= p.num_codes) continue;
-        sum.x += e[i].x / kMostCodes, sum.y += e[i].y / kMostCodes;  // or K could overflow
-        low.x = fminf(low.x, e[i].x), low.y = fminf(low.y, e[i].y);
-        high.x = fmaxf(high.x, e[i].x), high.y = fmaxf(high.y, e[i].y);
-        ++number;
-      }
+  float2 sum = make_float2(0, 0), low = make_float2(INFINITY, INFINITY);
+  float2 high = make_float2(-INFINITY, -INFINITY);
+  int number = 0;
+  for (int first = warp; first < p.num_codes; first += kWarps * kAtOnce) {
+    float2 e[kAtOnce];
+    MSVQ_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int code = min(first + i * kWarps, p.num_codes - 1);
+      e[i] = __ldg(reinterpret_cast<const float2*>(p.codebook + code * kWidth) + lane);
     }
-    const int at = warp * kWidth + 2 * lane;
-    sums[at] = sum.x, sums[at + 1] = sum.y;
-    lows[at] = low.x, lows[at + 1] = low.y;
-    highs[at] = high.x, highs[at + 1] = high.y;
-    if (lane == 0) numbers[warp] = number;
+    MSVQ_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool finite = is_finite(e[i].x) && is_finite(e[i].y);
+      if (!__all_sync(~0u, finite) || first + i * kWarps >= p.num_codes) continue;
+      sum.x += e[i].x / kMostCodes, sum.y += e[i].y / kMostCodes;  // or K could overflow
+      low.x = fminf(low.x, e[i].x), low.y = fminf(low.y, e[i].y);
+      high.x = fmaxf(high.x, e[i].x), high.y = fmaxf(high.y, e[i].y);
+      ++number;
+    }
   }
+  const int at = warp * kWidth + 2 * lane;
+  sums[at] = sum.x, sums[at + 1] = sum.y;
+  lows[at] = low.x, lows[at + 1] = low.y;
+  highs[at] = high.x, highs[at + 1] = high.y;
+  if (lane == 0) numbers[warp] = number;
   __syncthreads();
   if (threadIdx.x < kWidth) {
     float sum = 0, low = INFINITY, high = -INFINITY;
@@ -115,9 +111,8 @@ MSVQ_WARPS void load_codebook(const QuantizeHopperParams& p, QuantizeShared& sha
     shared.shift[threadIdx.x] = static_cast<float>(shared.shift[threadIdx.x] * scale);
   if (threadIdx.x == 0) shared.norms[3] = static_cast<float>(scale);
 
-  uint32_t* hashes = reinterpret_cast<uint32_t*>(shared.ring);  // until tiles come
+  uint32_t* hashes = reinterpret_cast<uint32_t*>(shared.rows(p.num_codes));  // until rows come
   int* table = reinterpret_cast<int*>(hashes + kMostCodes);
-  static_assert(sizeof(shared.ring) >= 4 * (kMostCodes + kTable), "the ring holds both");
   float norm = 0, half_norm = 0, error = 0;
   for (int block = warp; block < columns_of(p.num_codes) / 8; block += kThreads / 32) {
     const int code = block * 8 + lane / 4;

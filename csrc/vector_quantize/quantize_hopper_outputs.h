@@ -1,104 +1,240 @@
-// What follows from the search: the codes that it left open, z_q and the loss; and a block whole.
+// What follows from the search: the codes that it left open, z_q, the loss and the sums of every
+// code's rows; and a block whole.
 #pragma once
 #include "vector_quantize/quantize_hopper_codebook.h"
 #include "vector_quantize/quantize_hopper_exact.h"
-#include "vector_quantize/quantize_hopper_search.h"
 
 namespace msvq {
 namespace cuda {
 
-constexpr int kRows = kTile / kAssistants;  // of a tile that a warp settles and writes
+// Rows of z as they lie in a warp's registers: 16 lanes a row, two rows a float4.
+using WarpRows = float4[kRows / 2];
 
-// The code of row lane % kRows of this warp's, also where the search left it open.
-template <class T>
-MSVQ_WARPS int settle_rows(const QuantizeHopperParams& p, const TileCodes& tile, int row) {
-  const int numbers = columns_of(p.num_codes) / kProductColumns * kPairsOfChunk;
-  const int lane = thread_again() % 32, first = row % kTile;
-  int code = tile.codes[first + lane % kRows];
-  uint32_t open = __ballot_sync(~0u, code == kOpen) & ((1 << kRows) - 1);
-  while (open) {
-    const int i = __ffs(static_cast<int>(open)) - 1, at = first + i;
-    open &= open - 1;
-    const T* z = static_cast<const T*>(p.z) + int64_t{row + i} * p.z_stride;
-    const int settled =
-        settle(p, z, {tile.near[at], tile.any[at], tile.numbers[at], numbers, 0, 0, 0});
-    if (lane % kRows == i) code = settled;
-  }
-  return code;
+// The code of row `row`, marked if the row is not finite.
+template <bool kSums>
+MSVQ_WARPS void write_code(const QuantizeHopperParams& p, QuantizeShared& shared, int row,
+                           int code) {
+  p.codes[row] = code & (kNotFinite - 1);
+  if (p.keys) p.keys[row] = static_cast<int16_t>(min(code, p.num_codes));
+  if (kSums && code < kNotFinite) atomicAdd(&shared.counts[code], 1);
 }
 
-// z_q of this warp's rows, 16 lanes a row; returns this lane's part of the sum of (z - e)^2.
+// z_q at row `row`, 16 lanes a row; returns this lane's part of the sum of (z - e)^2.
 template <class T>
-MSVQ_WARPS float write_rows(const QuantizeHopperParams& p, int row, int code) {
-  const int lane = thread_again() % 32, part = lane % 16 * 4;
-  const T* z = static_cast<const T*>(p.z) + part;
-  float4 x[kRows / 2], e[kRows / 2];
-  MSVQ_UNROLL
-  for (int i = 0; i < kRows / 2; ++i) {
-    const int of = max(__shfl_sync(~0u, code, 2 * i + lane / 16), 0) & (kNotFinite - 1);
-    // Past the last row the last one again: loads without a condition do not wait for each other.
-    x[i] = load_four(z + int64_t{min(row + 2 * i + lane / 16, p.count - 1)} * p.z_stride);
-    e[i] = load_four(p.codebook + of * kWidth + part);
-  }
+MSVQ_WARPS float write_row(const QuantizeHopperParams& p, int row, const float4& x,
+                           const float4& e) {
+  store_four(static_cast<T*>(p.z_q) + int64_t{row} * p.z_q_stride + thread_again() % 16 * 4, e);
+  const float a = x.x - e.x, b = x.y - e.y, c = x.z - e.z, d = x.w - e.w;
+  return fmaf(a, a, fmaf(b, b, fmaf(c, c, d * d)));
+}
+
+MSVQ_WARPS float4 code_vector(const QuantizeHopperParams& p, int code) {
+  return load_four(p.codebook + (code & (kNotFinite - 1)) * kWidth + thread_again() % 16 * 4);
+}
+
+// Reads this warp's rows, from `first` on, and writes those of z_q that have a code.
+template <class T>
+MSVQ_WARPS float write_rows(const QuantizeHopperParams& p, const T* rows, int first, int code,
+                            WarpRows& x) {
+  constexpr int kAtOnce = 4;
+  const int half = thread_again() % 32 / 16;
   float error = 0;
   MSVQ_UNROLL
-  for (int i = 0; i < kRows / 2; ++i) {
-    const int at = row + 2 * i + lane / 16;
-    if (at >= p.count) continue;
-    store_four(static_cast<T*>(p.z_q) + int64_t{at} * p.z_q_stride + part, e[i]);
-    const float a = x[i].x - e[i].x, b = x[i].y - e[i].y;
-    const float c = x[i].z - e[i].z, d = x[i].w - e[i].w;
-    error = fmaf(a, a, fmaf(b, b, fmaf(c, c, fmaf(d, d, error))));
+  for (int begin = 0; begin < kRows / 2; begin += kAtOnce) {
+    float4 e[kAtOnce];
+    MSVQ_UNROLL
+    for (int i = 0; i < kAtOnce; ++i)
+      e[i] = code_vector(p, max(__shfl_sync(~0u, code, 2 * (begin + i) + half), 0));
+    MSVQ_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = 2 * (begin + i) + half;
+      float4& own = x[begin + i];
+      own = read_four(rows + at * kWidth + thread_again() % 16 * 4);
+      if (__shfl_sync(~0u, code, at) >= 0) error += write_row<T>(p, first + at, own, e[i]);
+    }
   }
   return error;
 }
 
-// Eight rows of every tile for each warp.
-template <class T, bool kVectors>
-MSVQ_WARPS void assist(const QuantizeHopperParams& p, QuantizeShared& shared) {
-  const int warp = thread_again() / 32 - 4 * kSearchers, lane = thread_again() % 32;
-  const int blocks = static_cast<int>(gridDim.x);
-  double error = 0;
-  int turn = 0;
-  for (int first = static_cast<int>(blockIdx.x) * kTile; first < p.count;
-       first += blocks * kTile, ++turn) {
-    const int slot = turn % kSlots, row = first + warp * kRows;
-    wait(&shared.full[slot], turn / kSlots & 1);
-    const int code = settle_rows<T>(p, shared.ring[slot], row);
-    __syncwarp();
-    if (lane == 0) arrive(&shared.empty[slot]);
-    if (lane < kRows && code != kNoRow) {
-      p.codes[row + lane] = code & (kNotFinite - 1);
-      if (p.keys) p.keys[row + lane] = static_cast<int16_t>(min(code, p.num_codes));
-    }
-    if constexpr (kVectors) error += write_rows<T>(p, row, code);
+MSVQ_WARPS float4 sum_of(const float4& a, const float4& b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// Adds rows of one code to the first of them; returns the code of row lane % kRows to add to, K if
+// there is none.
+template <class T>
+MSVQ_WARPS int combine_rows(const QuantizeHopperParams& p, const T* rows, WarpRows& x, int code) {
+  const int lane = thread_again() % 32, half = lane / 16;
+  const bool counts = code >= 0;
+  unsigned same = __ballot_sync(~0u, counts) & 0xFFFF;
+  MSVQ_UNROLL
+  for (int bit = 1; bit <= kMostSums; bit *= 2) {
+    const unsigned set = __ballot_sync(~0u, (code & bit) != 0);
+    same &= code & bit ? set : ~set;
   }
-  if constexpr (kVectors) {
+  const int first = __ffs(static_cast<int>(same)) - 1;
+  const unsigned repeated = __ballot_sync(~0u, counts && first < lane) & 0xFFFF;
+  for (unsigned left = repeated; left != 0; left &= left - 1) {
+    const int row = __ffs(static_cast<int>(left)) - 1, to = __shfl_sync(~0u, first, row);
+    const float4 y = read_four(rows + row * kWidth + lane % 16 * 4);
     MSVQ_UNROLL
-    for (int step = 16; step > 0; step /= 2) error += __shfl_xor_sync(~0u, error, step);
-    if (lane == 0) shared.errors[warp] = error;
-    sync_part(1, 32 * kAssistants);
-    if (warp != 0 || lane != 0) return;
-    error = 0;
-    for (int i = 0; i < kAssistants; ++i) error += shared.errors[i];
-    p.errors[blockIdx.x] = error;
+    for (int i = 0; i < kRows / 2; ++i)
+      if (2 * i + half == to) x[i] = sum_of(x[i], y);
+  }
+  return counts && (repeated >> (lane % 16) & 1) == 0 ? code : p.num_codes;
+}
+
+// Outputs of up to kRows open rows, copied to `rows`. Returns the code of row lane % kRows.
+template <class T, bool kVectors, bool kSums>
+MSVQ_WARPS int finish_open(const QuantizeHopperParams& p, QuantizeShared& shared,
+                           const OpenRow* open, int count, T* rows) {
+  const int lane = thread_again() % 32;
+  int code = 0;
+  MSVQ_NO_UNROLL
+  for (int first = 0; first < count; first += kLot) {
+    const int lot = min(count - first, kLot);
+    const int settled = settle_rows(p, open + first, lot, rows + first * kWidth);
+    if (lane < lot) write_code<kSums>(p, shared, open[first + lane].row, settled);
+    if (lane % kRows / kLot == first / kLot) code = settled;
+    if constexpr (kVectors) {
+      float error = 0;
+      MSVQ_UNROLL
+      for (int i = 0; i < kLot; i += 2) {
+        const int at = i + lane / 16, of = __shfl_sync(~0u, settled, at);
+        if (at >= lot) continue;
+        const float4 x = read_four(rows + (first + at) * kWidth + lane % 16 * 4);
+        error += write_row<T>(p, open[first + at].row, x, code_vector(p, of));
+      }
+      shared.errors[thread_again()] += error;
+    }
+  }
+  return code;
+}
+
+// Adds a warp's rows, if it has any, `x` for the codes `to` of rows lane % kRows, no two below K
+// the same, and then `count` open ones, `rows` of codes `settled`. Every warp does so in its turn:
+// the sums are the same whatever the timing.
+template <class T>
+MSVQ_WARPS void add_rows(const QuantizeHopperParams& p, QuantizeShared& shared, uint32_t parity,
+                         const WarpRows& x, bool there, int to, const T* rows, int settled,
+                         int count) {
+  const int warp = thread_again() / 32, lane = thread_again() % 32, part = lane % 16 * 4;
+  float* const sums = shared.sums<T>(p.num_codes) + part;
+  float4* at[kRows / 2];
+  MSVQ_UNROLL
+  for (int i = 0; i < kRows / 2; ++i)
+    at[i] = reinterpret_cast<float4*>(sums + __shfl_sync(~0u, to, 2 * i + lane / 16) * kWidth);
+  uint64_t* const after = warp + 1 < kWarps ? &shared.turns[warp + 1] : &shared.turns[0];
+  wait(&shared.turns[warp], parity);
+  if (there) {
+    float4 sum[kRows / 2];
+    MSVQ_UNROLL
+    for (int i = 0; i < kRows / 2; ++i) sum[i] = *at[i];
+    MSVQ_UNROLL
+    for (int i = 0; i < kRows / 2; ++i) *at[i] = sum_of(sum[i], x[i]);
+  }
+  MSVQ_NO_UNROLL
+  for (int i = 0; i < count; ++i) {
+    __syncwarp();
+    const int of = __shfl_sync(~0u, settled, i);
+    float4* own = reinterpret_cast<float4*>(sums + of * kWidth);
+    if (of < kNotFinite && lane < 16) *own = sum_of(*own, read_four(rows + i * kWidth + part));
+  }
+  __syncwarp();
+  if (lane == 0) arrive(after);
+}
+
+// The tile of this warp's in a round, past the last where there is none.
+MSVQ_WARPS int tile_of(int round) {
+  const int blocks = static_cast<int>(gridDim.x);
+  return static_cast<int>(blockIdx.x) + (round * kWarpgroups + thread_again() / 128) * blocks;
+}
+
+// A tile for every warpgroup in each round; in one more round what is still open.
+template <class T, bool kVectors, bool kSums>
+MSVQ_WARPS void quantize_tiles(const QuantizeHopperParams& p, QuantizeShared& shared) {
+  if constexpr (kVectors) shared.errors[thread_again()] = 0;
+  if (tile_of(0) * kTile < p.count) begin_rows<T>(p, shared, tile_of(0));
+  MSVQ_NO_UNROLL
+  for (int round = 0; round <= shared.rounds; ++round) {
+    const bool there = tile_of(round) * kTile < p.count;
+    T* const rows = shared.rows_of_warp<T>(p.num_codes, thread_again() / 32);
+    WarpRows x;
+    int to = p.num_codes, settled = 0;
+    if (there) {
+      wait(&shared.loaded[thread_again() / 32], round & 1);
+      uint32_t a[4][4];
+      float margin[2];
+      load_tile(shared, rows, a, margin);
+      const int first = tile_of(round) * kTile + thread_again() / 32 % 4 * kRows;
+      const int code = search_rows(p, shared, a, margin, first);
+      const int lane = thread_again() % 32;
+      if (lane < kRows && code >= 0) write_code<kSums>(p, shared, first + lane, code);
+      if constexpr (kVectors) {
+        const float error = write_rows(p, rows, first, code, x);
+        shared.errors[thread_again()] += error;
+      }
+      if constexpr (kSums) to = combine_rows(p, rows, x, code);
+    }
+    __syncwarp();
+    const int queued = shared.queued[thread_again() / 32];
+    const int open = there ? queued / kLot * kLot : queued;
+    if (open) {
+      const OpenRow* of = shared.open[thread_again() / 32] + queued - open;
+      settled = finish_open<T, kVectors, kSums>(p, shared, of, open, rows);
+      if (thread_again() % 32 == 0) shared.queued[thread_again() / 32] = queued - open;
+    }
+    if constexpr (kSums) add_rows(p, shared, round & 1, x, there, to, rows, settled, open);
+    if (open) fence_shared_for_async();
+    if (tile_of(round + 1) * kTile < p.count) begin_rows<T>(p, shared, tile_of(round + 1));
   }
 }
 
-template <class T, bool kVectors>
+// This block's parts of the sums.
+template <class T, bool kSums>
+MSVQ_WARPS void write_parts(const QuantizeHopperParams& p, QuantizeShared& shared) {
+  const int thread = thread_again(), block = static_cast<int>(blockIdx.x);
+  __syncthreads();
+  if (thread < 32) {
+    double error = 0;
+    for (int i = thread; i < kThreads; i += 32) error += shared.errors[i];
+    MSVQ_UNROLL
+    for (int step = 16; step > 0; step /= 2) error += __shfl_xor_sync(~0u, error, step);
+    if (thread == 0) p.errors[block] = error;
+  }
+  if constexpr (kSums) {
+    const float4* sums = reinterpret_cast<const float4*>(shared.sums<T>(p.num_codes));
+    float4* to = reinterpret_cast<float4*>(p.sums + int64_t{block} * p.num_codes * kWidth);
+    for (int i = thread; i < p.num_codes * (kWidth / 4); i += kThreads) to[i] = sums[i];
+    for (int i = thread; i < p.num_codes; i += kThreads)
+      p.counts[block * p.num_codes + i] = shared.counts[i];
+  }
+}
+
+template <class T, bool kVectors, bool kSums>
 MSVQ_WARPS void quantize_block(const QuantizeHopperParams& p, char* memory) {
   QuantizeShared& shared = *reinterpret_cast<QuantizeShared*>(memory);
-  if (threadIdx.x < kSlots) {
-    init_barrier(&shared.full[threadIdx.x], 4);
-    init_barrier(&shared.empty[threadIdx.x], kAssistants);
-  }
   load_codebook(p, shared);
-  fence_shared_for_products();
+  if (threadIdx.x < kWarps) {
+    init_barrier(&shared.loaded[threadIdx.x], 1);
+    shared.queued[threadIdx.x] = 0;
+  }
+  if (threadIdx.x == 0) {
+    const int tiles = (p.count + kTile - 1) / kTile;
+    const int step = kWarpgroups * static_cast<int>(gridDim.x);
+    shared.rounds = (tiles - static_cast<int>(blockIdx.x) + step - 1) / step;
+  }
+  if constexpr (kSums) {
+    if (threadIdx.x < kWarps) init_barrier(&shared.turns[threadIdx.x], 1);
+    if (threadIdx.x == 0) arrive(&shared.turns[0]);
+    for (int i = threadIdx.x; i < (p.num_codes + 1) * kWidth; i += kThreads)
+      shared.sums<T>(p.num_codes)[i] = 0;
+    for (int i = threadIdx.x; i < p.num_codes; i += kThreads) shared.counts[i] = 0;
+  }
+  fence_shared_for_async();
   __syncthreads();
-  if (threadIdx.x < 128 * kSearchers)
-    search<T>(p, shared);
-  else
-    assist<T, kVectors>(p, shared);
+  quantize_tiles<T, kVectors, kSums>(p, shared);
+  if constexpr (kVectors) write_parts<T, kSums>(p, shared);
 }
 
 }  // namespace cuda

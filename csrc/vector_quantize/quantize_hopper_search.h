@@ -5,13 +5,21 @@
 namespace msvq {
 namespace cuda {
 
-// Have a tile in the second-level cache by the time it is asked for.
+// Begin to copy this warp's rows of a tile.
 template <class T>
-MSVQ_WARPS void prefetch_tile(const QuantizeHopperParams& p, int tile) {
-  constexpr int kLine = 128 / sizeof(T), kLines = kWidth / kLine;  // values, lines a row
-  const int thread = thread_again() % 128, row = tile * kTile + thread / kLines;
-  if (thread < kTile * kLines && row < p.count)
-    prefetch(static_cast<const T*>(p.z) + int64_t{row} * p.z_stride + thread % kLines * kLine);
+MSVQ_WARPS void begin_rows(const QuantizeHopperParams& p, QuantizeShared& shared, int tile) {
+  constexpr int kBytes = kWidth * static_cast<int>(sizeof(T));
+  const int warp = thread_again() / 32, lane = thread_again() % 32;
+  uint64_t* loaded = &shared.loaded[warp];
+  const int first = tile * kTile + warp % 4 * kRows;
+  const bool whole = p.z_stride == kWidth && first + kRows <= p.count;  // one piece of memory
+  if (lane == 0) arrive_with_bytes(loaded, kRows * kBytes);
+  __syncwarp();
+  if (lane >= (whole ? 1 : kRows)) return;
+  // Past the last row the last one again.
+  const T* from = static_cast<const T*>(p.z) + int64_t{min(first + lane, p.count - 1)} * p.z_stride;
+  copy_to_shared(shared.rows_of_warp<T>(p.num_codes, warp) + lane * kWidth, from,
+                 whole ? kRows * kBytes : kBytes, loaded);
 }
 
 MSVQ_WARPS float sum_of_quad(float x) {
@@ -27,19 +35,17 @@ MSVQ_WARPS float least_of_quad(float x) {
 // their exact values. Thread 32 w + 4 g + q has, of rows 16 w + g and 8 further, of every 16 values
 // 4 q ... 4 q + 3.
 template <class T>
-MSVQ_WARPS void load_tile(const QuantizeHopperParams& p, const QuantizeShared& shared, int tile,
-                          uint32_t (&a)[4][4], float (&margin)[2]) {
-  const int thread = thread_again() % 128, q = thread % 4;
+MSVQ_WARPS void load_tile(const QuantizeShared& shared, const T* rows, uint32_t (&a)[4][4],
+                          float (&margin)[2]) {
+  const int lane = thread_again() % 32, q = lane % 4;
   const float scale = shared.norms[3], code_norm = shared.norms[0], half_norm = shared.norms[1];
   const float code_error = shared.norms[2];
   MSVQ_UNROLL
   for (int h = 0; h < 2; ++h) {
-    // Past the last row the last one again: loads without a condition do not wait for each other.
-    const int row = min(tile * kTile + thread / 32 * 16 + thread % 32 / 4 + 8 * h, p.count - 1);
-    const T* from = static_cast<const T*>(p.z) + int64_t{row} * p.z_stride + 4 * q;
     float4 x[4];
     MSVQ_UNROLL
-    for (int s = 0; s < 4; ++s) x[s] = load_four(from + 16 * s);
+    for (int s = 0; s < 4; ++s)
+      x[s] = read_four(rows + (lane / 4 + 8 * h) * kWidth + 4 * q + 16 * s);
     float square = 0, error = 0;
     MSVQ_UNROLL
     for (int s = 0; s < 4; ++s) {
@@ -69,25 +75,27 @@ MSVQ_WARPS void load_tile(const QuantizeHopperParams& p, const QuantizeShared& s
   }
 }
 
-// The lowest two scores of each lane of two rows, with the number of the pair in the lowest bits.
+// The lowest two scores of each lane of two rows, with the number of the group in the lowest bits.
 struct LowestScores {
   float first[2][2], second[2][2];  // row, half of the 64 columns
 
   MSVQ_WARPS LowestScores() {
     MSVQ_UNROLL
-    for (int i = 0; i < 4; ++i) first[i / 2][i % 2] = second[i / 2][i % 2] = 0x1p127f;  // pair 0
+    for (int i = 0; i < 4; ++i) first[i / 2][i % 2] = second[i / 2][i % 2] = 0x1p127f;  // group 0
   }
 
   // Scores |c|^2 / 2 - x.c of a chunk of columns; `seeds` are those of this thread's columns.
   MSVQ_WARPS void add(const Accumulators& products, const float* seeds, int chunk) {
     MSVQ_UNROLL
-    for (int j = 0; j < 2 * kPairsOfChunk; ++j) {
-      const int part = j / kPairsOfChunk;
-      const float2 seed = *reinterpret_cast<const float2*>(seeds + 8 * j);
+    for (int i = 0; i < 2 * kGroupsOfChunk; ++i) {
+      const int part = i / kGroupsOfChunk, number = chunk * kGroupsOfChunk + i % kGroupsOfChunk;
+      const float2 low = *reinterpret_cast<const float2*>(seeds + 16 * i);
+      const float2 high = *reinterpret_cast<const float2*>(seeds + 16 * i + 8);
       MSVQ_UNROLL
       for (int h = 0; h < 2; ++h) {
-        float score = fminf(seed.x - products[4 * j + 2 * h], seed.y - products[4 * j + 2 * h + 1]);
-        const int number = chunk * kPairsOfChunk + j % kPairsOfChunk;
+        const float* of = products + 8 * i + 2 * h;
+        float score =
+            fminf(fminf(low.x - of[0], low.y - of[1]), fminf(high.x - of[4], high.y - of[5]));
         score = __int_as_float((__float_as_int(score) & ~kNumberMask) | number);
         second[h][part] = fminf(second[h][part], fmaxf(first[h][part], score));
         first[h][part] = fminf(first[h][part], score);
@@ -97,8 +105,8 @@ struct LowestScores {
 };
 
 // A warpgroup waits for its products; meanwhile the others read the scores of theirs.
-MSVQ_WARPS void score_pairs(const uint32_t (&a)[4][4], QuantizeShared& shared, int num_codes,
-                            LowestScores& lowest) {
+MSVQ_WARPS void score_groups(const uint32_t (&a)[4][4], QuantizeShared& shared, int num_codes,
+                             LowestScores& lowest) {
   const float* seeds = shared.seeds + 2 * (thread_again() % 4);
   MatrixDescriptor codes(shared_address(shared.codes()), kAlong, kAcross);
   for (int chunk = 0; chunk * kProductColumns < num_codes; ++chunk) {
@@ -113,19 +121,22 @@ MSVQ_WARPS void score_pairs(const uint32_t (&a)[4][4], QuantizeShared& shared, i
   }
 }
 
-// Scores of the two codes of a pair for every row: its first column in `column`, which all lanes of
-// the row know. One product of a warp tells four rows; theirs are in lane g % 4 of quad g.
-MSVQ_WARPS void score_codes(const uint32_t (&a)[4][4], QuantizeShared& shared,
-                            const int (&column)[2], float2 (&out)[2]) {
+// Tells the codes of a group apart for every row: its first column in `column`, which all lanes of
+// the row know. `code` becomes the nearest if the next is further than the margin, or else kNone.
+// One product of a warp tells two rows; theirs are in quad g's lanes 2 (g % 2) and one further.
+MSVQ_WARPS void tell_codes(const uint32_t (&a)[4][4], QuantizeShared& shared,
+                           const int (&column)[2], const float (&margin)[2], int (&code)[2]) {
+  code[1] = kNone;
   const int lane = thread_again() % 32, quad = lane / 4;
   const uint32_t from = shared_address(shared.codes()) + static_cast<uint32_t>(lane / 8 * kAlong);
-  MSVQ_UNROLL
+  MSVQ_NO_UNROLL
   for (int h = 0; h < 2; ++h) {
-    out[h] = make_float2(0, 0);
+    const int of = h ? column[1] : column[0];
+    float2 score = make_float2(0, 0);
     MSVQ_UNROLL
-    for (int part = 0; part < 2; ++part) {
-      // Lane l gives the address of code l % 2 of the pair of row 4 part + l / 2 % 4.
-      const int at = __shfl_sync(~0u, column[h], 16 * part + lane % 8 / 2 * 4) + lane % 2;
+    for (int part = 0; part < 4; ++part) {
+      // Lane l gives the address of code l % 4 of the group of row 2 part + l / 4 % 2.
+      const int at = __shfl_sync(~0u, of, 8 * part + (lane & 4)) + code_of_group(lane % 4);
       const uint32_t address = from + static_cast<uint32_t>(at / 8 * kAcross + at % 8 * 16);
       uint32_t low[4], high[4];
       load_blocks(address, low);
@@ -135,71 +146,81 @@ MSVQ_WARPS void score_codes(const uint32_t (&a)[4][4], QuantizeShared& shared,
       multiply(product, a[1], low[2], low[3]);
       multiply(product, a[2], high[0], high[1]);
       multiply(product, a[3], high[2], high[3]);
-      const bool own = quad / 4 == part;
-      out[h].x = own ? product[2 * h] : out[h].x;
-      out[h].y = own ? product[2 * h + 1] : out[h].y;
+      if (quad / 2 == part)
+        score = h ? make_float2(product[2], product[3]) : make_float2(product[0], product[1]);
     }
-    const float2 seed = *reinterpret_cast<const float2*>(shared.seeds + column[h]);
-    out[h].x = seed.x - out[h].x, out[h].y = seed.y - out[h].y;
+    const int pair = of + code_of_group(lane % 2 * 2);
+    const float2 seed = *reinterpret_cast<const float2*>(shared.seeds + pair);
+    score.x = seed.x - score.x, score.y = seed.y - score.y;
+    const float low = fminf(score.x, score.y), high = fmaxf(score.x, score.y);
+    const float other_low = __shfl_xor_sync(~0u, low, 1);
+    const float other_high = __shfl_xor_sync(~0u, high, 1);
+    int lowest = pair + (score.y < score.x ? 1 : 0);
+    const int other = __shfl_xor_sync(~0u, lowest, 1);
+    lowest = other_low < low ? other : lowest;
+    const float next = fminf(fmaxf(low, other_low), fminf(high, other_high));
+    const bool clear = next - fminf(low, other_low) > (h ? margin[1] : margin[0]);
+    code[0] = code[1];
+    code[1] = __shfl_sync(~0u, clear ? lowest : kNone, (lane & ~3) + quad % 2 * 2);
   }
 }
 
-// Codes of the tiles of one of the block's searching warpgroups.
-template <class T>
-MSVQ_WARPS void search(const QuantizeHopperParams& p, QuantizeShared& shared) {
-  const int searcher = threadIdx.x / 128;
-  const int blocks = static_cast<int>(gridDim.x);
-  int tile = static_cast<int>(blockIdx.x) + searcher * blocks;
-  for (int turn = searcher; tile * kTile < p.count; turn += kSearchers) {
-    prefetch_tile<T>(p, tile + kSearchers * blocks);
-    uint32_t a[4][4];
-    float margin[2];
-    load_tile<T>(p, shared, tile, a, margin);
-    LowestScores lowest;
-    score_pairs(a, shared, p.num_codes, lowest);
-
-    const int thread = thread_again() % 128, lane = thread % 32, first_of_quad = lane & ~3;
-    uint32_t near[2], any[2];  // bit of every lane of this row
-    int number[2][2], column[2];
+// The code of row lane % 16 of a warp's, the first of which is number `first`; kNone if there is no
+// such row or the search does not say. Those it adds to this warp's open rows.
+MSVQ_WARPS int search_rows(const QuantizeHopperParams& p, QuantizeShared& shared,
+                           const uint32_t (&a)[4][4], const float (&margin)[2], int first) {
+  LowestScores lowest;
+  score_groups(a, shared, p.num_codes, lowest);
+  const int lane = thread_again() % 32, q = lane % 4, first_of_quad = lane & ~3;
+  int column[2], code[2];
+  uint32_t near_any[2], numbers[2];
+  MSVQ_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const float limit = least_of_quad(fminf(lowest.first[h][0], lowest.first[h][1])) + margin[h];
+    uint32_t near = 0, any = 0, number[2];
     MSVQ_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const float limit = least_of_quad(fminf(lowest.first[h][0], lowest.first[h][1])) + margin[h];
-      near[h] = any[h] = 0;
-      MSVQ_UNROLL
-      for (int part = 0; part < 2; ++part) {
-        const float first = lowest.first[h][part], second = lowest.second[h][part];
-        near[h] |= (__ballot_sync(~0u, first <= limit) >> first_of_quad & 15) << (4 * part);
-        any[h] |= (__ballot_sync(~0u, second <= limit) >> first_of_quad & 15) << (4 * part);
-        number[h][part] = __float_as_int(first) & kNumberMask;
-      }
-      if (!(limit < 1e29f)) near[h] = any[h] = 255;
-      const int nearest = max(__ffs(static_cast<int>(near[h])) - 1, 0);
-      const int left = __shfl_sync(~0u, number[h][0], first_of_quad + nearest % 4);
-      const int right = __shfl_sync(~0u, number[h][1], first_of_quad + nearest % 4);
-      column[h] = pair_column(nearest, nearest < 4 ? left : right);
+    for (int part = 0; part < 2; ++part) {
+      const float best = lowest.first[h][part], second = lowest.second[h][part];
+      near |= (__ballot_sync(~0u, best <= limit) >> first_of_quad & 15) << (4 * part);
+      any |= (__ballot_sync(~0u, second <= limit) >> first_of_quad & 15) << (4 * part);
+      number[part] = static_cast<uint32_t>(__float_as_int(best) & kNumberMask);
     }
-    float2 score[2];
-    score_codes(a, shared, column, score);
-    const int slot = turn % kSlots;
-    TileCodes& out = shared.ring[slot];
-    wait(&shared.empty[slot], (turn / kSlots & 1) ^ 1);
+    if (!(limit < 1e29f)) near = any = 255;
+    numbers[h] = number[0] | number[1] << 8;
+    const int nearest = max(__ffs(static_cast<int>(near)) - 1, 0);
+    const uint32_t of = __shfl_sync(~0u, numbers[h], first_of_quad + nearest % 4);
+    column[h] = group_column(nearest, static_cast<int>(of >> (nearest / 4 * 8) & 255));
+    near_any[h] = near | any << 8;
+  }
+  tell_codes(a, shared, column, margin, code);
+  bool open[2];
+  MSVQ_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const bool there = first + lane / 4 + 8 * h < p.count;
+    if (__popc(near_any[h]) != 1 || near_any[h] > 255 || !there) code[h] = kNone;
+    open[h] = there && code[h] == kNone;
+  }
+  const uint32_t opens[2] = {__ballot_sync(~0u, open[0]), __ballot_sync(~0u, open[1])};
+  if (opens[0] | opens[1]) {
+    int* const queued = &shared.queued[thread_again() / 32];
+    OpenRow* queue = shared.open[thread_again() / 32] + *queued;
+    const int more = __popc(opens[0] & 0x11111111) + __popc(opens[1] & 0x11111111);
     MSVQ_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const bool one_lane = __popc(near[h]) == 1 && any[h] == 0;
-      const bool certain = one_lane && fabsf(score[h].x - score[h].y) > margin[h];
-      const int code = certain ? column[h] + (score[h].y < score[h].x ? 1 : 0) : kOpen;
-      const int at = thread / 32 * 16 + lane / 4 + 8 * h;
-      if (lane % 4 == lane / 4 % 4) {
-        out.codes[at] = tile * kTile + at < p.count ? code : kNoRow;
-        out.near[at] = static_cast<uint8_t>(near[h]), out.any[at] = static_cast<uint8_t>(any[h]);
-      }
-      out.numbers[at][lane % 4] = static_cast<uint8_t>(number[h][0]);
-      out.numbers[at][4 + lane % 4] = static_cast<uint8_t>(number[h][1]);
+      uint32_t low = (numbers[h] & 255) << (8 * q), high = numbers[h] >> 8 << (8 * q);
+      low |= __shfl_xor_sync(~0u, low, 1), high |= __shfl_xor_sync(~0u, high, 1);
+      low |= __shfl_xor_sync(~0u, low, 2), high |= __shfl_xor_sync(~0u, high, 2);
+      const uint32_t before = opens[h] & 0x11111111 & ((1u << first_of_quad) - 1);
+      if (open[h] && q == 0)
+        queue[__popc(before)] = {first + lane / 4 + 8 * h, near_any[h], {low, high}};
+      queue += __popc(opens[h] & 0x11111111);
     }
     __syncwarp();
-    if (lane == 0) arrive(&shared.full[slot]);
-    tile += kSearchers * blocks;
+    if (lane == 0) *queued += more;
   }
+  const int upper = __shfl_sync(~0u, code[0], lane % 8 * 4);
+  const int lower = __shfl_sync(~0u, code[1], lane % 8 * 4);
+  return lane % 16 < 8 ? upper : lower;
 }
 
 }  // namespace cuda

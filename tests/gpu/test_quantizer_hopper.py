@@ -30,8 +30,9 @@ def test_codes_equal_brute_force(device: str, kind: str, num_codes: int) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 63, 64, 8449, 200_003])
-def test_sizes_and_types(device: str, dtype: torch.dtype, count: int) -> None:
-    z, codebook = (t.to(device) for t in latents("trained", count, 512))
+@pytest.mark.parametrize("num_codes", [256, 512])
+def test_sizes_and_types(device: str, dtype: torch.dtype, count: int, num_codes: int) -> None:
+    z, codebook = (t.to(device) for t in latents("trained", count, num_codes))
     z = z.to(dtype)
     got = vector_quantize(z, codebook, backend="native")
     want = vector_quantize(z, codebook, backend="reference")
@@ -39,6 +40,16 @@ def test_sizes_and_types(device: str, dtype: torch.dtype, count: int) -> None:
     assert torch.equal(got.code_counts, want.code_counts)
     torch.testing.assert_close(got.commitment_loss, want.commitment_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(got.code_sums, want.code_sums, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["normal", "init", "halfway"])
+@pytest.mark.parametrize("num_codes", [256, 1024])
+def test_the_same_bits_again(device: str, kind: str, num_codes: int) -> None:
+    z, codebook = (t.to(device) for t in latents(kind, 100_000, num_codes))
+    want = vector_quantize(z, codebook, backend="native")
+    for _ in range(5):
+        got = vector_quantize(z, codebook, backend="native")
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_waits_for_nothing_and_is_captured(device: str) -> None:

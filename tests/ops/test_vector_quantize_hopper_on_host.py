@@ -17,45 +17,64 @@ _C = getattr(OP.kernels.get("native"), "_C", None)
 needs_model = pytest.mark.skipif(
     not hasattr(_C, "vector_quantize_hopper_on_host"), reason="built without the model of a block"
 )
+MOST_SUMS = 320
 QUICK = ("normal", "init", "trained", "near_ties", *OWN_KINDS[:7])
 
 
 def on_host(
     z: Tensor, codebook: Tensor, *, vectors: bool = True, blocks: int = 2, order: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(codes, keys, z_q, sum of (z - e)²)``."""
-    count = z.shape[0]
+) -> tuple[Tensor, ...]:
+    """``(codes, keys)`` and, with ``vectors``, ``(z_q, sum of (z - e)² / 4, counts, sums)``."""
+    count, num_codes = z.shape[0], codebook.shape[0]
+    size, strides, kind = (count, num_codes), (z.stride(0), 64), LATENT_TYPES[z.dtype]
     codes = torch.full((count,), -7)
     keys = torch.full((count,), -7, dtype=torch.int16)
-    z_q = torch.full_like(z, float("nan"))
+    z_q = torch.full((count, 64), float("nan"), dtype=z.dtype)
     errors = torch.full((blocks,), float("nan"), dtype=torch.float64)
+    part_counts = torch.full((blocks, num_codes), -7, dtype=torch.int32)
+    part_sums = torch.full((blocks, num_codes, 64), float("nan"))
+    parts = (errors.data_ptr(), 0, 0)
+    if num_codes <= MOST_SUMS:
+        parts = (errors.data_ptr(), part_counts.data_ptr(), part_sums.data_ptr())
+    outputs = (codes.data_ptr(), keys.data_ptr(), z_q.data_ptr() if vectors else 0)
     _C.vector_quantize_hopper_on_host(
-        z.data_ptr(),
-        LATENT_TYPES[z.dtype],
-        (count, codebook.shape[0]),
-        (z.stride(0), z_q.stride(0)),
-        codebook.data_ptr(),
-        codes.data_ptr(),
-        keys.data_ptr(),
-        z_q.data_ptr() if vectors else 0,
-        errors.data_ptr(),
-        blocks,
-        order,
+        z.data_ptr(), kind, size, strides, codebook.data_ptr(), *outputs, parts, blocks, order
     )
-    return codes, keys, z_q, errors.sum()
+    if not vectors:
+        return codes, keys
+    loss = torch.tensor(float("nan"))
+    counts, sums = torch.full((num_codes,), -7), torch.full((num_codes, 64), float("nan"))
+    totals = (loss.data_ptr(), counts.data_ptr(), sums.data_ptr())
+    sorted_keys, rows = torch.sort(keys, stable=True)
+    by_code = (0, 0, 0)
+    if num_codes > MOST_SUMS:
+        part_sums = torch.full((-(-count // 128), 2, 64), float("nan"))
+        parts = (errors.data_ptr(), 0, part_sums.data_ptr())
+        by_code = (sorted_keys.data_ptr(), rows.data_ptr(), z.data_ptr())
+    layout = (kind, count, z.stride(0))
+    _C.total_hopper_on_host(parts, (blocks, num_codes), 0.25, totals, by_code, layout)
+    return codes, keys, z_q, loss, counts, sums
 
 
 def check(z: Tensor, codebook: Tensor, **options: int) -> None:
     """Codes equal float64 brute force, and all that follows from them is right."""
     want = reference.nearest_code(z, codebook, 1)
-    codes, keys, z_q, error = on_host(z, codebook, **options)
+    codes, keys, z_q, loss, counts, sums = on_host(z, codebook, **options)
     assert torch.equal(codes, want)
     finite = z.isfinite().all(1)
     assert torch.equal(keys.long(), want.where(finite, torch.tensor(codebook.shape[0])))
     assert torch.equal(z_q, codebook[want].to(z.dtype))
     exact = (z.double() - codebook[want].to(torch.float64)).square().sum()
     if not exact > 1e36:  # its squares are float32's
-        torch.testing.assert_close(error, exact, rtol=2e-6, atol=1e-30, equal_nan=True)
+        want_loss = (0.25 * exact).float()
+        torch.testing.assert_close(loss, want_loss, rtol=2e-6, atol=1e-30, equal_nan=True)
+    assert torch.equal(counts, torch.bincount(want[finite], minlength=codebook.shape[0]))
+    exact = torch.zeros(codebook.shape, dtype=torch.float64)
+    sizes = exact.clone().index_add_(0, want[finite], z[finite].double().abs())
+    exact.index_add_(0, want[finite], z[finite].double())
+    error = (sums.double() - exact).abs()
+    bound = sizes * counts.clamp(min=1)[:, None] * 2.0**-24 + 1e-45
+    assert torch.all((error <= bound) | (sizes > 3e38))  # beyond is beyond float32
 
 
 @needs_model
@@ -82,9 +101,9 @@ def test_sizes_types_and_strides(dtype: torch.dtype, count: int) -> None:
 @needs_model
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_order_of_the_threads_changes_nothing(order: int) -> None:
-    # 20 tiles a block: more than are on their way from the searchers to the assistants
     z, codebook = latents("trained", 20 * 64, 96)
     z[:60] = (codebook[:60] + codebook[1:61]) / 2
+    z[200:500] = codebook[7]  # rows of one code that lie side by side
     want = on_host(z, codebook, blocks=1)
     got = on_host(z, codebook, blocks=1, order=order)
     assert all(map(torch.equal, got, want))
@@ -92,8 +111,30 @@ def test_the_order_of_the_threads_changes_nothing(order: int) -> None:
 
 
 @needs_model
-def test_rows_and_codes_that_are_not_finite() -> None:
-    z, codebook = latents("normal", 100, 70)
+@pytest.mark.parametrize("dtype", list(LATENT_TYPES))
+def test_sums_of_sorted_rows(dtype: torch.dtype) -> None:
+    # codes of many pieces, of one, of a piece whole and of none; rows that are not finite
+    codebook = torch.randn(400, 64)
+    numbers = torch.tensor([0, 7, 8, 9, 399]).repeat_interleave(
+        torch.tensor([300, 84, 128, 2, 400])
+    )
+    z = (codebook[numbers] + 0.1 * torch.randn(914, 64))[torch.randperm(914)].to(dtype)
+    z[::50, 1] = float("nan")
+    check(z, codebook)
+
+
+@needs_model
+@pytest.mark.parametrize("order", [0, 2])
+def test_most_rows_are_open(order: int) -> None:
+    z, codebook = latents("normal", 700, 96)
+    z = (codebook[torch.randint(48, (700,))] + codebook[torch.randint(48, 96, (700,))]) / 2
+    check(z + 1e-5 * torch.randn_like(z), codebook, order=order, blocks=1)
+
+
+@needs_model
+@pytest.mark.parametrize("num_codes", [70, 400])
+def test_rows_and_codes_that_are_not_finite(num_codes: int) -> None:
+    z, codebook = latents("normal", 100, num_codes)
     z[::7, 3] = float("nan")
     z[1::9, 63] = float("inf")
     codebook[5, 1] = float("nan")
@@ -116,7 +157,12 @@ def launched_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
         *kernel, _device, _stream = arguments
         _C.vector_quantize_hopper_on_host(*kernel, 0)
 
+    def add_up(*arguments: object) -> None:
+        *kernel, _device, _stream = arguments
+        _C.total_hopper_on_host(*kernel)
+
     monkeypatch.setattr(_C, "vector_quantize_hopper", launch, raising=False)
+    monkeypatch.setattr(_C, "total_hopper", add_up, raising=False)
     processors = SimpleNamespace(multi_processor_count=3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)
     stream = SimpleNamespace(cuda_stream=0)
@@ -124,17 +170,20 @@ def launched_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_model
-@pytest.mark.skipif(OP.missing.get("triton") is not None, reason=str(OP.missing.get("triton")))
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU here")
 @pytest.mark.parametrize(
     "layout", ["rows", "channels_last", "NCHW", "strided", "unaligned rows", "unaligned"]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_op_around_the_kernel(launched_on_host: None, layout: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "num_codes"),
+    [(torch.float32, 70), (torch.float16, 70), (torch.bfloat16, 70), (torch.float32, 400)],
+)
+def test_the_op_around_the_kernel(
+    launched_on_host: None, layout: str, dtype: torch.dtype, num_codes: int
+) -> None:
     from msvq_fast.ops.vector_quantize import native_hopper
 
-    codebook = torch.randn(70, 64)
-    z = (codebook[torch.randint(70, (2, 9, 11))] + 0.7 * torch.randn(2, 9, 11, 64)).to(dtype)
+    codebook = torch.randn(num_codes, 64)
+    z = (codebook[torch.randint(num_codes, (2, 9, 11))] + 0.7 * torch.randn(2, 9, 11, 64)).to(dtype)
     z[0, 3, 2, 5] = float("nan")
     dim = 3
     if not layout.endswith("rows"):

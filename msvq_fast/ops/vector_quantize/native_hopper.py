@@ -1,6 +1,7 @@
 """The search in CUDA C++ for Hopper GPUs (csrc/vector_quantize/quantize_hopper*) on CUDA tensors.
 
-It writes codes, z_q and loss; counts and sums are Triton's, from the keys that it leaves.
+One kernel writes codes, z_q and every block's part of loss, counts and sums, another adds the parts
+up. The sums of more than 320 codes do not fit beside them: then rows are sorted by code in between.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from msvq_fast.ops.vector_quantize.layout import (
     outputs_like,
     row_strides,
 )
-from msvq_fast.ops.vector_quantize.triton_calls import code_statistics
 
 __all__ = ["MOST_CODES", "WIDTH", "nearest_code", "unsupported", "vector_quantize"]
 
 WIDTH = 64
 MOST_CODES = 1024  # in half precision they stay in a multiprocessor's shared memory
+_MOST_SUMS = 320  # and so do their sums
 _TILE = 64  # rows
+_PIECE = 128  # sorted rows
 
 
 def unsupported(z: Tensor, codebook: Tensor) -> str | None:
@@ -96,17 +98,10 @@ def quantize(
     if rows is None or out is None:
         rows = _copied(moved)
         out = torch.empty_like(rows)
-    keys = codes.new_empty(codes.numel(), dtype=torch.int16)
-    errors = _search(rows, codebook, codes, keys, out)
-    strides = (0, rows.stride(0), 1)
-    with torch.cuda.device_of(z):
-        _, counts, sums = code_statistics(
-            rows, codes.numel(), strides, codebook, keys, None, strides
-        )
+    loss, counts, sums = _quantize(rows, codebook, codes, out, commitment_weight / z.numel())
     if not in_place:
         z_q.copy_(out.view(moved.shape).movedim(-1, dim))
-    loss = errors.sum() * (commitment_weight / z.numel())
-    return z_q, codes, loss.float(), counts, sums
+    return z_q, codes, loss, counts, sums
 
 
 vector_quantize = torch.library.custom_op(
@@ -115,34 +110,74 @@ vector_quantize = torch.library.custom_op(
 vector_quantize.register_fake(outputs_like)
 
 
+def _quantize(
+    rows: Tensor, codebook: Tensor, codes: Tensor, z_q: Tensor, factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill ``codes`` and ``z_q``; returns ``factor`` times the sum of (z - e)², counts and sums."""
+    count, num_codes = rows.shape[0], codebook.shape[0]
+    device = rows.device.index
+    blocks = _blocks(count, device)
+    errors = codebook.new_empty(blocks, dtype=torch.float64)
+    part_counts = part_sums = keys = None
+    if num_codes <= _MOST_SUMS:
+        part_counts = codes.new_empty(blocks, num_codes, dtype=torch.int32)
+        part_sums = codebook.new_empty(blocks, num_codes, WIDTH)
+    else:
+        keys = codes.new_empty(count, dtype=torch.int16)
+    _search(rows, codebook, codes, keys, z_q, (errors, part_counts, part_sums))
+    counts, sums = codes.new_empty(num_codes), torch.empty_like(codebook)
+    loss = codebook.new_empty(())
+    order = None
+    if keys is not None:
+        keys, order = torch.sort(keys, stable=True)
+        part_sums = codebook.new_empty(-(-count // _PIECE), 2, WIDTH)
+    with torch.cuda.device_of(rows):
+        _C.total_hopper(
+            _addresses(errors, part_counts, part_sums),
+            (blocks, num_codes),
+            factor,
+            _addresses(loss, counts, sums),
+            _addresses(keys, order, None if keys is None else rows),
+            (LATENT_TYPES[rows.dtype], count, rows.stride(0)),
+            device,
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    return loss, counts, sums
+
+
 def _search(
     rows: Tensor,
     codebook: Tensor,
     codes: Tensor,
     keys: Tensor | None = None,
     z_q: Tensor | None = None,
-) -> Tensor:
-    """Fill ``codes`` and what else is given; returns parts of the sum of (z - e)² if ``z_q`` is."""
-    count = rows.shape[0]
+    parts: tuple[Tensor | None, ...] = (None, None, None),
+) -> None:
+    """Fill ``codes`` and what else is given: every block's part of loss, counts and sums."""
     device = rows.device.index
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    blocks = min(processors, -(-count // _TILE))
-    errors = torch.empty(blocks, dtype=torch.float64, device=rows.device)
     if codebook.data_ptr() % 16:
         codebook = codebook.clone()
     with torch.cuda.device_of(rows):
         _C.vector_quantize_hopper(
             rows.data_ptr(),
             LATENT_TYPES[rows.dtype],
-            (count, codebook.shape[0]),
+            (rows.shape[0], codebook.shape[0]),
             (rows.stride(0), 0 if z_q is None else z_q.stride(0)),
             codebook.data_ptr(),
             codes.data_ptr(),
-            0 if keys is None else keys.data_ptr(),
-            0 if z_q is None else z_q.data_ptr(),
-            errors.data_ptr(),
-            blocks,
+            *_addresses(keys, z_q),
+            _addresses(*parts),
+            _blocks(rows.shape[0], device),
             device,
             torch.cuda.current_stream(device).cuda_stream,
         )
-    return errors
+
+
+def _blocks(count: int, device: int) -> int:
+    """One for every multiprocessor, if there are tiles enough."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(processors, -(-count // _TILE))
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)

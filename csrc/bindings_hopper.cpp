@@ -1,0 +1,126 @@
+// The part of msvq_fast._C for the quantizer on Hopper.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "gaussian_blur/gaussian_blur_cuda.h"
+#include "vector_quantize/quantize_hopper_params.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Pointer = std::uintptr_t;
+
+// `parts` is of errors, counts and sums.
+msvq::QuantizeHopperParams quantize_hopper_params(Pointer z, int type, std::array<int, 2> size,
+                                                  std::array<int, 2> strides, Pointer codebook,
+                                                  Pointer codes, Pointer keys, Pointer z_q,
+                                                  std::array<Pointer, 3> parts) {
+  msvq::QuantizeHopperParams params{};
+  params.z = reinterpret_cast<const void*>(z);
+  params.type = static_cast<msvq::LatentType>(type);
+  params.count = size[0];
+  params.num_codes = size[1];
+  params.z_stride = strides[0];
+  params.z_q_stride = strides[1];
+  params.codebook = reinterpret_cast<const float*>(codebook);
+  params.codes = reinterpret_cast<int64_t*>(codes);
+  params.keys = reinterpret_cast<int16_t*>(keys);
+  params.z_q = reinterpret_cast<void*>(z_q);
+  params.errors = reinterpret_cast<double*>(parts[0]);
+  params.counts = reinterpret_cast<int32_t*>(parts[1]);
+  params.sums = reinterpret_cast<float*>(parts[2]);
+  return params;
+}
+
+// `sorted` is of keys, order and z, and `rows` their type, number and stride; or all 0.
+msvq::QuantizeHopperTotals quantize_hopper_totals(std::array<Pointer, 3> parts,
+                                                  std::array<int, 2> size, double factor,
+                                                  std::array<Pointer, 3> totals,
+                                                  std::array<Pointer, 3> sorted,
+                                                  std::array<int, 3> rows) {
+  msvq::QuantizeHopperTotals t{};
+  t.blocks = size[0];
+  t.num_codes = size[1];
+  t.errors = reinterpret_cast<const double*>(parts[0]);
+  t.part_counts = reinterpret_cast<const int32_t*>(parts[1]);
+  t.part_sums = reinterpret_cast<const float*>(parts[2]);
+  t.factor = factor;
+  t.loss = reinterpret_cast<float*>(totals[0]);
+  t.counts = reinterpret_cast<int64_t*>(totals[1]);
+  t.sums = reinterpret_cast<float*>(totals[2]);
+  t.keys = reinterpret_cast<const int16_t*>(sorted[0]);
+  t.order = reinterpret_cast<const int64_t*>(sorted[1]);
+  t.z = reinterpret_cast<const void*>(sorted[2]);
+  t.type = static_cast<msvq::LatentType>(rows[0]);
+  t.count = rows[1];
+  t.z_stride = rows[2];
+  return t;
+}
+
+#ifdef __GLIBC__
+void vector_quantize_hopper_on_host(Pointer z, int type, std::array<int, 2> size,
+                                    std::array<int, 2> strides, Pointer codebook, Pointer codes,
+                                    Pointer keys, Pointer z_q, std::array<Pointer, 3> parts,
+                                    int blocks, int order) {
+  msvq::vector_quantize_hopper_on_host(
+      quantize_hopper_params(z, type, size, strides, codebook, codes, keys, z_q, parts), blocks,
+      order);
+}
+
+void total_hopper_on_host(std::array<Pointer, 3> parts, std::array<int, 2> size, double factor,
+                          std::array<Pointer, 3> totals, std::array<Pointer, 3> sorted,
+                          std::array<int, 3> rows) {
+  msvq::total_hopper_on_host(quantize_hopper_totals(parts, size, factor, totals, sorted, rows));
+}
+#endif
+
+#ifdef MSVQ_HOPPER
+void check_started(int error) {
+  if (error)
+    throw std::runtime_error("vector_quantize did not start on the GPU: " +
+                             std::string(msvq::cuda_error_text(error)));
+}
+
+void vector_quantize_hopper(Pointer z, int type, std::array<int, 2> size,
+                            std::array<int, 2> strides, Pointer codebook, Pointer codes,
+                            Pointer keys, Pointer z_q, std::array<Pointer, 3> parts, int blocks,
+                            int device, Pointer stream) {
+  check_started(msvq::vector_quantize_hopper(
+      quantize_hopper_params(z, type, size, strides, codebook, codes, keys, z_q, parts), blocks,
+      device, reinterpret_cast<void*>(stream)));
+}
+
+void total_hopper(std::array<Pointer, 3> parts, std::array<int, 2> size, double factor,
+                  std::array<Pointer, 3> totals, std::array<Pointer, 3> sorted,
+                  std::array<int, 3> rows, int device, Pointer stream) {
+  check_started(
+      msvq::total_hopper(quantize_hopper_totals(parts, size, factor, totals, sorted, rows), device,
+                         reinterpret_cast<void*>(stream)));
+}
+#endif
+
+}  // namespace
+
+void bind_hopper(py::module_& m) {
+#ifdef __GLIBC__
+  m.def("vector_quantize_hopper_on_host", &vector_quantize_hopper_on_host, py::arg("z"),
+        py::arg("type"), py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"),
+        py::arg("keys"), py::arg("z_q"), py::arg("parts"), py::arg("blocks"), py::arg("order"));
+  m.def("total_hopper_on_host", &total_hopper_on_host, py::arg("parts"), py::arg("size"),
+        py::arg("factor"), py::arg("totals"), py::arg("sorted"), py::arg("rows"));
+#endif
+#ifdef MSVQ_HOPPER
+  m.def("vector_quantize_hopper", &vector_quantize_hopper, py::arg("z"), py::arg("type"),
+        py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"), py::arg("keys"),
+        py::arg("z_q"), py::arg("parts"), py::arg("blocks"), py::arg("device"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("total_hopper", &total_hopper, py::arg("parts"), py::arg("size"), py::arg("factor"),
+        py::arg("totals"), py::arg("sorted"), py::arg("rows"), py::arg("device"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
+#endif
+}
