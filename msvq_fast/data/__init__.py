@@ -17,7 +17,7 @@ from msvq_fast.data.images import (
     resize_short_side,
     to_float,
 )
-from msvq_fast.data.listing import list_images, list_labelled_images
+from msvq_fast.data.listing import list_images, list_labelled_images, list_named_images
 from msvq_fast.data.pictures import code_map, save_png, signed_to_uint8, to_uint8
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "histogram",
     "list_images",
     "list_labelled_images",
+    "list_named_images",
     "read_image",
     "relative_names",
     "resize_short_side",

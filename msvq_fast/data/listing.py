@@ -43,7 +43,7 @@ def list_images(uri: str | os.PathLike[str], *, split: str) -> list[ImagePath]:
         InputError: unknown URI, missing or empty folder, a shard or dataset that cannot be read,
             or a single image to be split.
     """
-    return list(_list(uri, split).values())
+    return list(list_named_images(uri, split=split).values())
 
 
 def list_labelled_images(uri: str | os.PathLike[str], *, split: str) -> list[tuple[ImagePath, str]]:
@@ -57,7 +57,7 @@ def list_labelled_images(uri: str | os.PathLike[str], *, split: str) -> list[tup
         InputError: as `list_images`, and for an image without a class.
     """
     found = []
-    for name, image in _list(uri, split).items():
+    for name, image in list_named_images(uri, split=split).items():
         folder, below, _ = name.partition("/")
         label = image.label if isinstance(image, StoredImage) else folder if below else None
         if not label:
@@ -69,7 +69,8 @@ def list_labelled_images(uri: str | os.PathLike[str], *, split: str) -> list[tup
     return found
 
 
-def _list(uri: str | os.PathLike[str], split: str) -> dict[str, ImagePath]:
+def list_named_images(uri: str | os.PathLike[str], *, split: str) -> dict[str, ImagePath]:
+    """The images of `list_images` by their names there, which do not depend on where they lie."""
     check_choice("split", split, _SPLITS)
     uri = os.fspath(uri)
     scheme, _, place = uri.partition(":")

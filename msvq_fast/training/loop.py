@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import models
-from msvq_fast.data import ImageDataset, batches, batches_per_epoch, list_images, to_float
+from msvq_fast.data import ImageDataset, batches, batches_per_epoch, list_named_images, to_float
 from msvq_fast.models import MSVQVAEConfig
 from msvq_fast.ops.checks import InputError
 from msvq_fast.training import checkpoint, distributed, resume
@@ -85,7 +85,7 @@ class _Run:
         state: dict[str, Any] = {"step": 0, "best": None}
         if start is not None:
             state = checkpoint.read_state(start)
-            resume.check_same_run(start, state, config, model_config, world.size)
+            resume.check_same_run(start, state, config, model_config, self.images, world.size)
         self.step: int = state["step"]
         self.best: dict[str, Any] | None = state["best"]
         if self.step >= self.total_steps and config.resume != "auto":
@@ -98,23 +98,24 @@ class _Run:
 
     def _find_data(self) -> None:
         config, size = self.config, self.model_config.resolution
-        paths = list_images(config.data, split="train")
+        images = list_named_images(config.data, split="train")
+        self.images = resume.describe_images(images)
         wanted = max(_DEFAULT_CROPS, config.batch_size * config.accumulate * self.world.size)
         self.dataset = ImageDataset(
-            paths,
+            list(images.values()),
             size=size,
             resize=config.resize,
             crop=config.crop,
             flip=config.flip,
             seed=config.seed,
-            repeat=config.repeat or -(-wanted // len(paths)),
+            repeat=config.repeat or -(-wanted // len(images)),
         )
         self.reported: set[str] = set()
         self.warned = False
         self.unseen: dict[str, str] = {}  # validation images that cannot be read, and why
         self.tiles: Tensor | None = None
         if config.validate_every:  # now, so that an error does not come after an epoch
-            held_out = list_images(config.data, split="val")
+            held_out = list(list_named_images(config.data, split="val").values())
             cut: dict[str, Any] = {"size": size, "resize": config.resize, "crop": config.crop}
             limit = config.validation_tiles
             self.tiles = load_tiles(held_out, limit=limit, skipped=self.unseen, **cut)
@@ -211,7 +212,7 @@ class _Run:
         if self.step:
             done = "; nothing is left to train" if self.step >= self.total_steps else ""
             self.display.message(f"going on after step {self.step}{done}")
-            for change in resume.describe_changes(state, self.config, files, self.world.size):
+            for change in resume.describe_changes(state, self.config, self.images, self.world.size):
                 self.display.message(f"warning: {change}")
 
     def close(self) -> None:
@@ -384,7 +385,7 @@ class _Run:
                 "epoch": self.step // self.steps_per_epoch,
                 "batch": self.step % self.steps_per_epoch * self.config.accumulate,
                 "best": self.best,
-                "images": len(self.dataset.paths),
+                **self.images,
                 "world_size": self.world.size,
                 "config": self.config.to_dict(),
                 "model_config": resume.describe_model(self.model_config),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def _newest_good(run: Path, say: Callable[[str], None]) -> Path:
     raise InputError(f"no checkpoint of {run} can be used: {problem}")
 
 
+def describe_images(names: Collection[str]) -> dict[str, Any]:
+    """What ``state.json`` says of images: a run knows them by their names, wherever they lie."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
+    return {"images": len(names), "images_sha256": digest.hexdigest()}
+
+
 # How the images of a step are shared out; their product may not change.
 _SHARES = ("processes", "batch_size", "accumulate")
 
@@ -91,15 +100,19 @@ def check_same_run(
     state: dict[str, Any],
     config: TrainConfig,
     model_config: MSVQVAEConfig | VQVAE2Config,
+    images: dict[str, Any],
     processes: int,
 ) -> None:
     """Raise InputError naming every setting that may not change and does.
+
+    ``data`` may be another place with images of the same names.
 
     Args:
         path: The checkpoint, for the message.
         state: Its ``state.json``.
         config: What is asked for now.
         model_config: The model asked for now.
+        images: `describe_images` of the data now.
         processes: How many there are now.
     """
     # A checkpoint of an earlier version lacks later options, which it ran with as they default.
@@ -110,6 +123,8 @@ def check_same_run(
     now = {**config.to_dict(), **describe_model(model_config), **now_shares}
     # The model's own fields say more than the changes to its preset.
     ignored = FREE_ON_RESUME | {"model"}
+    if state.get("images_sha256") == images["images_sha256"]:
+        ignored |= {"data"}
     there, here = math.prod(shares.values()), math.prod(now_shares.values())
     if there == here:
         # The discriminator's adaptive weight is that of a micro-batch.
@@ -126,21 +141,28 @@ def check_same_run(
 
 
 def describe_changes(
-    state: dict[str, Any], config: TrainConfig, files: int, processes: int
+    state: dict[str, Any], config: TrainConfig, images: dict[str, Any], processes: int
 ) -> list[str]:
     """What differs from the run of ``state`` and is allowed to, a line each.
 
     Args:
         state: ``state.json`` of the checkpoint.
         config: What is asked for now.
-        files: Images of the data now.
+        images: `describe_images` of the data now.
         processes: How many there are now.
     """
     changes = []
-    if state.get("images", files) != files:
+    there, here = state.get("images", images["images"]), images["images"]
+    if there != here:
         changes.append(
-            f"the data had {state['images']} images and has {files} now, so the order of the crops "
-            "is another"
+            f"the data had {there} images and has {here} now, so the order of the crops is another"
+        )
+    elif {**images, **state}["images_sha256"] != images["images_sha256"]:
+        changes.append("the data's images have other names than before, so crops are of others")
+    if state["config"]["data"] != config.data:
+        changes.append(
+            f"data was {state['config']['data']} and is {config.data} now; its images have the "
+            "same names"
         )
     before = _shares(state["config"], state.get("world_size", 1))
     now = _shares(config.to_dict(), processes)

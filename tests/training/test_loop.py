@@ -286,6 +286,33 @@ def test_codes_out_of_use_are_reported_once(
     assert printed.count("warning: less than 10 % of the codes of scale 0, 1 are in use") == 1
 
 
+def test_a_run_goes_on_when_its_images_have_moved(
+    tmp_path: Path, train: Train, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--repeat=2", "--schedule=constant", "--validate_every=0")
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    shutil.copytree(pictures, first)
+    assert train(tmp_path / "whole", "--steps=6", f"--data={first}", *options) == 0
+    assert train(tmp_path / "moved", "--steps=3", f"--data={first}", *options) == 0
+    first.rename(second)
+    on = ("--steps=6", "--resume=auto", *options)
+    assert train(tmp_path / "moved", f"--data={second}", *on) == 0
+    assert "its images have the same names" in capsys.readouterr().out
+    whole, moved = (weights(tmp_path / name, 6) for name in ("whole", "moved"))
+    assert all(torch.equal(whole[name], moved[name]) for name in whole)
+
+    shutil.copytree(second, other)
+    image = other / "train" / "3.png"
+    image.rename(image.with_stem("renamed"))
+    assert train(tmp_path / "moved", f"--data={other}", "--steps=9", *on[1:]) == 2
+    assert f"data is {second} there and {other} here" in capsys.readouterr().err
+    image = other / image.relative_to(other).with_stem("renamed")
+    assert train(tmp_path / "again", f"--data={other}", "--steps=2", *options) == 0
+    image.rename(image.with_stem("later"))
+    assert train(tmp_path / "again", f"--data={other}", "--steps=4", *on[1:]) == 0
+    assert "other names than before" in capsys.readouterr().out
+
+
 def test_shards_train_as_their_folder_and_resume(
     tmp_path: Path, train: Train, shards: str, read_metrics: ReadMetrics
 ) -> None:
