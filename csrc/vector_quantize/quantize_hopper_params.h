@@ -24,7 +24,7 @@ struct QuantizeHopperParams {
 
 // What the parts add up to. Where there are too many codes for sums of blocks, the sums are those
 // of pieces of kPiece rows that are sorted by code.
-constexpr int kPiece = 128;
+constexpr int kPiece = 256;
 struct QuantizeHopperTotals {
   int blocks, num_codes;
   const double* errors;

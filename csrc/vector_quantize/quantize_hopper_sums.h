@@ -64,6 +64,7 @@ MSVQ_WARPS void sum_piece(const QuantizeHopperTotals& t, float* pieces, int piec
 
 // The totals of one code, by four times 64 threads; the first block's first warp has the loss too.
 MSVQ_WARPS void total_code(const QuantizeHopperTotals& t, char* memory) {
+  constexpr int kAtOnce = 8;
   const int code = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int d = thread % kWidth, quarter = thread / kWidth;
   double* sums = reinterpret_cast<double*>(memory);  // (4, D)
@@ -83,8 +84,16 @@ MSVQ_WARPS void total_code(const QuantizeHopperTotals& t, char* memory) {
     if (thread == 0) *number = high - low;
   }
   double sum = 0;
-  for (int part = first + quarter; part < last && !whole; part += 4)
-    sum += from[part * step + (t.keys && part == first ? kWidth : 0)];
+  for (int part = first + quarter; part < last && !whole; part += 4 * kAtOnce) {
+    float of[kAtOnce];  // a code that owns most rows has many parts: several at once
+    MSVQ_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = min(part + 4 * i, last - 1);
+      of[i] = __ldg(from + at * step + (t.keys && at == first ? kWidth : 0));
+    }
+    MSVQ_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) sum += part + 4 * i < last ? of[i] : 0.0f;
+  }
   sums[thread] = sum;
   __syncthreads();
   if (!t.keys)

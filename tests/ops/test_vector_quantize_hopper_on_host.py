@@ -48,7 +48,7 @@ def on_host(
     sorted_keys, rows = torch.sort(keys, stable=True)
     by_code = (0, 0, 0)
     if num_codes > MOST_SUMS:
-        part_sums = torch.full((-(-count // 128), 2, 64), float("nan"))
+        part_sums = torch.full((-(-count // 256), 2, 64), float("nan"))
         parts = (errors.data_ptr(), 0, part_sums.data_ptr())
         by_code = (sorted_keys.data_ptr(), rows.data_ptr(), z.data_ptr())
     layout = (kind, count, z.stride(0))
@@ -115,10 +115,11 @@ def test_the_order_of_the_threads_changes_nothing(order: int) -> None:
 def test_sums_of_sorted_rows(dtype: torch.dtype) -> None:
     # codes of many pieces, of one, of a piece whole and of none; rows that are not finite
     codebook = torch.randn(400, 64)
-    numbers = torch.tensor([0, 7, 8, 9, 399]).repeat_interleave(
-        torch.tensor([300, 84, 128, 2, 400])
-    )
-    z = (codebook[numbers] + 0.1 * torch.randn(914, 64))[torch.randperm(914)].to(dtype)
+    counts = torch.tensor([700, 68, 256, 2, 800])
+    numbers = torch.tensor([0, 7, 8, 9, 399]).repeat_interleave(counts)
+    z = codebook[numbers] + 0.1 * torch.randn(1826, 64)
+    z = z[torch.randperm(1826)].to(dtype)
+    check(z, codebook)
     z[::50, 1] = float("nan")
     check(z, codebook)
 

@@ -23,7 +23,7 @@ WIDTH = 64
 MOST_CODES = 1024  # in half precision they stay in a multiprocessor's shared memory
 _MOST_SUMS = 320  # and so do their sums
 _TILE = 64  # rows
-_PIECE = 128  # sorted rows
+_PIECE = 256  # sorted rows
 
 
 def unsupported(z: Tensor, codebook: Tensor) -> str | None:
