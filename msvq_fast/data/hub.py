@@ -39,7 +39,7 @@ class RowImage(StoredImage):
 
 
 def list_rows(place: str, split: str) -> tuple[dict[str, RowImage], bool]:
-    """The images of ``hf:place``, place being ``NAME`` or ``NAME:SPLIT``, in the dataset's order.
+    """The images of ``hf:place``, place being ``NAME[@CONFIG][:SPLIT]``, in the dataset's order.
 
     Without ``SPLIT`` the dataset's own ``train`` and the first it has of ``validation``, ``val``
     and ``test`` are the splits.
@@ -85,14 +85,21 @@ def _load(name: str) -> dict[str, Any]:
         raise InputError(
             f"data 'hf:{name}' needs datasets, which is not installed: pip install 'msvq-fast[hf]'"
         ) from None
-    folder = Path(name).expanduser()
+    base, at, config = name.rpartition("@")
+    if not at or Path(name).expanduser().is_dir():
+        base, config = name, ""
+    folder = Path(base).expanduser()
     saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
-        source = str(folder if folder.is_dir() else name)
-        loaded = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
+        source = str(folder if folder.is_dir() else base)
+        if saved and not config:
+            loaded = datasets.load_from_disk(source)
+        else:
+            loaded = datasets.load_dataset(source, config or None)
     except Exception as error:  # of any kind: network, names, formats
         reason = " ".join(str(error).split())
-        raise InputError(f"data 'hf:{name}' cannot be loaded: {reason}") from error
+        hint = f"; choose one by hf:{name}@CONFIG" if "Config name is missing" in reason else ""
+        raise InputError(f"data 'hf:{name}' cannot be loaded: {reason}{hint}") from error
     if isinstance(loaded, datasets.Dataset):
         return {str(loaded.split or "all"): loaded}
     return dict(loaded)

@@ -24,9 +24,10 @@ def list_images(uri: str | os.PathLike[str], *, split: str) -> list[ImagePath]:
 
     Args:
         uri: a folder, searched recursively (hidden files are left out), ``"builtin:photos"``,
-            ``"wds:SHARDS"`` or ``"hf:NAME[:SPLIT]"``. SHARDS are local, uncompressed tar files of
-            the WebDataset layout, with wildcards and braces (``shard-{000..009}.tar``). NAME is a
-            dataset on the Hugging Face hub or a folder of one (extra ``hf``).
+            ``"wds:SHARDS"`` or ``"hf:NAME[@CONFIG][:SPLIT]"``. SHARDS are local, uncompressed tar
+            files of the WebDataset layout, with wildcards and braces (``shard-{000..009}.tar``).
+            NAME is a dataset on the Hugging Face hub or a folder of one (extra ``hf``), CONFIG one
+            of its configurations, where it has several.
         split: ``"train"``, ``"val"`` or ``"all"``. A folder with ``train/`` and ``val/`` inside
             is split by them, shards by ``train`` and ``val`` or ``validation`` as words of their
             paths, a dataset into its ``train`` and ``validation`` (or ``val``, or ``test``). All

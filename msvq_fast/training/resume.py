@@ -6,10 +6,11 @@ import dataclasses
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from msvq_fast.data import ImagePath, StoredImage
 from msvq_fast.models import MSVQVAEConfig, VQVAE2Config
 from msvq_fast.ops.checks import InputError
 from msvq_fast.training.checkpoint import (
@@ -83,12 +84,17 @@ def _newest_good(run: Path, say: Callable[[str], None]) -> Path:
     raise InputError(f"no checkpoint of {run} can be used: {problem}")
 
 
-def describe_images(names: Collection[str]) -> dict[str, Any]:
-    """What ``state.json`` says of images: a run knows them by their names, wherever they lie."""
+def describe_images(images: Mapping[str, ImagePath]) -> dict[str, Any]:
+    """What ``state.json`` says of images, by which a run knows them wherever they lie.
+
+    Args:
+        images: `list_named_images`. Names count, and sizes where no file has to be looked at.
+    """
     digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
-    return {"images": len(names), "images_sha256": digest.hexdigest()}
+    for name, image in images.items():
+        size = f"\0{image.size}" if isinstance(image, StoredImage) else ""
+        digest.update(f"{name}{size}\n".encode("utf-8", "surrogatepass"))
+    return {"images": len(images), "images_sha256": digest.hexdigest()}
 
 
 # How the images of a step are shared out; their product may not change.

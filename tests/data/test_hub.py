@@ -109,6 +109,26 @@ def test_a_single_split_is_split_by_hash(hf: Any, tmp_path: Path) -> None:
     assert longer == [f"{row:08d}" for row in range(200)]
 
 
+def test_one_of_several_configurations(hf: Any, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for config, seed in (("small", 1), ("large", 2)):
+        save(hf, root / config, train=[photo(seed)] * seed)
+    files = "".join(
+        f"- config_name: {c}\n  data_files: {c}/data/*.parquet\n" for c in ("small", "large")
+    )
+    (root / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    with pytest.raises(
+        InputError, match=rf"\['small', 'large'\].*; choose one by hf:{root}@CONFIG"
+    ):
+        list_images(f"hf:{root}", split="all")
+    assert [row.read() for row in list_images(f"hf:{root}@large", split="all")] == [photo(2)] * 2
+    assert [row.read() for row in list_images(f"hf:{root}@small:train", split="all")] == [photo(1)]
+    with pytest.raises(InputError, match=rf"hf:{root}@huge' cannot be loaded: .*huge"):
+        list_images(f"hf:{root}@huge", split="all")
+    root.rename(root.with_name("set@large"))
+    assert len(list_images(f"hf:{root}@large@small", split="all")) == 1
+
+
 def test_a_folder_of_image_files_is_read_from_them(hf: Any, tmp_path: Path) -> None:
     (tmp_path / "set/train").mkdir(parents=True)
     (tmp_path / "set/train/a.jpg").write_bytes(photo(3))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -17,10 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from msvq_fast.cli import main
+from msvq_fast.data import StoredImage, list_named_images
 from msvq_fast.models import MEMORY_MODES, from_pretrained
 from msvq_fast.training import loop
 from msvq_fast.training.checkpoint import checkpoint_path, find_model, list_checkpoints, read_state
 from msvq_fast.training.interrupt import StopSignals
+from msvq_fast.training.resume import describe_images
 
 Train = Callable[..., int]
 ReadMetrics = Callable[[Path], list[dict[str, Any]]]
@@ -311,6 +314,16 @@ def test_a_run_goes_on_when_its_images_have_moved(
     image.rename(image.with_stem("later"))
     assert train(tmp_path / "again", f"--data={other}", "--steps=4", *on[1:]) == 0
     assert "other names than before" in capsys.readouterr().out
+
+
+def test_stored_images_are_known_by_their_sizes_too(shards: str) -> None:
+    images = list_named_images(shards, split="train")
+    name, image = next(iter(images.items()))
+    assert isinstance(image, StoredImage) and image.size is not None
+    other = {**images, name: dataclasses.replace(image, size=image.size + 1)}
+    before, now = describe_images(images), describe_images(other)
+    assert before["images"] == now["images"] == len(images)
+    assert before["images_sha256"] != now["images_sha256"]
 
 
 def test_shards_train_as_their_folder_and_resume(
