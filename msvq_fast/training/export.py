@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import io
 import json
 import logging
 import os
@@ -201,7 +202,9 @@ def compare_images(
 def _write(program: ExportedProgram, path: Path, inputs: list[str], outputs: list[str]) -> Run:
     """Save a graph and return what the file, read again, does to tensors."""
     if path.suffix == ".pt2":
-        torch.export.save(program, path)
+        content = io.BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.export.save(program, content)
+        path.write_bytes(content.getbuffer())
         module = torch.export.load(path).module()
 
         def run_torch(arguments: Sequence[Tensor]) -> list[Tensor]:

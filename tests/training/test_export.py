@@ -45,6 +45,24 @@ def command(folder: Path, *options: str) -> int:
     return main(["export", f"--checkpoint={folder / 'model'}", f"--out={folder / 'out'}", *options])
 
 
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    small_model("tiny").save_pretrained(tmp_path / "model")
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "from msvq_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    options = ["--format=torch", f"--checkpoint={tmp_path / 'model'}", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "export", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "File too large" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_onnx_runtime_gives_the_tokens_of_pytorch(
     model: MSVQVAE | VQVAE2, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
