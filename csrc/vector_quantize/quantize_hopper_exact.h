@@ -163,8 +163,10 @@ MSVQ_WARPS int settle_rows(const QuantizeHopperParams& p, const OpenRow* open, i
   int code = 0;
   MSVQ_NO_UNROLL
   for (int i = 0; i < count; ++i) {
+    const OpenGroups groups(open + i, p.num_codes);
     int winner = __shfl_sync(~0u, settled, 8 * i);
-    if (winner < 0) winner = exact_winner(p, rows + i * kWidth, OpenGroups(open + i, p.num_codes));
+    if (winner < 0) winner = quick_winner(p, rows + i * kWidth, groups);
+    if (winner < 0) winner = exact_winner(p, rows + i * kWidth, groups);
     if (lane % kLot == i) code = winner;
   }
   return code;

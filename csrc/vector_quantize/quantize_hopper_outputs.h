@@ -137,8 +137,10 @@ MSVQ_WARPS void add_rows(const QuantizeHopperParams& p, QuantizeShared& shared, 
   for (int i = 0; i < count; ++i) {
     __syncwarp();
     const int of = __shfl_sync(~0u, settled, i);
-    float4* own = reinterpret_cast<float4*>(sums + of * kWidth);
-    if (of < kNotFinite && lane < 16) *own = sum_of(*own, read_four(rows + i * kWidth + part));
+    if (of < kNotFinite && lane < 16) {
+      float4* own = reinterpret_cast<float4*>(sums + of * kWidth);
+      *own = sum_of(*own, read_four(rows + i * kWidth + part));
+    }
   }
   __syncwarp();
   if (lane == 0) arrive(after);

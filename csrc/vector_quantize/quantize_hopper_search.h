@@ -50,7 +50,9 @@ MSVQ_WARPS void load_tile(const QuantizeShared& shared, const T* rows, uint32_t 
     MSVQ_UNROLL
     for (int s = 0; s < 4; ++s) {
       const float4 shift = *reinterpret_cast<const float4*>(shared.shift + 16 * s + 4 * q);
-      // Exact but for the one rounding of a difference: the scale is a power of two.
+      // Exact but for the one rounding of a difference, the scale being a power of two. Where the
+      // shift underflows it is off by less than the margin's last term; where it overflows, none
+      // holds.
       const float c[4] = {fmaf(x[s].x, scale, -shift.x), fmaf(x[s].y, scale, -shift.y),
                           fmaf(x[s].z, scale, -shift.z), fmaf(x[s].w, scale, -shift.w)};
       MSVQ_UNROLL

@@ -5,6 +5,12 @@ namespace msvq {
 namespace cuda {
 namespace {
 
+// An error that is reported here and not once more by the next launch.
+cudaError_t cleared(cudaError_t error) {
+  static_cast<void>(cudaGetLastError());
+  return error;
+}
+
 template <class T, bool kVectors, bool kSums>
 __global__ void __launch_bounds__(kThreads, 1) quantize_kernel(const QuantizeHopperParams p) {
   extern __shared__ __align__(128) char memory[];
@@ -14,10 +20,12 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_kernel(const QuantizeHop
 template <class T, bool kVectors, bool kSums>
 cudaError_t launch(const QuantizeHopperParams& p, int blocks, cudaStream_t stream) {
   const auto kernel = quantize_kernel<T, kVectors, kSums>;
-  const int bytes = quantize_shared_bytes<T>(p.num_codes, kSums);
+  // The limit is the function's: the same for every K, so that threads do not lower each other's.
+  const int most = quantize_shared_bytes<T>(kSums ? kMostSums : kMostCodes, kSums);
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error != cudaSuccess) return cleared(error);
+  const int bytes = quantize_shared_bytes<T>(p.num_codes, kSums);
   kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(bytes), stream>>>(p);
   return cudaGetLastError();
 }
@@ -53,7 +61,7 @@ __global__ void __launch_bounds__(kTotalThreads) totals_kernel(const QuantizeHop
 
 int vector_quantize_hopper(const QuantizeHopperParams& p, int blocks, int device, void* stream) {
   const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return cuda::cleared(error);
   const auto on = static_cast<cudaStream_t>(stream);
   if (p.type == LatentType::float32) return cuda::launch<float>(p, blocks, on);
   if (p.type == LatentType::float16) return cuda::launch<cuda::Half>(p, blocks, on);
@@ -62,7 +70,7 @@ int vector_quantize_hopper(const QuantizeHopperParams& p, int blocks, int device
 
 int total_hopper(const QuantizeHopperTotals& t, int device, void* stream) {
   const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return cuda::cleared(error);
   const auto on = static_cast<cudaStream_t>(stream);
   if (t.keys && t.type == LatentType::float32) cuda::sum_pieces<float>(t, on);
   if (t.keys && t.type == LatentType::float16) cuda::sum_pieces<cuda::Half>(t, on);
