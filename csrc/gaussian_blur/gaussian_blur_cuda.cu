@@ -1,4 +1,5 @@
 // Launches of the Gaussian blur's CUDA kernels.
+#include "cuda/launch.h"
 #include "gaussian_blur/gaussian_blur_stream.h"
 
 namespace msvq {
@@ -27,6 +28,7 @@ cudaError_t launch(const GaussianBlurParams& g, int device, cudaStream_t stream)
   if (error != cudaSuccess) return error;
   const BlurParams<kRadius> params = blur_params<kRadius>(g, processors, room);
   const BlurStrips& s = params.strips;
+  const std::lock_guard<std::mutex> lock(launching());
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.bytes);
   // Room for the blocks that registers allow; the rest stays a cache, in which the rows' ends meet.
   const int carveout =

@@ -1,4 +1,5 @@
 // Launches of the multi-scale loss's CUDA kernels.
+#include "cuda/launch.h"
 #include "multiscale_loss/multiscale_loss_quads.h"
 #include "multiscale_loss/multiscale_loss_stream.h"
 #include "multiscale_loss/multiscale_loss_sum.h"
@@ -48,6 +49,7 @@ struct Device {
 template <class Params, class Kernel>
 cudaError_t start(Kernel kernel, const Params& params, const Device& device, int64_t grid,
                   int threads, int bytes) {
+  const std::lock_guard<std::mutex> lock(launching());
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

@@ -1,4 +1,5 @@
 // Launches of the vector quantizer for Hopper.
+#include "cuda/launch.h"
 #include "vector_quantize/quantize_hopper_sums.h"
 
 namespace msvq {
@@ -20,12 +21,11 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_kernel(const QuantizeHop
 template <class T, bool kVectors, bool kSums>
 cudaError_t launch(const QuantizeHopperParams& p, int blocks, cudaStream_t stream) {
   const auto kernel = quantize_kernel<T, kVectors, kSums>;
-  // The limit is the function's: the same for every K, so that threads do not lower each other's.
-  const int most = quantize_shared_bytes<T>(kSums ? kMostSums : kMostCodes, kSums);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  if (error != cudaSuccess) return cleared(error);
   const int bytes = quantize_shared_bytes<T>(p.num_codes, kSums);
+  const std::lock_guard<std::mutex> lock(launching());
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return cleared(error);
   kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(bytes), stream>>>(p);
   return cudaGetLastError();
 }
