@@ -48,7 +48,7 @@ msvq::QuantizeHopperTotals quantize_hopper_totals(std::array<Pointer, 3> parts,
   t.num_codes = size[1];
   t.errors = reinterpret_cast<const double*>(parts[0]);
   t.part_counts = reinterpret_cast<const int32_t*>(parts[1]);
-  t.part_sums = reinterpret_cast<const float*>(parts[2]);
+  t.part_sums = reinterpret_cast<float*>(parts[2]);
   t.factor = factor;
   t.loss = reinterpret_cast<float*>(totals[0]);
   t.counts = reinterpret_cast<int64_t*>(totals[1]);
@@ -107,6 +107,9 @@ void total_hopper(std::array<Pointer, 3> parts, std::array<int, 2> size, double 
 }  // namespace
 
 void bind_hopper(py::module_& m) {
+  // Sizes that memory is allotted by.
+  m.attr("hopper_most_sums") = msvq::kMostSums;
+  m.attr("hopper_piece") = msvq::kPiece;
 #ifdef __GLIBC__
   m.def("vector_quantize_hopper_on_host", &vector_quantize_hopper_on_host, py::arg("z"),
         py::arg("type"), py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"),

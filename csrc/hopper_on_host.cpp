@@ -53,10 +53,9 @@ void total_hopper_on_host(const QuantizeHopperTotals& t) {
   char* const shared = reinterpret_cast<char*>(memory.data());
   for (int piece = 0; t.keys && piece * kPiece < t.count; ++piece)
     cuda::run_block(32, piece, piece + 1, 0, shared, cuda::kTotalBytes, [&] {
-      float* const pieces = const_cast<float*>(t.part_sums);
-      if (t.type == LatentType::float32) return cuda::sum_piece<float>(t, pieces, piece);
-      if (t.type == LatentType::float16) return cuda::sum_piece<cuda::Half>(t, pieces, piece);
-      cuda::sum_piece<cuda::Bfloat>(t, pieces, piece);
+      if (t.type == LatentType::float32) return cuda::sum_piece<float>(t, piece);
+      if (t.type == LatentType::float16) return cuda::sum_piece<cuda::Half>(t, piece);
+      cuda::sum_piece<cuda::Bfloat>(t, piece);
     });
   for (int block = 0; block < t.num_codes; ++block)
     cuda::run_block(cuda::kTotalThreads, block, t.num_codes, 0, shared, cuda::kTotalBytes,

@@ -125,9 +125,15 @@ inline uint32_t checked_parity(const uint64_t* barrier) {
     throw std::logic_error("a barrier is used that was not begun");
   return (*barrier & kParityBit) != 0;
 }
+// Bytes that a barrier waits for; the copies themselves are made at once.
+inline std::map<const uint64_t*, int>& bytes_to_come() {
+  static thread_local std::map<const uint64_t*, int> bytes;
+  return bytes;
+}
 inline void init_barrier(uint64_t* barrier, int count) {
   if (shared_address(barrier) % 8 != 0 || count < 1 || count > static_cast<int>(kCountMask))
     throw std::logic_error("a barrier is 8 bytes for at least one arrival");
+  bytes_to_come().erase(barrier);
   const uint64_t arrivals = static_cast<uint64_t>(count);
   *barrier = kBarrierMark << 48 | arrivals << kCountBits | arrivals;
 }
@@ -136,11 +142,6 @@ inline void arrive(uint64_t* barrier) {
   if ((--*barrier & kCountMask) != 0) return;
   *barrier = (*barrier ^ kParityBit) | (*barrier >> kCountBits & kCountMask);
   BlockModel::running().wake(barrier);
-}
-// Bytes that a barrier waits for; the copies themselves are made at once.
-inline std::map<const uint64_t*, int>& bytes_to_come() {
-  static thread_local std::map<const uint64_t*, int> bytes;
-  return bytes;
 }
 inline void arrive_with_bytes(uint64_t* barrier, int bytes) {
   checked_parity(barrier);

@@ -16,7 +16,6 @@ namespace cuda {
 
 constexpr int kWidth = 64;        // D
 constexpr int kMostCodes = 1024;  // K that fits
-constexpr int kMostSums = 320;    // K whose sums fit too
 constexpr int kTile = 64;         // rows
 constexpr int kWarpgroups = 5;
 constexpr int kWarps = 4 * kWarpgroups;

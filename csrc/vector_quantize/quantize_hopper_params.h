@@ -5,6 +5,9 @@
 
 namespace msvq {
 
+constexpr int kMostSums = 320;  // K whose sums fit in shared memory beside the codes
+constexpr int kPiece = 256;     // sorted rows that a warp sums
+
 struct QuantizeHopperParams {
   const void* z;  // (N, 64); rows begin at multiples of 16 bytes
   LatentType type;
@@ -24,12 +27,11 @@ struct QuantizeHopperParams {
 
 // What the parts add up to. Where there are too many codes for sums of blocks, the sums are those
 // of pieces of kPiece rows that are sorted by code.
-constexpr int kPiece = 256;
 struct QuantizeHopperTotals {
   int blocks, num_codes;
   const double* errors;
   const int32_t* part_counts;
-  const float* part_sums;
+  float* part_sums;
   double factor;    // of the loss
   float* loss;      // ()
   int64_t* counts;  // (K,)

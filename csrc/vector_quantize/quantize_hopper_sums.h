@@ -43,7 +43,7 @@ MSVQ_WARPS float4 sum_of_entries(const QuantizeHopperTotals& t, int first, int l
 
 // A warp's piece of the sorted rows, code by code. Those that are not finite come last.
 template <class T>
-MSVQ_WARPS void sum_piece(const QuantizeHopperTotals& t, float* pieces, int piece) {
+MSVQ_WARPS void sum_piece(const QuantizeHopperTotals& t, int piece) {
   const int lane = threadIdx.x % 32, first = piece * kPiece, last = min(first + kPiece, t.count);
   for (int at = first; at < last;) {
     const int code = t.keys[at];
@@ -56,7 +56,7 @@ MSVQ_WARPS void sum_piece(const QuantizeHopperTotals& t, float* pieces, int piec
     const bool before = at == first && at > 0 && t.keys[at - 1] == code;
     const bool after = end == last && end < t.count && t.keys[end] == code;
     float* to = t.sums + code * kWidth;
-    if (before || after) to = pieces + (int64_t{piece} * 2 + (before ? 0 : 1)) * kWidth;
+    if (before || after) to = t.part_sums + (int64_t{piece} * 2 + (before ? 0 : 1)) * kWidth;
     if (lane < 16) reinterpret_cast<float4*>(to)[lane] = sum;
     at = end;
   }

@@ -38,17 +38,15 @@ cudaError_t launch(const QuantizeHopperParams& p, int blocks, cudaStream_t strea
 }
 
 template <class T>
-__global__ void __launch_bounds__(256)
-    sum_pieces_kernel(const QuantizeHopperTotals t, float* pieces) {
+__global__ void __launch_bounds__(256) sum_pieces_kernel(const QuantizeHopperTotals t) {
   const int piece = static_cast<int>((blockIdx.x * 256 + threadIdx.x) / 32);
-  if (piece * kPiece < t.count) sum_piece<T>(t, pieces, piece);
+  if (piece * kPiece < t.count) sum_piece<T>(t, piece);
 }
 
 template <class T>
 void sum_pieces(const QuantizeHopperTotals& t, cudaStream_t stream) {
   const int pieces = (t.count + kPiece - 1) / kPiece;
-  sum_pieces_kernel<T><<<static_cast<unsigned>((pieces + 7) / 8), 256, 0, stream>>>(
-      t, const_cast<float*>(t.part_sums));
+  sum_pieces_kernel<T><<<static_cast<unsigned>((pieces + 7) / 8), 256, 0, stream>>>(t);
 }
 
 __global__ void __launch_bounds__(kTotalThreads) totals_kernel(const QuantizeHopperTotals t) {

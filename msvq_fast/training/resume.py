@@ -163,7 +163,7 @@ def describe_changes(
         changes.append(
             f"the data had {there} images and has {here} now, so the order of the crops is another"
         )
-    elif {**images, **state}["images_sha256"] != images["images_sha256"]:
+    elif state.get("images_sha256", images["images_sha256"]) != images["images_sha256"]:
         changes.append("the data's images have other names than before, so crops are of others")
     if state["config"]["data"] != config.data:
         changes.append(

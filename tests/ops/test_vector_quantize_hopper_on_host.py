@@ -17,7 +17,7 @@ _C = getattr(OP.kernels.get("native"), "_C", None)
 needs_model = pytest.mark.skipif(
     not hasattr(_C, "vector_quantize_hopper_on_host"), reason="built without the model of a block"
 )
-MOST_SUMS = 320
+MOST_SUMS, PIECE = getattr(_C, "hopper_most_sums", 0), getattr(_C, "hopper_piece", 0)
 QUICK = ("normal", "init", "trained", "near_ties", *OWN_KINDS[:7])
 
 
@@ -48,7 +48,7 @@ def on_host(
     sorted_keys, rows = torch.sort(keys, stable=True)
     by_code = (0, 0, 0)
     if num_codes > MOST_SUMS:
-        part_sums = torch.full((-(-count // 256), 2, 64), float("nan"))
+        part_sums = torch.full((-(-count // PIECE), 2, 64), float("nan"))
         parts = (errors.data_ptr(), 0, part_sums.data_ptr())
         by_code = (sorted_keys.data_ptr(), rows.data_ptr(), z.data_ptr())
     layout = (kind, count, z.stride(0))

@@ -21,9 +21,9 @@ __all__ = ["MOST_CODES", "WIDTH", "nearest_code", "unsupported", "vector_quantiz
 
 WIDTH = 64
 MOST_CODES = 1024  # in half precision they stay in a multiprocessor's shared memory
-_MOST_SUMS = 320  # and so do their sums
+_MOST_SUMS: int = _C.hopper_most_sums  # and so do their sums
 _TILE = 64  # rows
-_PIECE = 256  # sorted rows
+_PIECE: int = _C.hopper_piece  # sorted rows
 
 
 def unsupported(z: Tensor, codebook: Tensor) -> str | None:
