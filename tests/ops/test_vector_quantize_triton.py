@@ -205,6 +205,40 @@ def test_a_popular_code_is_summed_in_parts_and_repeats_bit_for_bit():
         assert torch.equal(one, other)
 
 
+# Rows of every code, the last that are not finite; a piece is 128 of them.
+PIECES = (
+    [128, 0, 128, 127, 1, 128],
+    [0, 0, 129, 126, 0, 2, 300, 0, 5],
+    [1, 0, 0, 0, 700, 1],
+    [3, 255, 0, 0, 400],
+)
+
+
+@pytest.mark.parametrize("rows_of_codes", PIECES, ids=str)
+@pytest.mark.parametrize("dim", (1, -1))
+def test_sums_of_pieces(rows_of_codes, dim):
+    """Codes that end where a piece does, have several or none, or begin with an empty one."""
+    rows_of_codes = torch.tensor(rows_of_codes)
+    num_codes = len(rows_of_codes) - 1
+    codebook = 10.0 * torch.arange(num_codes)[:, None] + torch.randn(num_codes, 3)
+    of = torch.repeat_interleave(torch.arange(num_codes + 1), rows_of_codes)
+    of = of[torch.randperm(len(of))]
+    z = codebook[of.clamp(max=num_codes - 1)] + torch.randn(len(of), 3)
+    z[of == num_codes] = math.nan
+    z = z.to(DEVICE)
+    moved = z if dim == -1 else z[None].movedim(1, 2).contiguous()
+    out = vector_quantize(moved, codebook.to(DEVICE), dim=dim, backend="triton")
+    assert out.code_counts.tolist() == rows_of_codes[:-1].tolist()
+    sums = torch.zeros(num_codes + 1, 3, dtype=torch.float64, device=DEVICE)
+    sums.index_add_(0, of.to(DEVICE), z.double())
+    assert_close("sums", out.code_sums, sums[:-1], ulps=16)
+    assert out.commitment_loss.isnan()
+    finite = z[of != num_codes]
+    loss = vector_quantize(finite, codebook.to(DEVICE), backend="triton").commitment_loss
+    error = finite.double() - codebook.to(DEVICE)[of[of != num_codes].to(DEVICE)].double()
+    assert_close("loss", loss, 0.25 * error.square().mean(), ulps=16)
+
+
 @pytest.mark.parametrize("laplace_eps", (0.0, 0.5))
 @pytest.mark.parametrize("threshold", (0.0, 0.5, 3.0))
 def test_ema_update(laplace_eps, threshold):

@@ -11,12 +11,14 @@ from msvq_fast.ops.vector_quantize.layout import row_strides
 from msvq_fast.ops.vector_quantize.triton_shapes import (
     CODES,
     STEPS,
+    added_parts,
     block_codes,
     block_width,
     filter_rows,
     filter_stages,
     filter_warps,
     gathered_rows,
+    piece_bits,
 )
 
 __all__ = [
@@ -30,7 +32,6 @@ __all__ = [
 ]
 
 MOST_WIDTH = 256
-_PARTIAL_SUMS = 16384  # a popular code's rows are summed in as many parts as fit
 _MOST_KEYS = 2**15 - 1  # of 16 bits, which take half as long to sort as those of 32
 Strides = tuple[int, int, int]
 
@@ -164,10 +165,11 @@ def code_statistics(
     keys, order = torch.sort(keys, stable=True)
     limits = torch.arange(num_codes + 2, dtype=keys.dtype, device=z.device)
     bounds = torch.searchsorted(keys, limits)  # (K + 2,)
-    splits = max(1, min(64, _PARTIAL_SUMS // num_codes, count // 1024))
-    parts = codebook.new_empty(num_codes + 1, splits, width)
-    errors = codebook.new_empty(num_codes + 1, splits)
-    triton_outputs.code_sums[(num_codes + 1, splits)](
+    bits = piece_bits(count)
+    slots = triton.cdiv(count, 1 << bits) + num_codes + 1
+    parts, errors = codebook.new_empty(slots, width), codebook.new_empty(slots)
+    counts, sums = order.new_empty(num_codes), torch.empty_like(codebook)
+    triton_outputs.code_sums[(slots,)](
         z,
         codebook,
         order,
@@ -180,13 +182,16 @@ def code_statistics(
         *z_q_strides,
         width,
         num_codes,
-        splits,
+        bits,
         FLAT=inner >= count,
         WRITE=z_q is not None,
         BM=gathered_rows(padded),
         BD=padded,
     )
-    return errors, bounds[:-1].diff(), parts[:-1].sum(dim=1)
+    triton_outputs.add_parts[(num_codes,)](
+        parts, bounds, counts, sums, width, bits, BM=added_parts(padded), BD=padded
+    )
+    return errors, counts, sums
 
 
 def uniform(rows: int, count: int, inner: int, *strides: Strides) -> bool:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from msvq_fast.ops.vector_quantize.triton_search import block_offsets, row_offsets
 
-__all__ = ["code_sums", "grad_latents", "move_codebook", "write_codes"]
+__all__ = ["add_parts", "code_sums", "grad_latents", "move_codebook", "write_codes"]
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -36,15 +36,15 @@ def write_codes(
     tl.store(z_q_ptr + start + at, e.to(z_q_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_codes"])
+@triton.jit(do_not_specialize=["num_codes", "piece_bits"])
 def code_sums(
     z_ptr,
     codebook_ptr,
     order_ptr,
     bounds_ptr,  # (K + 2,)
     z_q_ptr,
-    sums_ptr,  # (K + 1, splits, D)
-    error_ptr,  # (K + 1, splits)
+    part_sums_ptr,  # (slots, D)
+    error_ptr,  # (slots,)
     inner,
     z_outer,
     z_inner,
@@ -54,23 +54,32 @@ def code_sums(
     out_d,
     width,
     num_codes,
-    splits,
+    piece_bits,
     FLAT: tl.constexpr,
     WRITE: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Sum one of ``splits`` equal parts of a code's rows, in their order, and their (z - e)².
+    """Sum a code's rows in one of the pieces of ``2**piece_bits`` sorted rows, and their (z - e)².
 
+    Those of code c in piece p are slot p + c: along the sorted rows c or p grows, so no two share
+    one, there are as many as pieces and codes together, and a code that owns all rows has many.
     Code K stands for the rows that are not finite; they have code 0 and count in the loss alone.
     ``WRITE``: these rows of z_q too.
     """
-    code = tl.program_id(0)
-    part = tl.program_id(1)
-    low = tl.load(bounds_ptr + code)
-    high = tl.load(bounds_ptr + code + 1)
-    start = low + (high - low) * part // splits
-    stop = low + (high - low) * (part + 1) // splits
+    slot = tl.program_id(0)
+    piece = tl.full((), 1, tl.int64) << piece_bits
+    code = tl.full((), 0, tl.int32)
+    above = code + num_codes
+    while code < above:  # the first code whose last slot is not before this one
+        middle = (code + above) // 2
+        end = tl.load(bounds_ptr + middle + 1)
+        before = (end - 1 >> piece_bits) + middle < slot
+        code = tl.where(before, middle + 1, code)
+        above = tl.where(before, above, middle)
+    first = (slot - code).to(tl.int64) << piece_bits
+    stop = tl.minimum(tl.load(bounds_ptr + code + 1), first + piece).to(tl.int32)
+    start = tl.minimum(tl.maximum(tl.load(bounds_ptr + code), first), stop).to(tl.int32)
     d = tl.arange(0, BD).to(tl.int64)
     chosen = tl.where(code < num_codes, code, 0).to(tl.int64)
     e = tl.load(codebook_ptr + chosen * width + d, mask=d < width, other=0.0)
@@ -93,9 +102,38 @@ def code_sums(
             at = row_offsets(rows, inner, out_outer, out_inner, FLAT)[:, None]
             vectors = tl.broadcast_to(e.to(z_q_ptr.dtype.element_ty)[None, :], (BM, BD))
             tl.store(z_q_ptr + (at + (d * out_d)[None, :]), vectors, mask=mask)
-    slot = code.to(tl.int64) * splits + part
     tl.store(error_ptr + slot, tl.sum(tl.sum(error, 1), 0))
-    tl.store(sums_ptr + slot * width + d, tl.sum(total, 0), mask=d < width)
+    at = slot.to(tl.int64) * width + d
+    tl.store(part_sums_ptr + at, tl.sum(total, 0), mask=d < width)
+
+
+@triton.jit(do_not_specialize=["piece_bits"])
+def add_parts(
+    part_sums_ptr,  # (slots, D)
+    bounds_ptr,  # (K + 2,)
+    counts_ptr,  # (K,)
+    sums_ptr,  # (K, D)
+    width,
+    piece_bits,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Count a code's rows and add up its sums of pieces, in float64."""
+    code = tl.program_id(0)
+    low = tl.load(bounds_ptr + code)
+    high = tl.load(bounds_ptr + code + 1)
+    tl.store(counts_ptr + code, high - low)
+    slot = (low >> piece_bits) + code
+    last = (high - 1 >> piece_bits) + code + 1
+    d = tl.arange(0, BD)
+    total = tl.zeros((BM, BD), tl.float64)
+    while slot < last:
+        slots = slot + tl.arange(0, BM)
+        mask = (slots < last)[:, None] & (d < width)[None, :]
+        total += tl.load(part_sums_ptr + slots[:, None] * width + d[None, :], mask=mask, other=0.0)
+        slot += BM
+    at = code.to(tl.int64) * width + d
+    tl.store(sums_ptr + at, tl.sum(total, 0).to(tl.float32), mask=d < width)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -13,6 +13,7 @@ __all__ = [
     "CODES",
     "DTYPES",
     "STEPS",
+    "added_parts",
     "block",
     "block_codes",
     "block_width",
@@ -21,6 +22,7 @@ __all__ = [
     "filter_warps",
     "gathered_rows",
     "moved_codes",
+    "piece_bits",
     "variants",
 ]
 
@@ -94,6 +96,16 @@ def gathered_rows(padded: int) -> int:
     return 2048 // padded
 
 
+def piece_bits(count: int) -> int:
+    """Of the number of sorted rows in a piece: up to 2048 pieces keep a large GPU busy."""
+    return max(7, ((count - 1) // 2048).bit_length())
+
+
+def added_parts(padded: int) -> int:
+    """Sums of pieces that a program adds at a time, in float64."""
+    return 1024 // padded
+
+
 def variants() -> list[KernelVariant]:
     """What is compiled ahead of time: every dtype and block width, d dense and not."""
     out = []
@@ -107,6 +119,8 @@ def variants() -> list[KernelVariant]:
         flags = {"BN": CODES, "BK": block_codes(width), "BD": width}
         for kernel in (triton_codes.measure_codes, triton_codes.pack_codes):
             out.append(_variant(kernel, f"d{width}", "*fp32", flags, num_warps=8))
+        flags = {"BM": added_parts(width), "BD": width}
+        out.append(_variant(triton_outputs.add_parts, f"d{width}", "*fp32", flags))
     move = triton_outputs.move_codebook
     for width in (16, 64, 256):
         for smooth in (False, True):
