@@ -18,6 +18,7 @@ from msvq_fast.ops.vector_quantize import (
     nearest_code,
     vector_quantize,
 )
+from msvq_fast.ops.vector_quantize.op import check_latents
 
 GRADIENTS = ("straight-through", "rotation")
 
@@ -36,8 +37,9 @@ class VectorQuantizer(nn.Module):
         commitment_weight: β of Eq. 2.
         decay: γ of Eq. 4, in [0, 1).
         laplace_eps: Laplace smoothing of the masses as VQ-VAE 2's code has it; 0 is Eq. 3.
-        restart_below: A code whose mass falls below restarts at a latent of the batch; 0 never
-            does (the paper).
+        restart_below: A code whose mass is below restarts at a latent of the batch, with mass
+            ``max(1, restart_below)``; 0 never does (the paper). From the random start that is
+            every code that wins fewer than ``restart_below / (1 - γ)`` latents of the first batch.
         gradient: ``"straight-through"`` gives z the gradient of z_q (the paper), ``"rotation"``
             turns it as `rotate_to` says; the commitment loss's own gradient is the same in both.
         backend: None picks; otherwise as in `vector_quantize`.
@@ -128,20 +130,24 @@ class VectorQuantizer(nn.Module):
             low, high = int(codes.min()), int(codes.max())
             if low < 0 or high >= num_codes:
                 raise InputError(f"codes span [{low}, {high}]; expected 0 <= code < {num_codes}")
-        return F.embedding(codes, self.codebook).movedim(-1, self.dim)
+        # Contiguous, as `forward` has it: a convolution of another layout rounds otherwise.
+        return F.embedding(codes, self.codebook).movedim(-1, self.dim).contiguous()
 
     @torch.no_grad()
     def initialise(self, z: Tensor, *, iterations: int = 10) -> None:
         """Start the codebook as k-means of the latents ``z`` instead of at random.
 
         The first centres are latents evenly spaced over the batch, so that no random number is
-        drawn; a centre that wins none moves to the latent farthest from its own centre.
+        drawn; a centre that wins none moves to the latent farthest from its own centre. A code
+        has no mass then, so that the latents it wins next become its vector; with
+        ``restart_below`` it has that of a restarted one, or it would restart at once.
 
         Args:
             z: Latents as in `forward`, at least one of them finite; the others are left out.
             iterations: Steps of Lloyd's algorithm.
         """
-        rows = z.detach().movedim(self.dim, -1).reshape(-1, self.codebook.shape[1])
+        dim = check_latents(z, self.codebook, self.dim)
+        rows = z.detach().movedim(dim, -1).reshape(-1, self.codebook.shape[1])
         rows = rows[rows.isfinite().all(dim=1)].to(self.codebook.dtype)
         if len(rows) == 0:
             raise InputError(f"z has shape {tuple(z.shape)}; expected at least one finite latent")
@@ -154,8 +160,9 @@ class VectorQuantizer(nn.Module):
             order = distance.argsort(descending=True, stable=True)
             rank = (empty.cumsum(0) - 1).clamp(0, len(rows) - 1)  # i-th empty code, i-th farthest
             self.codebook.copy_(torch.where(empty[:, None], rows[order[rank]], means))
-        self.cluster_size.zero_()
-        self.code_sums.zero_()
+        mass = max(1.0, self.restart_below) if self.restart_below > 0 else 0.0
+        self.cluster_size.fill_(mass)
+        self.code_sums.copy_(self.codebook * mass)
         self._pending = None  # statistics of another codebook
 
     def code_statistics(self) -> tuple[Tensor, ...]:
@@ -199,6 +206,8 @@ class VectorQuantizer(nn.Module):
         before = self._pending
         if before is not None:
             counts, sums = before[0] + counts, before[1] + sums
+        elif self.defer_updates:  # what `forward` returns is the caller's
+            counts, sums = counts.clone(), sums.clone()
         self._pending = counts, sums
         if self.restart_below > 0:
             if z.numel():
@@ -225,4 +234,12 @@ class VectorQuantizer(nn.Module):
             after = self._buffers[name]
             if after is not None and after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before.to(after.device)
+        if self._pending is not None:
+            counts, *vectors = self._pending
+            moved = [tensor.to(self.codebook) for tensor in vectors]
+            self._pending = counts.to(self.codebook.device), *moved
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pending = None  # statistics of another codebook

@@ -108,6 +108,49 @@ def test_kmeans_start_leaves_out_what_is_not_finite() -> None:
         plain.initialise(z * float("inf"))
 
 
+@pytest.mark.parametrize("restart_below", [0.05, 1.0])
+def test_kmeans_start_outlives_the_first_step_with_restarts(restart_below: float) -> None:
+    centres = 20 * torch.randn(64, 4)
+    z = (centres[:, None] + torch.randn(64, 5, 4)).reshape(-1, 4)[torch.randperm(320)]
+    quantizer = VectorQuantizer(64, 4, dim=-1, restart_below=restart_below)
+    quantizer.initialise(z)
+    start = quantizer.codebook.clone()
+    assert torch.equal(quantizer.code_sums, start * max(1, restart_below))
+    before = quantizer(z).commitment_loss
+    assert quantizer(z).commitment_loss <= before
+    assert bool(((quantizer.codebook - start).norm(dim=1) < 1).all())
+
+
+def test_kmeans_start_checks_the_latents() -> None:
+    with pytest.raises(InputError, match="width 10 at dim=1; expected the codebook's D=4"):
+        VectorQuantizer(8, 4).initialise(torch.randn(4, 10, 10, 4))
+    with pytest.raises(InputError, match="width 5 at dim=1; expected the codebook's D=4"):
+        VectorQuantizer(4, 4).initialise(torch.randn(2, 5, 2, 2))
+
+
+def test_what_forward_returns_is_not_what_is_reduced() -> None:
+    quantizer = VectorQuantizer(8, 2, dim=-1)
+    quantizer.defer_updates = True
+    out = quantizer(torch.randn(50, 2))
+    counts, sums = out.code_counts.clone(), out.code_sums.clone()
+    for statistic in quantizer.code_statistics():
+        statistic.mul_(2)
+    assert torch.equal(out.code_counts, counts) and torch.equal(out.code_sums, sums)
+
+
+def test_statistics_move_with_the_module_and_end_with_their_codebook() -> None:
+    quantizer = VectorQuantizer(8, 2, dim=-1, restart_below=0.05)
+    quantizer.defer_updates = True
+    state = copy.deepcopy(quantizer.state_dict())
+    quantizer(torch.randn(50, 2))
+    quantizer.double().update_codebook()
+    assert int(quantizer.cluster_size.gt(0).sum()) == 8
+    quantizer(torch.randn(50, 2, dtype=torch.float64))
+    quantizer.load_state_dict(state)
+    quantizer.update_codebook()
+    assert torch.equal(quantizer.codebook, state["codebook"].double())
+
+
 def test_kmeans_start_forgets_what_was_collected() -> None:
     quantizer = VectorQuantizer(8, 2, dim=-1)
     quantizer.defer_updates = True

@@ -59,7 +59,7 @@ def nearest_code(
         NaN or Inf gets code 0; a code with NaN or Inf is never chosen while another is finite.
         No N x K tensor is made.
     """
-    dim = _check_latents(z, codebook, dim)
+    dim = check_latents(z, codebook, dim)
     chosen = OP.pick(z, codebook, backend=backend)
     z, codebook = z.detach(), codebook.detach()
     if chosen == "reference" or torch.onnx.is_in_onnx_export():
@@ -105,7 +105,7 @@ def vector_quantize(
         autocast says, in an order that does not depend on the thread count. A latent with NaN or
         Inf gets code 0, makes the loss non-finite and is left out of counts and sums.
     """
-    dim = _check_latents(z, codebook, dim)
+    dim = check_latents(z, codebook, dim)
     if codebook.requires_grad:
         raise InputError(
             "codebook requires a gradient; expected a buffer: it is learned by ema_update_"
@@ -214,7 +214,7 @@ def _check_codebook(codebook: Tensor) -> None:
         raise InputError(f"codebook has dtype {codebook.dtype}; expected float32 or float64")
 
 
-def _check_latents(z: Tensor, codebook: Tensor, dim: int) -> int:
+def check_latents(z: Tensor, codebook: Tensor, dim: int) -> int:
     """Check the pair and return ``dim`` counted from the front."""
     _check_codebook(codebook)
     check_float("z", z)
