@@ -81,7 +81,9 @@ class LocalAttention(nn.Module):
             for kernel in self.kernels:
                 k = kernel if isinstance(kernel, int) else 0
                 size = 2 * k - 1 if border == "shift" and k > 0 else k
-                self.relative_bias.append(nn.Parameter(torch.zeros(heads, size, size)))
+                table = torch.zeros(heads, size, size)
+                # One without values gets no gradient, which DistributedDataParallel waits for.
+                self.relative_bias.append(nn.Parameter(table, requires_grad=size > 0))
 
     def forward(self, tokens: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Tensor:
         """Attend from the last of ``tokens`` to all of them.
@@ -151,9 +153,10 @@ class LocalAttention(nn.Module):
                 f"{len(self.kernels) - 1} and {len(self.kernels)}"
             )
         own = self.kernels[-1]
-        radius = own // 2 if isinstance(own, int) else grids[-1][0]
-        if skew is not None and skew <= radius:
-            raise InputError(f"skew={skew}; expected more than the radius {radius}")
+        height, width = grids[-1]
+        radius, reach = (own // 2,) * 2 if isinstance(own, int) else (height, width - 1)
+        if skew is not None and skew <= reach:
+            raise InputError(f"skew={skew}; expected more than the radius {reach}")
         pairs = [
             self._key_value(x, grid, grids[-1]) for x, grid in zip(coarse, grids[:-1], strict=True)
         ]
@@ -163,7 +166,7 @@ class LocalAttention(nn.Module):
         shape = (
             batch,
             self.kv_heads,
-            ring_rows(grids[-1], radius, skew) * grids[-1][1],
+            ring_rows(grids[-1], radius, skew) * width,
             weight.shape[0] // (2 * self.kv_heads),
         )
         pairs.append((like.new_zeros(shape), like.new_zeros(shape)))

@@ -49,11 +49,13 @@ class _Replay(torch.autograd.Function):
         ctx.module, ctx.strips = module, strips
         ctx.names = [name for name, _ in module.named_parameters()]
         device = x.device.type
-        ctx.autocast = {
-            "device_type": device,
-            "enabled": torch.is_autocast_enabled(device),
-            "dtype": torch.get_autocast_dtype(device),
-        }
+        ctx.autocast = None  # the meta device has none
+        if device != "meta":
+            ctx.autocast = {
+                "device_type": device,
+                "enabled": torch.is_autocast_enabled(device),
+                "dtype": torch.get_autocast_dtype(device),
+            }
         ctx.save_for_backward(x, *parameters)
         with _same_autocast(ctx.autocast):
             return _run(module, x, strips)
@@ -80,13 +82,13 @@ class _Replay(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _same_autocast(state: dict[str, Any]) -> Iterator[None]:
+def _same_autocast(state: dict[str, Any] | None) -> Iterator[None]:
     """Autocast as in ``state``; its copies of weights serve all strips, but no other run.
 
     A copy made without a graph must not serve a run that needs one.
     """
     torch.clear_autocast_cache()
-    with torch.autocast(**state):
+    with contextlib.nullcontext() if state is None else torch.autocast(**state):
         yield
     torch.clear_autocast_cache()
 

@@ -1,8 +1,10 @@
-"""Errors that two ops or more share: one line each that names the argument and what it must be."""
+"""What two ops or more share: errors, one line each, and what is computed in which precision."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,3 +74,10 @@ def may_read(tensor: Tensor) -> bool:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics, losses and filters of ``dtype`` inputs are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Products in the dtype of their inputs; the meta device has no autocast to switch off."""
+    if device == "meta":
+        return nullcontext()
+    return torch.autocast(device_type=device, enabled=False)

@@ -290,3 +290,13 @@ def test_bad_modes() -> None:
         models.MSVQVAE(models.preset_config("tiny"), memory="less")
     with pytest.raises(InputError, match="strips=0; expected at least 1"):
         small("tiny").set_memory("strips", strips=0)
+
+
+@pytest.mark.parametrize("memory", ["sequential", "strips"])
+def test_shapes_alone(memory: str) -> None:
+    model = models.from_preset("tiny").to("meta")
+    model.set_memory(memory)
+    out = model(torch.empty(2, 3, 64, 64, device="meta"))
+    out.loss.backward()
+    assert out.contributions[1].shape == (2, 3, 64, 64)
+    assert all(p.grad is not None for p in model.parameters())

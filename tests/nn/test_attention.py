@@ -109,6 +109,28 @@ def test_steps_with_a_cache_are_the_forward(settings, kernels, together):
     torch.testing.assert_close(got, module(x, grids))
 
 
+def test_fronts_of_a_full_window_are_as_far_apart_as_the_grid_is_wide():
+    module = LocalAttention(16, 2, ["full"], order="raster")
+    x = torch.randn(1, 12, 16)
+    with pytest.raises(InputError, match="skew=5; expected more than the radius 5"):
+        module.start(1, [(2, 6)], skew=5)
+    cache = module.start(1, [(2, 6)], skew=6)
+    got = torch.full_like(x, torch.nan)
+    for positions in fronts((2, 6), 6):
+        got[:, positions] = module.step(x[:, positions], positions, cache)
+    torch.testing.assert_close(got, module([x], [(2, 6)]))
+
+
+@pytest.mark.parametrize("unused", ["full", 0])
+def test_every_parameter_that_wants_a_gradient_gets_one(unused):
+    """DistributedDataParallel waits for all of them."""
+    module = LocalAttention(32, 4, [unused, 3], relative_bias=True)
+    module(tokens(), GRIDS).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert module.relative_bias[1].requires_grad
+
+
 def test_fronts_are_few():
     assert len(fronts((8, 8), 3)) == 29
     assert max(front.numel() for front in fronts((128, 128), 4)) == 32

@@ -346,3 +346,22 @@ def test_bad_input_says_what_is_wrong(change, message):
         local_attention(*args, **arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_is_not_rounded_by_autocast(dtype):
+    q, keys, values, _ = make_inputs([(4, 4), (8, 8)], dtype=dtype)
+    options = {"grids": [(4, 4), (8, 8)], "kernels": [3, 5], "backend": "reference"}
+    want = local_attention(q, keys, values, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = local_attention(q, keys, values, **options)
+    assert torch.equal(got, want)
+
+
+def test_reference_under_another_default_device():
+    q, keys, values, bias = make_inputs([(4, 4)], bias_sizes=[3])
+    options = {"grids": [(4, 4)], "kernels": [3], "order": "raster", "bias": bias}
+    want = local_attention(q, keys, values, backend="reference", **options)
+    with torch.device("meta"):
+        got = local_attention(q, keys, values, backend="reference", **options)
+    assert torch.equal(got, want)

@@ -29,6 +29,31 @@ def test_is_rows_of_the_whole(grids, kernels, options):
     assert_close("value", got, want[:, :, positions].detach(), ulps=64)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=triton)])
+def test_keys_of_minus_infinite_bias_do_not_count(backend):
+    """Nor does a query of which no other key is left: 0, as in the whole."""
+    q, keys, values, _ = make_inputs([(3, 3)], heads=2, kv_heads=2, dtype=torch.float32)
+    bias = [torch.randn(2, 3, 3)]
+    bias[0][0, 0] = bias[0][1, :, 2] = -torch.inf
+    options = {"grids": [(3, 3)], "kernels": [3], "order": "raster", "bias": bias}
+    needs = backend == "reference"
+    leaves = [t.detach().requires_grad_(needs) for t in (q, keys[0], values[0])]
+    want = local_attention(leaves[0], leaves[1:2], leaves[2:], **options)
+    positions = torch.arange(9)
+    bias[0] = bias[0].to(DEVICE) if backend == "triton" else bias[0]
+    there = [t.to(DEVICE) if backend == "triton" else t for t in (*leaves, positions)]
+    got = local_attention_at(there[0], there[1:2], there[2:3], there[3], backend=backend, **options)
+    assert want[0, 0, 3].abs().max() == 0
+    torch.testing.assert_close(got.cpu(), want)
+    if needs:
+        upstream = torch.randn_like(want)
+        for one, other in zip(
+            torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(want, leaves, upstream),
+            strict=True,
+        ):  # fmt: skip
+            torch.testing.assert_close(one, other)
+
+
 def test_a_ring_holds_what_is_read():
     q, keys, values, _ = make_inputs([(6, 4)], dtype=torch.float32)
     options = {"grids": [(6, 4)], "kernels": [3]}

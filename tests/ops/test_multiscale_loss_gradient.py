@@ -8,6 +8,7 @@ import pytest
 import torch
 from parity import assert_close
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from msvq_fast.ops import InputError, multiscale_loss
 from msvq_fast.ops.multiscale_loss.op import OP
@@ -86,6 +87,24 @@ def test_loss_scale(reduction: str, dtype: torch.dtype, recompute: bool) -> None
     for contribution, want_grad in zip(contributions, want, strict=True):
         assert contribution.grad is not None and contribution.grad.dtype == dtype
         assert_close("gradient", contribution.grad, scale * want_grad, ulps=ulps)
+
+
+@pytest.mark.parametrize("scales", [2, 5])
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("size", [1e-6, 1e5])
+def test_weights_far_from_one(size: float, reduction: str, recompute: bool, scales: int) -> None:
+    """What the loss scale undoes must not leave float16 before it."""
+    contributions, x = leaves((1, 3, 32, 32), scales, torch.float16)
+    weights = [size * w for w in [*WEIGHTS, 0.7][:scales]]
+    loss, _ = multiscale_loss(
+        contributions, x, kernel_size=7, weights=weights, reduction=reduction, recompute=recompute
+    )
+    _, want = closed_form([c.detach() for c in contributions], x, weights, "reflect", 3, reduction)
+    scale = 1 / size if reduction == "sum" else x.numel() / size
+    (loss * scale).backward()
+    for contribution, want_grad in zip(contributions, want, strict=True):
+        assert_close("gradient", contribution.grad, scale * want_grad, ulps=2)
 
 
 def test_grad_scaler() -> None:
@@ -239,6 +258,44 @@ def test_compiles_whole_with_its_backward(dynamic: bool, recompute: bool) -> Non
         assert torch.equal(grad, same)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_graph_for_any_batch(dtype: torch.dtype, reduction: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(contributions: list[Tensor], x: Tensor) -> Tensor:
+        return multiscale_loss(
+            contributions, x, kernel_size=5, reduction=reduction, backend="native"
+        )[0]
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (2, 3, 5, 7):
+        contributions, x = leaves((batch, 3, 16, 16), 2, dtype)
+        got, want = compiled(contributions, x), step(contributions, x)
+        assert torch.equal(got, want)
+        for grad, same in zip(
+            torch.autograd.grad(got, contributions), torch.autograd.grad(want, contributions),
+            strict=True,
+        ):  # fmt: skip
+            assert torch.equal(grad, same)
+    assert counter.frame_count == 1
+
+
+def test_exports_with_any_batch() -> None:
+    batch = torch.export.Dim("batch", min=2)
+    shapes = {"contributions": [{0: batch}] * 2, "x": {0: batch}}
+
+    class Loss(torch.nn.Module):
+        def forward(self, contributions: list[Tensor], x: Tensor) -> Tensor:
+            return multiscale_loss(contributions, x, kernel_size=5)[0]
+
+    program = torch.export.export(Loss(), inputs((2, 3, 16, 16), 2), dynamic_shapes=shapes)
+    contributions, x = inputs((5, 3, 16, 16), 2)
+    got = program.module()(contributions, x)
+    torch.testing.assert_close(got, Loss()(contributions, x))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_registration(layout: str) -> None:
     contributions, x = inputs((2, 3, 8, 8), 2)
@@ -251,15 +308,16 @@ def test_registration(layout: str) -> None:
     for wanted in ([True, True], [False, True], [False, False]):
         torch.library.opcheck(
             operations.multiscale_loss_native.default,
-            (contributions, x, *kernel, 0.5, 0.25, wanted),
+            (contributions, x, *kernel, "mean", wanted),
         )
         torch.library.opcheck(
             operations.multiscale_loss_backward_native.default,
-            (torch.tensor(2.0), contributions, x, *kernel, 0.5, wanted),
+            (torch.tensor(2.0), contributions, x, *kernel, "mean", wanted),
         )
     grads = [torch.randn(2, 3) for _ in range(2)]
     torch.library.opcheck(
-        operations.multiscale_loss_scale_native.default, (grads, torch.tensor(2.0), 0.5)
+        operations.multiscale_loss_scale_native.default,
+        (grads, torch.tensor(2.0), [1.0, 0.5], "mean"),
     )
 
 

@@ -102,9 +102,10 @@ def _local_attention_at(
         masks.append(seen)
         value = values[n][:, :, index].to(work)
         gathered.append(value.repeat_interleave(group, dim=1))
-    mask = torch.cat(masks, dim=-1)
+    logits = torch.cat(scores, dim=-1)
+    mask = torch.cat(masks, dim=-1) & (logits != -torch.inf)
     empty = ~mask.any(dim=-1, keepdim=True)
-    logits = torch.cat(scores, dim=-1).masked_fill(~mask, -torch.inf).masked_fill(empty, 0.0)
+    logits = logits.masked_fill(~mask, -torch.inf).masked_fill(empty, 0.0)
     weights = logits.softmax(dim=-1).masked_fill(~mask, 0.0)
     return (weights.unsqueeze(-1) * torch.cat(gathered, dim=-2)).sum(-2).to(q.dtype)
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msvq_fast.ops.checks import accumulation_dtype
+from msvq_fast.ops.checks import accumulation_dtype, without_autocast
 from msvq_fast.ops.local_attention.windows import Windows, bias_size
 
 
 def _axis(size: int, size_n: int, kernel: int, shift: bool) -> tuple[Tensor, Tensor]:
-    """The window along one axis: ``(inside, bias_index)``, both ``(size, size_n)``."""
+    """The window along one axis: ``(inside, bias_index)``, both ``(size, size_n)``, on the CPU."""
     radius = kernel // 2
-    centre = ((2 * torch.arange(size)[:, None] + 1) * size_n) // (2 * size)
-    key = torch.arange(size_n)[None, :]
+    centre = ((2 * torch.arange(size, device="cpu")[:, None] + 1) * size_n) // (2 * size)
+    key = torch.arange(size_n, device="cpu")[None, :]
     if shift:
         length = min(kernel, size_n)
         start = (centre - radius).clamp(0, size_n - length)
@@ -40,7 +40,7 @@ def window_mask(windows: Windows) -> list[Tensor]:
         if windows.raster:
             mask &= torch.ones_like(mask).tril()
         if not windows.include_self:
-            mask &= ~torch.eye(mask.shape[0], dtype=torch.bool)
+            mask &= ~torch.eye(mask.shape[0], dtype=torch.bool, device="cpu")
     return masks
 
 
@@ -66,6 +66,18 @@ def local_attention(
     Softmax and sums in float32 (float64 for float64 inputs). A key whose score is -inf, by its
     bias, is as one outside the window; a query without keys gives 0.
     """
+    with without_autocast(q.device.type):
+        return _attend(q, keys, values, bias, windows, scale)
+
+
+def _attend(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    windows: Windows,
+    scale: float,
+) -> Tensor:
     work = accumulation_dtype(q.dtype)
     group = q.shape[1] // keys[0].shape[1]
     query = q.to(work) * scale

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
+from msvq_fast.ops.multiscale_loss.one_pass import power_of_weights
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
@@ -52,18 +53,16 @@ def multiscale_loss(
     taps: Sequence[float],
     border: str,
     weights: Sequence[float],
-    loss_factor: float,
-    grad_factor: float,
+    reduction: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss ``()``, the term of every scale ``(M,)`` and the ``wanted`` gradients, from one pass.
 
-    ``loss_factor`` multiplies the sums of squares, ``grad_factor`` the gradients of the sums.
+    The gradients are finished by `scale_`.
     """
     out: tuple[Tensor, Tensor, list[Tensor]] = _forward(
-        list(contributions), x, list(taps), border, list(weights), loss_factor, grad_factor,
-        list(wanted),
-    )  # fmt: skip
+        list(contributions), x, list(taps), border, list(weights), reduction, list(wanted)
+    )
     return out
 
 
@@ -74,20 +73,35 @@ def multiscale_loss_backward(
     taps: Sequence[float],
     border: str,
     weights: Sequence[float],
-    grad_factor: float,
+    reduction: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """The ``wanted`` gradients times ``grad_loss ()``, which is read on its device."""
     out: list[Tensor] = _backward(
-        grad_loss, list(contributions), x, list(taps), border, list(weights), grad_factor,
+        grad_loss, list(contributions), x, list(taps), border, list(weights), reduction,
         list(wanted),
     )  # fmt: skip
     return out
 
 
-def scale_(grads: Sequence[Tensor], grad_loss: Tensor, grad_factor: float) -> None:
-    """Multiply stored gradients by ``grad_loss * grad_factor``; reads none where that is 1."""
-    _scale(list(grads), grad_loss, grad_factor)
+def scale_(
+    grads: Sequence[Tensor], grad_loss: Tensor, weights: Sequence[float], reduction: str
+) -> None:
+    """Multiply stored gradients by ``grad_loss`` and what they lack; reads none where that is 1."""
+    _scale(list(grads), grad_loss, list(weights), reduction)
+
+
+def _factors(like: Tensor, weights: Sequence[float], reduction: str) -> tuple[float, float]:
+    """What sums over the elements of ``like`` are multiplied by, and what gradients are stored by.
+
+    Gradients of a mean vanish in float16 before a loss scale reaches them, and those of large
+    weights overflow: there they are stored as if the weights were of order 1, and of sums. Worked
+    out here, where a number of elements is a number and no symbol of a compiler.
+    """
+    factor = 1.0
+    if reduction == "mean":
+        factor = 1 / like.numel() if like.numel() else float("inf")
+    return factor, 1 / power_of_weights(weights) if like.dtype == torch.float16 else factor
 
 
 @torch.library.custom_op(
@@ -99,8 +113,7 @@ def _forward(
     taps: list[float],
     border: str,
     weights: list[float],
-    loss_factor: float,
-    grad_factor: float,
+    reduction: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     contributions = _dense(contributions)
@@ -111,8 +124,8 @@ def _forward(
     x = _like(x, contributions[0])
     _run(
         _arguments(
-            contributions, x, grads, wanted, taps, border, weights, (loss_factor, grad_factor),
-            0, partials.data_ptr(), loss.data_ptr(),
+            contributions, x, grads, wanted, taps, border, weights,
+            _factors(contributions[0], weights, reduction), 0, partials.data_ptr(), loss.data_ptr(),
         ),
         x,
     )  # fmt: skip
@@ -126,8 +139,7 @@ def _(
     taps: list[float],
     border: str,
     weights: list[float],
-    loss_factor: float,
-    grad_factor: float,
+    reduction: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     terms = x.new_empty(len(contributions), dtype=torch.float32)
@@ -144,15 +156,16 @@ def _backward(
     taps: list[float],
     border: str,
     weights: list[float],
-    grad_factor: float,
+    reduction: str,
     wanted: list[bool],
 ) -> list[Tensor]:
     contributions = _dense(contributions)
     grads = _grads(contributions, wanted)
     x = _like(x, contributions[0])
+    factor, _ = _factors(x, weights, reduction)
     _run(
         _arguments(
-            contributions, x, grads, wanted, taps, border, weights, (1.0, grad_factor),
+            contributions, x, grads, wanted, taps, border, weights, (1.0, factor),
             grad_loss.data_ptr(), 0, 0,
         ),
         x,
@@ -168,7 +181,7 @@ def _(
     taps: list[float],
     border: str,
     weights: list[float],
-    grad_factor: float,
+    reduction: str,
     wanted: list[bool],
 ) -> list[Tensor]:
     return _grads(_dense(contributions), wanted)
@@ -179,9 +192,11 @@ def _(
     mutates_args=("grads",),
     device_types=("cpu", "cuda"),
 )
-def _scale(grads: list[Tensor], grad_loss: Tensor, grad_factor: float) -> None:
+def _scale(grads: list[Tensor], grad_loss: Tensor, weights: list[float], reduction: str) -> None:
+    factor, stored = _factors(grads[0], weights, reduction)
+    late = factor / stored
     if grad_loss.device.type == "cpu":
-        scale = grad_factor * float(grad_loss)
+        scale = late * float(grad_loss)
         if scale != 1:
             for grad in grads:
                 grad.mul_(scale)
@@ -196,7 +211,7 @@ def _scale(grads: list[Tensor], grad_loss: Tensor, grad_factor: float) -> None:
         [1.0],
         0,
         [1.0] * len(grads),
-        (1.0, grad_factor),
+        (1.0, late),
         grad_loss.data_ptr(),
         0,
         0,
@@ -207,7 +222,7 @@ def _scale(grads: list[Tensor], grad_loss: Tensor, grad_factor: float) -> None:
 
 
 @_scale.register_fake
-def _(grads: list[Tensor], grad_loss: Tensor, grad_factor: float) -> None:
+def _(grads: list[Tensor], grad_loss: Tensor, weights: list[float], reduction: str) -> None:
     return None
 
 

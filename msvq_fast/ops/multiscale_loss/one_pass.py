@@ -6,6 +6,7 @@ batch; what is kept for the backward is one image per contribution, in its dtype
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,12 @@ from msvq_fast.ops.multiscale_loss.targets import Blur, blurred_targets
 
 _PART = 1 << 20  # values
 Part = tuple[slice, slice]
+
+
+def power_of_weights(weights: Sequence[float]) -> float:
+    """The power of two at or below the sum of their sizes; 1 where that is 0 or not finite."""
+    total = sum(abs(weight) for weight in weights)
+    return 2.0 ** (math.frexp(total)[1] - 1) if 0 < total < math.inf else 1.0
 
 
 def multiscale_loss(
@@ -43,7 +50,9 @@ class _OnePass(torch.autograd.Function):
         *contributions: Tensor,
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(contributions[0].dtype)
-        # Sums of differences of order 1: half precision would lose them divided by the count.
+        # Sums of differences of order 1: half precision would lose them divided by the count, or
+        # multiplied by a large weight.
+        power = power_of_weights(weights)
         wanted = any(ctx.needs_input_grad)
         sums = [torch.zeros_like(c) for c in contributions] if wanted else []
         squares = []
@@ -54,11 +63,11 @@ class _OnePass(torch.autograd.Function):
             squares.append(torch.stack([d.square().sum() for d in differences]))
             running: Tensor | None = None
             for m in reversed(range(len(sums))):
-                weighted = differences.pop() * weights[m]
+                weighted = differences.pop() * (weights[m] / power)
                 running = weighted if running is None else running + weighted
                 sums[m][images, channels] = running
         per_scale = torch.stack(squares).sum(0)  # (M,)
-        ctx.factor = 2.0
+        ctx.factor = 2.0 * power
         if reduction == "mean":
             per_scale = per_scale / x.numel()
             ctx.factor /= max(x.numel(), 1)

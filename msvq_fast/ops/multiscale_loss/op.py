@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from msvq_fast.ops.checks import (
     check_image,
     check_same_device,
     check_same_dtype,
+    without_autocast,
 )
 from msvq_fast.ops.gaussian_blur.op import BORDERS, blur_taps, pyramid_kernel
 from msvq_fast.ops.multiscale_loss import one_pass, reference
@@ -104,7 +104,7 @@ def multiscale_loss(
     factors = tuple(float(weight) for weight in weights)
     blur = (*kernel, sigma_rule, border, backend)
     if chosen == "reference":
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             if backend == "reference":
                 return _definition(contributions, x, blur, factors, reduction)
             return one_pass.multiscale_loss(contributions, x, blur, factors, reduction)
@@ -112,13 +112,6 @@ def multiscale_loss(
         x, blur, taps, border, factors, reduction, recompute, chosen, *contributions
     )
     return loss, per_scale
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """The meta device has no autocast to switch off, and raises."""
-    if device == "meta":
-        return nullcontext()
-    return torch.autocast(device_type=device, enabled=False)
 
 
 def _definition(
@@ -149,20 +142,14 @@ class _MultiscaleLoss(torch.autograd.Function):
         backend: str,
         *contributions: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        factor = 1.0
-        if reduction == "mean":
-            factor = 1 / x.numel() if x.numel() else float("inf")
-        # Gradients of a mean vanish in float16 before a loss scale reaches them.
-        early = 1.0 if contributions[0].dtype == torch.float16 else factor
         wanted = ctx.needs_input_grad[-len(contributions) :]
         stored = [False] * len(contributions) if recompute else wanted
         loss, per_scale, grads = OP.kernels[backend].multiscale_loss(
-            contributions, x, taps, border, weights, factor, early, stored
+            contributions, x, taps, border, weights, reduction, stored
         )
         ctx.save_for_backward(x, *contributions)
         ctx.settings = (blur, taps, border, weights, reduction, backend)
-        ctx.wanted, ctx.factor, ctx.late = wanted, factor, factor / early
-        ctx.grads = None if recompute else grads
+        ctx.wanted, ctx.grads = wanted, None if recompute else grads
         ctx.mark_non_differentiable(per_scale)
         ctx.set_materialize_grads(False)
         return loss, per_scale
@@ -184,9 +171,9 @@ class _MultiscaleLoss(torch.autograd.Function):
             grads = torch.autograd.grad(loss, asked, grad_loss, create_graph=True)
         elif grads is None:
             grads = kernels.multiscale_loss_backward(
-                grad_loss, contributions, x, taps, border, weights, ctx.factor, ctx.wanted
+                grad_loss, contributions, x, taps, border, weights, reduction, ctx.wanted
             )
         else:
-            kernels.scale_(grads, grad_loss, ctx.late)
+            kernels.scale_(grads, grad_loss, weights, reduction)
         given = iter(grads)
         return (*unused, *(next(given) if w else None for w in ctx.wanted))
