@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 
 #include "gaussian_blur/gaussian_blur.h"
 
@@ -35,8 +36,10 @@ inline int64_t border_source(Border border, int64_t i, int64_t n) {
 template <class T>
 struct Array {
   explicit Array(int64_t size)
-      : base(std::calloc(1, static_cast<size_t>(size) * sizeof(T) + 64)),
-        data(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(base) + 63) & ~uintptr_t{63})) {}
+      : base(std::calloc(static_cast<size_t>(size) + 64 / sizeof(T), sizeof(T))),
+        data(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(base) + 63) & ~uintptr_t{63})) {
+    if (base == nullptr) throw std::bad_alloc();
+  }
   ~Array() { std::free(base); }
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;

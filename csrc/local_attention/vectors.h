@@ -2,6 +2,7 @@
 // with register tiles, exp. Everything is local to the file that includes it.
 #pragma once
 #include <cstdlib>
+#include <new>
 
 #include "elements.h"
 #include "simd.h"
@@ -54,7 +55,13 @@ struct Arena {
   char* take(size_t bytes) {
     used += bytes;
     if (used > wanted) wanted = used;
-    return used <= size ? base + used - bytes : static_cast<char*>(std::malloc(bytes));
+    if (used <= size) return base + used - bytes;
+    char* const block = static_cast<char*>(std::malloc(bytes));
+    if (block == nullptr) {
+      used -= bytes;
+      throw std::bad_alloc();
+    }
+    return block;
   }
   void give_back(char* block, size_t bytes) {
     if (used > size) std::free(block);

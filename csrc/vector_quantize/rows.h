@@ -28,11 +28,9 @@ template <class T>
 struct Scratch {
   static constexpr std::align_val_t kLine{64};
   T* data;
-  explicit Scratch(int64_t n) : data(nullptr) {
-    const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 127) / 64 * 64;
-    data = static_cast<T*>(::operator new(bytes, kLine, std::nothrow));
-    if (data == nullptr) std::abort();
-  }
+  explicit Scratch(int64_t n)
+      : data(static_cast<T*>(
+            ::operator new((static_cast<size_t>(n) * sizeof(T) + 127) / 64 * 64, kLine))) {}
   ~Scratch() { ::operator delete(data, kLine); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from msvq_fast.models.checks import check_hierarchy, check_images
 from msvq_fast.models.hub import (
     CARD_FILE,
     CONFIG_FILE,
@@ -32,7 +33,7 @@ from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
 from msvq_fast.nn.blocks import Chain, Encoder, conv
 from msvq_fast.nn.replay import replay
-from msvq_fast.ops.checks import InputError, check_choice, check_image, may_read
+from msvq_fast.ops.checks import InputError, check_choice
 
 MEMORY_MODES = ("default", "sequential", "strips")
 DEFAULT_STRIPS = 8
@@ -219,6 +220,12 @@ class Autoencoder(nn.Module, ABC):
         """
         self._check_image(x)
         self._check_codes(codes, whole=True)
+        shape = (x.shape[0], *(side // self.stride for side in x.shape[2:]))
+        if codes[0].shape != shape:
+            raise InputError(
+                f"codes[0] has shape {tuple(codes[0].shape)}; expected {shape} for x of "
+                f"{tuple(x.shape)}"
+            )
         found: list[Tensor] = []
         z_d = None
         for m, feature in enumerate(self._features(x)):
@@ -365,36 +372,7 @@ class Autoencoder(nn.Module, ABC):
         return [self._quantizer(m) for m in range(self.num_scales)]
 
     def _check_image(self, x: Tensor) -> None:
-        """Raise one clear line for images that this model cannot take."""
-        if x.dtype == torch.uint8:
-            raise InputError("x has dtype torch.uint8; expected float in [-1, 1]: x / 127.5 - 1")
-        check_image("x", x)
-        if x.shape[1] != 3:
-            raise InputError(f"x has {x.shape[1]} channels; expected 3 (RGB)")
-        height, width = x.shape[-2:]
-        if height % self.stride or width % self.stride:
-            raise InputError(
-                f"x is {height}x{width} pixels; both sides must be multiples of {self.stride}"
-            )
-        device = self._quantizers()[0].codebook.device
-        if x.device != device:
-            raise InputError(f"x is on {x.device} but the model is on {device}")
-        # On a GPU the look at the values would wait for the device.
-        if may_read(x):
-            low, high = x.detach().aminmax()
-            if low < -1.01 or high > 1.01:
-                raise InputError(f"x spans [{low:.4g}, {high:.4g}]; expected values in [-1, 1]")
+        check_images(x, next(self.parameters()), self.stride)
 
     def _check_codes(self, codes: Sequence[Tensor], *, whole: bool) -> None:
-        """Raise one clear line for grids that do not form a hierarchy of this model."""
-        most = self.num_scales
-        if not 1 <= len(codes) <= most or (whole and len(codes) != most):
-            expected = f"{most}" if whole else f"1 to {most}"
-            raise InputError(f"codes has {len(codes)} grids; expected {expected}")
-        for m, grid in enumerate(codes):
-            shape = (*codes[0].shape[:1], *(side << m for side in codes[0].shape[1:]))
-            if grid.dim() != 3 or grid.shape != shape:
-                raise InputError(
-                    f"codes[{m}] has shape {tuple(grid.shape)}; expected (B, h, w), each grid "
-                    "double the one before"
-                )
+        check_hierarchy(codes, self.num_scales, whole=whole)

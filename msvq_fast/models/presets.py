@@ -55,6 +55,8 @@ class AutoencoderConfig:
         for name in counts:
             if not _is_count(getattr(self, name)):
                 raise InputError(f"{name}={getattr(self, name)!r}; expected an int of at least 1")
+        if self.width < 2:
+            raise InputError(f"width={self.width}; expected at least 2: residual blocks halve it")
         if not 0 <= self.decay < 1:
             raise InputError(f"decay={self.decay}; expected 0 <= decay < 1")
         if self.codebook_init not in ("uniform", "kmeans"):

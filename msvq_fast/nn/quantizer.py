@@ -30,6 +30,10 @@ class VectorQuantizer(nn.Module):
     (the values returned are of the codebook before the move). It starts as U(-1/K, 1/K) with no
     mass, so that the first latents a code wins become its vector; a code that wins none keeps it.
 
+    As with batch normalisation, `torch.utils.checkpoint` around a training forward is wrong: run
+    again in the backward it counts its latents twice, and finds codes in the codebook that has
+    moved. The models' ``set_memory`` keeps the quantizers out of what it runs again.
+
     Args:
         num_codes: K, the number of codes.
         code_dim: D, the width of a code.
@@ -72,8 +76,13 @@ class VectorQuantizer(nn.Module):
             raise InputError(f"num_codes={num_codes}, code_dim={code_dim}; both must be at least 1")
         if not 0 <= decay < 1:
             raise InputError(f"decay={decay}; expected 0 <= decay < 1")
-        if not 0 <= restart_below < math.inf:
-            raise InputError(f"restart_below={restart_below}; expected a finite number >= 0")
+        for name, value in (
+            ("commitment_weight", commitment_weight),
+            ("laplace_eps", laplace_eps),
+            ("restart_below", restart_below),
+        ):
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name}={value}; expected a finite number >= 0")
         check_choice("gradient", gradient, GRADIENTS)
         self.dim = dim
         self.commitment_weight = commitment_weight

@@ -85,6 +85,7 @@ class AutoregressivePrior(Prior):
         check_sampling(temperature, top_k, top_p)
         if decoding not in ("wavefront", "sequential"):
             raise InputError(f"decoding={decoding!r}; expected 'wavefront' or 'sequential'")
+        self.check_draw(scale, coarser, batch, labels, fixed)
         model = self.scale_model(scale)
         decoder = _Decoder(model, model.context(coarser, labels), batch, labels)
         device = model.head.weight.device
@@ -178,7 +179,9 @@ class _Decoder:
         self.labels = labels
         weight = model.head.weight
         tokens, heads = model.tokens, model.each_block()[0].heads
-        own = weight.new_zeros(batch, heads, tokens + 1, weight.shape[1] // heads)
+        # The projection of nothing has the dtype that autocast gives to keys.
+        like = model.each_block()[0].to_key_value(weight.new_empty(0, weight.shape[1]))
+        own = like.new_zeros(batch, heads, tokens + 1, weight.shape[1] // heads)
         self.memory = [
             (torch.cat([*keys, own], 2), torch.cat([*values, own], 2)) for keys, values in context
         ]

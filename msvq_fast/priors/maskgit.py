@@ -117,6 +117,7 @@ class MaskGITPrior(Prior):
             raise InputError(f"steps={steps}; expected at least 1")
         if guidance and labels is None:
             raise InputError(f"guidance={guidance} without labels; expected labels, or 0")
+        self.check_draw(scale, coarser, batch, labels, fixed)
         model = self.scale_model(scale)
         device, cells, mask_code = model.head.weight.device, model.tokens, model.num_codes
         memory = model.context(coarser, labels)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from msvq_fast.ops import InputError
+from msvq_fast.ops.checks import InputError, may_read
 from msvq_fast.priors.transformer import PriorConfig, ScaleTransformer
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -119,9 +119,46 @@ class Prior(nn.Module, ABC):
                 raise InputError(
                     f"codes[{m}] is {grid.dtype} {tuple(grid.shape)}; expected int64 {shape}"
                 )
-        if labels is not None and self.config.num_classes == 0:
+        self._check_labels(labels, codes[0].shape[0])
+
+    def check_draw(
+        self,
+        scale: int,
+        coarser: Sequence[Tensor],
+        batch: int,
+        labels: Tensor | None,
+        fixed: Tensor | None,
+    ) -> None:
+        """Raise one clear line for what a scale cannot be drawn from."""
+        grids, num_codes = self.config.grids, self.config.num_codes
+        if not 0 <= scale < len(grids):
+            raise InputError(f"scale={scale}; expected 0 <= scale < {len(grids)}")
+        if len(coarser) != scale:
+            raise InputError(f"coarser has {len(coarser)} grids; expected {scale}, those before")
+        named = {f"coarser[{m}]": grid for m, grid in enumerate(coarser)}
+        if fixed is not None:
+            named["fixed"] = fixed
+        for (name, grid), size in zip(named.items(), grids, strict=False):
+            if grid.shape != (batch, *size) or grid.dtype != torch.int64:
+                raise InputError(
+                    f"{name} is {grid.dtype} {tuple(grid.shape)}; expected int64 {(batch, *size)}"
+                )
+            if may_read(grid) and int(grid.max()) >= num_codes:
+                raise InputError(f"{name} has code {int(grid.max())}; expected below {num_codes}")
+        self._check_labels(labels, batch)
+
+    def _check_labels(self, labels: Tensor | None, batch: int) -> None:
+        if labels is None:
+            return
+        most = self.config.num_classes
+        if most == 0:
             raise InputError("labels given; this prior has num_classes=0")
-        if labels is not None and labels.shape != codes[0].shape[:1]:
+        if labels.shape != (batch,) or labels.dtype != torch.int64:
             raise InputError(
-                f"labels has shape {tuple(labels.shape)}; expected {tuple(codes[0].shape[:1])}"
+                f"labels is {labels.dtype} {tuple(labels.shape)}; expected int64 {(batch,)}"
+            )
+        if may_read(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= most:
+            raise InputError(
+                f"labels span [{int(labels.min())}, {int(labels.max())}]; expected 0 to {most}, "
+                "which stands for none"
             )

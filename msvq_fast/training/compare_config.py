@@ -26,7 +26,8 @@ class CompareConfig:
         seeds: Of weights, data order and crops; both models see the same crops.
         width_scale: Factor on the channels of both models.
         resolution: Side of the crops in pixels; the latent grids scale with it.
-        epochs: Passes over the data; None with no ``steps`` is the paper's 250.
+        epochs: Passes over the data; None with no ``steps`` is the paper's:
+            250, of `ffhq128` 200.
         steps: Optimiser steps; wins over ``epochs``.
         batch_size: Images per micro-batch.
         accumulate: Micro-batches per optimiser step.
@@ -106,7 +107,7 @@ class CompareConfig:
 
         base = preset_config(preset)
         model = ModelOverrides(
-            width=max(1, round(base.width * self.width_scale)),
+            width=max(2, round(base.width * self.width_scale)),
             codebook_init=self.codebook_init,
             restart_below=self.restart_below,
             gradient=self.gradient,

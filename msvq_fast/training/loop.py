@@ -27,6 +27,7 @@ from msvq_fast.training.optimizer import (
     WHY_UNSTABLE,
     Schedule,
     build_adam,
+    default_epochs,
     is_unstable,
     optimizer_settings,
     warmup_steps,
@@ -36,7 +37,6 @@ from msvq_fast.training.results import write_text
 from msvq_fast.training.validation import load_tiles, validate
 from msvq_fast.training.window import Window, check_weights
 
-DEFAULT_EPOCHS = 250  # §4 of the paper
 _DEFAULT_CROPS = 1024  # crops of an epoch where ``repeat`` is not given
 
 
@@ -132,7 +132,7 @@ class _Run:
                 f"{config.batch_size} x accumulate={config.accumulate} x {self.world.size} "
                 "processes; lower them or raise repeat"
             )
-        epochs = config.epochs or DEFAULT_EPOCHS
+        epochs = config.epochs or default_epochs(config.preset)
         self.total_steps = config.steps or epochs * self.steps_per_epoch
         kind = config.schedule or (
             "cosine" if isinstance(self.model_config, MSVQVAEConfig) else "constant"

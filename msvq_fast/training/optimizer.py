@@ -27,6 +27,11 @@ def optimizer_settings(preset: str, lr: float | None, betas: Betas | None) -> tu
     return lr, betas
 
 
+def default_epochs(preset: str) -> int:
+    """The paper's: §4, and of the models behind the transformers §4.3."""
+    return 200 if preset.endswith("ffhq128") else 250
+
+
 def is_unstable(betas: Betas) -> bool:
     """Whether Adam's step grows where a gradient vanishes: m falls by β₁ but √v by √β₂."""
     return betas[0] ** 2 > betas[1]

@@ -232,6 +232,8 @@ def test_loading_says_what_is_wrong(tmp_path) -> None:
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "x / 127.5 - 1"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int64), "dtype torch.int64"),
         (torch.full((1, 3, 64, 64), 255.0), r"expected values in \[-1, 1\]"),
+        (torch.full((1, 3, 64, 64), torch.nan), r"expected values in \[-1, 1\]"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "x has dtype torch.float64; expected the"),
         (torch.zeros(1, 3, 64, 64, device="meta"), "the model is on cpu"),
     ],
 )
@@ -257,6 +259,8 @@ def test_bad_codes() -> None:
         model.decode([good[0] + 128, good[1]])
     with pytest.raises(InputError, match="upto=2"):
         model.decode(good, upto=2)
+    with pytest.raises(InputError, match=r"codes\[0\] has shape .*; expected \(2, 8, 8\) for x"):
+        model.latents(images(2), good)
     with pytest.raises(InputError, match="1 grids; expected 2"):
         models.from_preset("vqvae2-tiny").decode(good[:1])
 
@@ -275,6 +279,7 @@ def test_bad_codes() -> None:
         ({"codebook_init": "pca"}, "codebook_init"),
         ({"kernel_size": 3.0}, "odd"),
         ({"width": 32.5}, "width=32.5; expected an int"),
+        ({"width": 1}, "width=1; expected at least 2"),
         ({"latents": (8.0, 16.0)}, "latents"),
         ({"commitment_weight": -1.0}, "commitment_weight=-1.0"),
         ({"restart_below": -1.0}, "restart_below"),

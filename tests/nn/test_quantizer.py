@@ -276,6 +276,8 @@ def test_the_default_dtype_rounds_no_codebook(dtype: torch.dtype) -> None:
         ({"num_codes": 0, "code_dim": 4}, "num_codes=0"),
         ({"num_codes": 4, "code_dim": 4, "decay": 1.0}, "decay=1.0"),
         ({"num_codes": 4, "code_dim": 4, "restart_below": float("nan")}, "restart_below=nan"),
+        ({"num_codes": 4, "code_dim": 4, "laplace_eps": -1.0}, "laplace_eps=-1.0"),
+        ({"num_codes": 4, "code_dim": 4, "commitment_weight": -1.0}, "commitment_weight=-1.0"),
     ],
 )
 def test_bad_settings(arguments: dict[str, float], message: str) -> None:

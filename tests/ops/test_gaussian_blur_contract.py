@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +18,44 @@ from msvq_fast.ops import (
     gaussian_blur,
     gaussian_pyramid,
 )
+from msvq_fast.ops.gaussian_blur.op import OP
+
+
+def test_numbers_of_numpy() -> None:
+    x = torch.rand(1, 3, 8, 8)
+    got = gaussian_blur(x, np.int64(5), np.float32(1.5))
+    assert torch.equal(got, gaussian_blur(x, 5, 1.5))
+    assert torch.equal(
+        gaussian_pyramid(x, 2, kernel_size=np.int32(3))[0],
+        gaussian_pyramid(x, 2, kernel_size=3)[0],
+    )
+
+
+def test_a_kernel_far_larger_than_the_image() -> None:
+    x = torch.rand(1, 1, 8, 6)
+    got = gaussian_blur(x, 20001, 3.0)
+    torch.testing.assert_close(got, gaussian_blur(x, 101, 3.0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.skipif("native" not in OP.kernels, reason=str(OP.missing.get("native")))
+def test_no_memory_is_an_error() -> None:
+    """And not the end of the process, whichever thread finds none."""
+    script = """
+import resource, torch
+from msvq_fast.ops import gaussian_blur
+x = torch.rand(2, 1, 512, 8)
+torch.set_num_threads(2)
+want = gaussian_blur(x, 31, 2.0, backend="native")
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (64 << 20),) * 2)
+try:
+    gaussian_blur(x, 8001, 2.0, backend="native")
+except MemoryError:
+    print(torch.equal(gaussian_blur(x, 31, 2.0, backend="native"), want))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -45,6 +86,7 @@ def test_compiles_whole(dynamic: bool) -> None:
         ({"sigma": math.nan}, "sigma=nan"),
         ({"sigma": (1.0, math.inf)}, "sigma"),
         ({"sigma": "auto"}, "sigma=auto"),
+        ({"kernel_size": 8193, "backend": "native"}, "the CPU kernel takes up to 8191 taps"),
         ({"border": "mirror"}, "border='mirror'; expected one of"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"backend": "triton"}, "cannot run gaussian_blur: .*triton"),

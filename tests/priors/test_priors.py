@@ -342,34 +342,3 @@ def test_parameters_beside_table_4() -> None:
     assert sum(p.numel() for p in dense.parameters()) == count  # windows have no parameters
     raster = AutoregressivePrior(PriorConfig(**config))
     assert sum(p.numel() for p in raster.parameters()) == count + 2 * 513 * 256
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"grids": ()}, "grids"),
-        ({"kernels": (3,)}, "2 odd windows"),
-        ({"kernels": (3, 4)}, "2 odd windows"),
-        ({"kernels": (3, 1)}, "at least 3"),
-        ({"width": 15}, "multiple of heads"),
-        ({"dropout": 1.0}, "dropout"),
-    ],
-)
-def test_bad_configurations(options: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        PriorConfig(**{"grids": GRIDS, **SMALL, **options})
-
-
-def test_bad_calls() -> None:
-    model = prior(AutoregressivePrior)
-    with pytest.raises(InputError, match="training mode"):
-        sample(model.train(), 1)
-    model.eval()
-    with pytest.raises(InputError, match=r"codes\[1\]"):
-        model(random_codes(((4, 4), (4, 4))))
-    with pytest.raises(InputError, match="num_classes=0"):
-        model(random_codes(GRIDS), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(InputError, match="decoding"):
-        sample(model, 1, settings={"decoding": "quick"})
-    with pytest.raises(InputError, match="top_p"):
-        sample(model, 1, settings={"top_p": 0.0})

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from msvq_fast.training.optimizer import Schedule, warmup_steps
+from msvq_fast.training.optimizer import Schedule, default_epochs, warmup_steps
 
 
 def test_warm_up_rises_linearly_to_the_peak() -> None:
@@ -44,3 +44,7 @@ def test_a_run_of_one_step_has_the_peak_rate() -> None:
 )
 def test_warm_up_in_steps(asked: float | None, kind: str, total: int, expected: int) -> None:
     assert warmup_steps(asked, kind, steps_per_epoch=64, total_steps=total) == expected
+
+
+def test_epochs_of_the_paper() -> None:
+    assert [default_epochs(name) for name in ("imagenet256-s", "vqvae2-ffhq128")] == [250, 200]

@@ -12,6 +12,7 @@ from msvq_fast import _C
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
 _CUDA_MAX_TAPS = 129
+_CPU_MAX_TAPS = 8191  # a thread keeps as many rows, each as much wider than the image
 
 
 def unsupported(
@@ -23,7 +24,8 @@ def unsupported(
     if x.dtype not in _TYPES:
         return f"the kernels take float32, float16, bfloat16 or uint8, x is {x.dtype}"
     if x.device.type == "cpu":
-        return None
+        few = max(len(taps_y), len(taps_x)) <= _CPU_MAX_TAPS
+        return None if few else f"the CPU kernel takes up to {_CPU_MAX_TAPS} taps"
     if not hasattr(_C, "gaussian_blur_cuda"):
         return "msvq_fast._C was built without CUDA (no nvcc was found)"
     if max(len(taps_y), len(taps_x)) > _CUDA_MAX_TAPS:

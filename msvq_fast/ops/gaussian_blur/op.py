@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -115,9 +116,10 @@ def pyramid_kernel(
     check_choice("sigma_rule", sigma_rule, SIGMA_RULES)
     if kernel_size is None:
         kernel_size = default_kernel_size(min(x.shape[-2:]))
-    elif not isinstance(kernel_size, int):
+    elif not isinstance(kernel_size, Integral):
         raise InputError(f"kernel_size={kernel_size!r}; expected an odd positive int")
-    return kernel_size, default_sigma(kernel_size, sigma_rule) if sigma is None else sigma
+    size = int(kernel_size)
+    return size, default_sigma(size, sigma_rule) if sigma is None else sigma
 
 
 def default_kernel_size(resolution: int) -> int:
@@ -142,9 +144,9 @@ def default_sigma(kernel_size: int, rule: str = "paper") -> float:
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     pair = pair * 2 if len(pair) == 1 else pair
-    if len(pair) != 2 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in pair):
+    if len(pair) != 2 or any(not isinstance(k, Integral) or k < 1 or k % 2 == 0 for k in pair):
         raise InputError(f"{name}={value}; expected an odd positive int or a pair of them (y, x)")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def _sigma_pair(
@@ -156,7 +158,7 @@ def _sigma_pair(
     pair = tuple(sigma) if isinstance(sigma, (tuple, list)) else (sigma,)
     pair = pair * 2 if len(pair) == 1 else pair
     if len(pair) != 2 or any(
-        not isinstance(s, (int, float)) or not (s > 0 and math.isfinite(s)) for s in pair
+        not isinstance(s, Real) or not (float(s) > 0 and math.isfinite(s)) for s in pair
     ):
         raise InputError(f"sigma={sigma}; expected a positive finite number or a pair (y, x)")
     return float(pair[0]), float(pair[1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast.ops.checks import accumulation_dtype
-from msvq_fast.ops.local_attention.op import OP, check_bias, check_windows
+from msvq_fast.ops.local_attention.op import OP, check_bias, check_scale, check_windows
 from msvq_fast.ops.local_attention.windows import Windows, bias_size
 
 Kernel = int | str
@@ -66,8 +66,7 @@ def local_attention_at(
     )
     relative = check_bias(bias, q, kernels, windows.shift)
     used = [n for n, kernel in enumerate(kernels) if kernel != 0]
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    scale = check_scale(scale, q)
     args = (
         q, [keys[n] for n in used], [values[n] for n in used], [relative[n] for n in used], windows,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -82,8 +83,7 @@ def local_attention(
     used = [n for n, kernel in enumerate(kernels) if kernel != 0]
     keys, values = [keys[n] for n in used], [values[n] for n in used]
     relative = [relative[n] for n in used]
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    scale = check_scale(scale, q)
     chosen = OP.pick(q, keys, values, relative, windows, backend=backend)
     if chosen == "reference":
         return reference.local_attention(q, keys, values, relative, windows, scale)
@@ -118,16 +118,19 @@ def check_windows(
     if order == "raster" and border == "shift":
         raise InputError("border='shift' with order='raster'; expected 'clip', or bidirectional")
     for n, grid in enumerate(grids):
-        if len(grid) != 2 or grid[0] < 1 or grid[1] < 1:
-            raise InputError(f"grids[{n}]={grid}; expected (h, w) with both at least 1")
+        whole = all(isinstance(side, (int, torch.SymInt)) for side in grid)
+        if len(grid) != 2 or not whole or grid[0] < 1 or grid[1] < 1:
+            raise InputError(f"grids[{n}]={grid}; expected ints (h, w), both at least 1")
     for n, kernel in enumerate(kernels):
         if kernel != "full" and (
             not isinstance(kernel, int)
             or isinstance(kernel, bool)
-            or kernel < 0
+            or not 0 <= kernel < 2**31
             or (kernel != 0 and kernel % 2 == 0)
         ):
-            raise InputError(f"kernels[{n}]={kernel!r}; expected an odd int, 0 or 'full'")
+            raise InputError(
+                f"kernels[{n}]={kernel!r}; expected an odd int below 2**31, 0 or 'full'"
+            )
     if all(kernel == 0 for kernel in kernels):
         raise InputError("kernels are all 0; expected at least one scale in use")
     check_float("q", q)
@@ -143,6 +146,8 @@ def check_windows(
                 f"positions has dtype {positions.dtype} and shape {tuple(positions.shape)}; "
                 f"expected int64 and {(tokens,)} for q's {tokens} queries"
             )
+        if positions.device != q.device:
+            raise InputError(f"positions is on {positions.device}; expected q's {q.device}")
     elif tokens != height_m * width_m:
         raise InputError(
             f"q has {tokens} tokens; expected {height_m * width_m} for grids[-1]={grids[-1]}"
@@ -213,6 +218,15 @@ def check_bias(
             )
         _check_like(f"bias[{n}]", relative, q)
     return list(bias)
+
+
+def check_scale(scale: float | None, q: Tensor) -> float:
+    """The factor of the dot products."""
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not isinstance(scale, (Real, torch.SymFloat)):
+        raise InputError(f"scale={scale!r}; expected a float or None")
+    return scale
 
 
 def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:

@@ -14,6 +14,7 @@ from msvq_fast.ops.multiscale_loss.one_pass import power_of_weights
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
 _MAX_SCALES = 4
+_CPU_MAX_TAPS = 8191  # as of the blur
 
 
 def unsupported(
@@ -30,7 +31,8 @@ def unsupported(
     if dtype not in _TYPES:
         return f"the kernels take float32, float16 or bfloat16, contributions are {dtype}"
     if x.device.type == "cpu":
-        return None
+        few = len(taps) <= _CPU_MAX_TAPS
+        return None if few else f"the CPU kernel takes up to {_CPU_MAX_TAPS} taps"
     if not hasattr(_C, "multiscale_loss_cuda"):
         return "msvq_fast._C was built without CUDA (no nvcc was found)"
     if not torch.compiler.is_compiling() and not _fits(len(contributions), len(taps), border, x):

@@ -1,0 +1,77 @@
+"""What a prior cannot be made of, asked or drawn from; draws under autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from priors.test_priors import GRIDS, SMALL, prior, random_codes
+
+from msvq_fast.ops import InputError
+from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig, sample
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grids": ()}, "grids"),
+        ({"kernels": (3,)}, "2 odd windows"),
+        ({"kernels": (3, 4)}, "2 odd windows"),
+        ({"kernels": (3, 1)}, "at least 3"),
+        ({"width": 15}, "multiple of heads"),
+        ({"dropout": 1.0}, "dropout"),
+    ],
+)
+def test_bad_configurations(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PriorConfig(**{"grids": GRIDS, **SMALL, **options})
+
+
+def test_bad_calls() -> None:
+    model = prior(AutoregressivePrior)
+    with pytest.raises(InputError, match="training mode"):
+        sample(model.train(), 1)
+    model.eval()
+    with pytest.raises(InputError, match=r"codes\[1\]"):
+        model(random_codes(((4, 4), (4, 4))))
+    with pytest.raises(InputError, match="num_classes=0"):
+        model(random_codes(GRIDS), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(InputError, match="decoding"):
+        sample(model, 1, settings={"decoding": "quick"})
+    with pytest.raises(InputError, match="top_p"):
+        sample(model, 1, settings={"top_p": 0.0})
+
+
+@pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"labels": torch.zeros(2).long(), "classes": 0}, "num_classes=0"),
+        ({"labels": torch.tensor([1])}, r"labels is torch.int64 \(1,\); expected int64 \(2,\)"),
+        ({"labels": torch.tensor([1.0, 2.0])}, "labels is torch.float32"),
+        ({"labels": torch.tensor([1, 4])}, r"labels span \[1, 4\]; expected 0 to 3"),
+        ({"fixed": [torch.zeros(2, 16, 1).long(), None]}, "fixed is torch.int64"),
+        ({"fixed": [None, torch.full((2, 8, 8), 11)]}, "fixed has code 11; expected below 11"),
+        ({"coarser": [torch.zeros(3, 4, 4).long()]}, r"coarser\[0\] is .*expected int64 \(2, 4"),
+        ({"coarser": [torch.full((2, 4, 4), 11)]}, r"coarser\[0\] has code 11"),
+    ],
+)
+def test_bad_draws(kind: type, call: dict, message: str) -> None:
+    call = dict(call)
+    model = prior(kind, num_classes=call.pop("classes", 3))
+    with pytest.raises(InputError, match=message):
+        sample(model, 2, **call)
+    with pytest.raises(InputError, match="coarser has 0 grids; expected 1"):
+        model.draw_scale(1, [], batch=1, seed=0)
+
+
+@pytest.mark.parametrize("kernels", [None, (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_draws_under_autocast(dtype: torch.dtype, kernels: tuple[int, int] | None) -> None:
+    model = prior(AutoregressivePrior, kernels=kernels)
+    codes = random_codes(GRIDS)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        drawn = [sample(model, 2, settings={"decoding": d}) for d in ("wavefront", "sequential")]
+        cached, whole = model.cached_logits(codes), model.logits(codes)
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+    for one, other in zip(cached, whole, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=0.05, atol=0.2)
