@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import typing
+import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -134,10 +135,13 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
 
 
 def _run(command: Command, config: Any) -> int:
+    from PIL import Image
     from torch import OutOfMemoryError
 
     from msvq_fast.ops.checks import InputError, WorkError
 
+    # Pillow warns of large images, which are read; twice as large ones are refused and named.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         result = getattr(importlib.import_module(command.module), command.function)(config)
         sys.stdout.flush()

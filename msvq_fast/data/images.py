@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import io
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,13 @@ def decode(
     Loader threads use numpy only: with torch each of them would start an OpenMP pool of its own.
     """
     try:
-        source = io.BytesIO(path.read()) if isinstance(path, StoredImage) else path
+        if isinstance(path, StoredImage):
+            source: io.BytesIO | str | os.PathLike[str] = io.BytesIO(path.read())
+        else:
+            source = path
+            mode = os.stat(path).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe waits for a writer
+                raise OSError("not a regular file")
         with Image.open(source, formats=_FORMATS) as image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from msvq_fast.data.hub import list_rows
 from msvq_fast.data.images import EXTENSIONS, ImagePath, StoredImage
-from msvq_fast.data.shards import list_members
+from msvq_fast.data.shards import PART_NAMES, list_members
 from msvq_fast.ops.checks import InputError, check_choice
 
 _BUILTIN = {"photos": Path(__file__).parent / "photos"}
@@ -28,13 +28,14 @@ def list_images(uri: str | os.PathLike[str], *, split: str) -> list[ImagePath]:
             files of the WebDataset layout, with wildcards and braces (``shard-{000..009}.tar``).
             NAME is a dataset on the Hugging Face hub or a folder of one (extra ``hf``), CONFIG one
             of its configurations, where it has several.
-        split: ``"train"``, ``"val"`` or ``"all"``. A folder with ``train/`` and ``val/`` inside
-            is split by them, shards by ``train`` and ``val`` or ``validation`` as words of their
-            paths, a dataset into its ``train`` and ``validation`` (or ``val``, or ``test``). All
-            else is split image by image: about a tenth, at least one, is ``val``, chosen by a hash
-            of the name: the path relative to the folder, shards being folders of their members,
-            or SPLIT and number of the row. An image keeps its split when the folder moves and,
-            but for very few images, when others are added.
+        split: ``"train"``, ``"val"`` or ``"all"``. A folder with ``train/`` and ``val/`` (or
+            ``validation/``) inside is split by them, shards by ``train`` and ``val`` or
+            ``validation`` as words of their paths, a dataset into its ``train`` and
+            ``validation`` (or ``val``, or ``test``). All else is split image by image: about a
+            tenth, at least one, is ``val``, chosen by a hash of the name: the path relative to
+            the folder, shards being folders of their members, or SPLIT and number of the row. An
+            image keeps its split when the folder moves and, but for very few images, when others
+            are added.
 
     Returns:
         Paths, or stored images, which every function here takes as well; sorted by name, rows of
@@ -50,17 +51,22 @@ def list_images(uri: str | os.PathLike[str], *, split: str) -> list[ImagePath]:
 def list_labelled_images(uri: str | os.PathLike[str], *, split: str) -> list[tuple[ImagePath, str]]:
     """The images of `list_images`, each with its class.
 
-    The class of a file is the first folder on its way from ``uri`` (or its ``train/`` or
-    ``val/``), of a member of a shard the text of the member ``.cls`` beside it, else the first
-    folder of its name, of a row of a dataset the name in its one column of type ClassLabel.
+    The class of a file is the first folder on its way from ``uri``, the second where ``uri`` is
+    split by ``train/`` and ``val/``; of a member of a shard the text of the member ``.cls`` beside
+    it, else the first folder of its name; of a row of a dataset the name in its one column of type
+    ClassLabel.
 
     Raises:
         InputError: as `list_images`, and for an image without a class.
     """
+    images = list_named_images(uri, split=split)
+    # Names of one split are those below its folder.
+    in_folder = split == "all" and not any(isinstance(i, StoredImage) for i in images.values())
+    depth = 1 if in_folder and _part_folders(_resolve_folder(os.fspath(uri))) else 0
     found = []
-    for name, image in list_named_images(uri, split=split).items():
-        folder, below, _ = name.partition("/")
-        label = image.label if isinstance(image, StoredImage) else folder if below else None
+    for name, image in images.items():
+        folders = name.split("/")[depth:-1]
+        label = image.label if isinstance(image, StoredImage) else folders[0] if folders else None
         if not label:
             raise InputError(
                 f"data {os.fspath(uri)!r} has no class for {name!r}; expected a folder for each "
@@ -110,10 +116,18 @@ def _resolve_folder(uri: str) -> Path:
 
 def _list_files(root: Path, split: str) -> tuple[dict[str, Path], bool]:
     """Image files by their names, and whether they are those of ``split`` alone."""
-    settled = split != "all" and (root / "train").is_dir() and (root / "val").is_dir()
-    if settled:
-        root = root / split
-    return {name: root / name for name in _walk(root)}, settled
+    parts = _part_folders(root) if split != "all" else {}
+    root = parts.get(split, root)
+    return {name: root / name for name in _walk(root)}, bool(parts)
+
+
+def _part_folders(root: Path) -> dict[str, Path]:
+    """The folders of the splits ``train`` and ``val``, where ``root`` has both."""
+    found: dict[str, Path] = {}
+    for name, part in PART_NAMES.items():
+        if (root / name).is_dir():
+            found.setdefault(part, root / name)
+    return found if len(found) == 2 else {}
 
 
 def _walk(root: Path) -> list[str]:

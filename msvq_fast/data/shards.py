@@ -6,6 +6,7 @@ import functools
 import glob
 import itertools
 import os
+import posixpath
 import re
 import tarfile
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from msvq_fast.ops.checks import InputError
 
 _BLOCK = tarfile.BLOCKSIZE
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_PART_NAMES = {"train": "train", "val": "val", "validation": "val"}
+PART_NAMES = {"train": "train", "val": "val", "validation": "val"}  # of folders too; first wins
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,22 @@ class TarImage(StoredImage):
         return content
 
 
-def list_members(pattern: str, split: str) -> tuple[dict[str, TarImage], bool]:
+@dataclass(frozen=True, slots=True)
+class BrokenLink(StoredImage):
+    """A member that links to what its shard does not hold: listed, so that it is named.
+
+    Attributes:
+        target: what it links to.
+    """
+
+    target: str
+
+    def read(self) -> bytes:
+        """There is nothing to read."""
+        raise OSError(f"a link to {self.target!r}, which is no file of the shard")
+
+
+def list_members(pattern: str, split: str) -> tuple[dict[str, StoredImage], bool]:
     """The images of the shards of ``wds:pattern``, sorted by name.
 
     Shards that call themselves ``train`` and others that call themselves ``val`` or
@@ -125,7 +141,7 @@ def _expand(pattern: str) -> list[str]:
 def _own_part(name: str) -> str | None:
     """``train`` or ``val`` if a shard's name has that word and not the other's, else None."""
     words = re.split(r"[^a-z]+", name.lower())
-    found = {_PART_NAMES[word] for word in words if word in _PART_NAMES}
+    found = {PART_NAMES[word] for word in words if word in PART_NAMES}
     return found.pop() if len(found) == 1 else None
 
 
@@ -147,9 +163,10 @@ class _Header(tarfile.TarInfo):
 
 
 @functools.cache
-def _index(shard: Path, size: int, changed: int) -> tuple[TarImage, ...]:
+def _index(shard: Path, size: int, changed: int) -> tuple[StoredImage, ...]:
     """The images of a shard; read once as long as its size and time of change stay."""
-    found: dict[str, tuple[int, int]] = {}
+    files: dict[str, tuple[int, int]] = {}  # size and offset of all members, which links may name
+    found: dict[str, tuple[int, int] | str] = {}  # those of images, or what they link to
     labels: dict[str, str] = {}
     try:
         with open(shard, "rb") as file:
@@ -163,13 +180,25 @@ def _index(shard: Path, size: int, changed: int) -> tuple[TarImage, ...]:
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
                 for info in tar:
-                    member = "/".join(p for p in info.name.split("/") if p not in ("", "."))
+                    member = _plain_name(info.name)
                     key, extension = _split_name(member)
-                    if info.isreg() and _is_image(member):  # of equal names the last is valid
-                        found[member] = (info.size, info.offset_data)
-                    elif info.isreg() and extension == ".cls" and info.size <= _BLOCK:
-                        file.seek(info.offset_data)
-                        labels[key] = file.read(info.size).decode(errors="replace").strip()
+                    place: tuple[int, int] | str
+                    if info.isreg():
+                        place = info.size, info.offset_data
+                    elif info.islnk():  # as a second name of a file before it is stored
+                        target = _plain_name(info.linkname)
+                        place = files.get(target, target)
+                    elif info.issym():  # may name a file after it
+                        place = posixpath.join(posixpath.dirname(member), info.linkname)
+                    else:
+                        continue
+                    if not isinstance(place, str):
+                        files[member] = place
+                    if _is_image(member):  # of equal names the last is valid
+                        found[member] = place
+                    elif extension == ".cls" and not isinstance(place, str) and place[0] <= _BLOCK:
+                        file.seek(place[1])
+                        labels[key] = file.read(place[0]).decode(errors="replace").strip()
             # tarfile takes a broken header and a cut between two members for the end.
             file.seek(tar.offset)
             end = file.read(_BLOCK)
@@ -180,12 +209,21 @@ def _index(shard: Path, size: int, changed: int) -> tuple[TarImage, ...]:
         raise InputError(f"cannot read shard {str(shard)!r}: {error.strerror}") from error
     except tarfile.TarError as error:
         raise InputError(f"shard {str(shard)!r} is not a whole tar file: {error}") from error
-    images = []
-    for member, (length, offset) in found.items():
+    images: list[StoredImage] = []
+    for member, place in found.items():
         folder, below, _ = member.partition("/")
         label = labels.get(_split_name(member)[0]) or (folder if below else None)
-        images.append(TarImage(shard, member, length, label, offset))
+        if isinstance(place, str):
+            place = files.get(posixpath.normpath(place), place)
+        if isinstance(place, str):
+            images.append(BrokenLink(shard, member, None, label, place))
+        else:
+            images.append(TarImage(shard, member, place[0], label, place[1]))
     return tuple(images)
+
+
+def _plain_name(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _split_name(member: str) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.compare_config import BASELINE, CompareConfig
 from msvq_fast.training.compare_figures import PICTURES, draw_comparison
 from msvq_fast.training.compare_report import describe, print_comparison, summarize
-from msvq_fast.training.distributed import choose_device
+from msvq_fast.training.distributed import choose_device, require_one_process
 from msvq_fast.training.evaluate import run_evaluate
 from msvq_fast.training.loop import run_train
 from msvq_fast.training.results import RESULTS_FILE, check_writable, write_text
@@ -31,10 +30,7 @@ def run_compare(config: CompareConfig) -> int:
         InputError: For settings that cannot work, or an ``out`` that holds another comparison.
     """
     config.check()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError(
-            "compare runs in one process; start several with other seeds and the same out"
-        )
+    require_one_process("compare", "start several with other seeds and the same out")
     out = Path(config.out)
     plans = {
         (preset, seed): out / "runs" / f"{preset}-seed{seed}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,13 +74,16 @@ def draw_comparison(
     """
     models = {name: from_pretrained(folder).to(device) for name, folder in folders.items()}
     paths = list_images(data, split="val")
-    shown = load_tiles(paths, size=size, resize=resize, crop="random", limit=_SHOWN, skipped={})
+    skipped: dict[str, str] = {}
+    cut: dict[str, Any] = {"size": size, "resize": resize, "skipped": skipped}
+    shown = load_tiles(paths, crop="random", limit=_SHOWN, **cut)
     views = {name: _view(model, shown) for name, model in models.items()}
     base, ours = views["vqvae2"], views["msvqvae"]
     _draw_reconstructions(out / PICTURES[0], shown, base, ours)
     _draw_crops(out / PICTURES[1], shown, base, ours)
-    named = evaluation_tiles(paths, size=size, resize=resize, crop="tiles", skipped={})
-    tiles = [tile for _, tile in named]
+    tiles = [tile for _, tile in evaluation_tiles(paths, crop="tiles", **cut)]
+    for reason in skipped.values():
+        print(f"skipped: {reason}")
     _draw_codes(out / PICTURES[2], models, tiles)
     return _draw_spectrum(out / PICTURES[3], models, tiles)
 

@@ -89,6 +89,12 @@ def join(device: str) -> Iterator[World]:
         leave()
 
 
+def require_one_process(command: str, instead: str) -> None:
+    """Raise `InputError` under ``torchrun`` with several processes, which would all do the same."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"{command} runs in one process; {instead}")
+
+
 def leave() -> None:
     """Leave the process group and wait until its threads are gone."""
     # gloo's threads let go of the last tensors under the interpreter's lock. What destroys the

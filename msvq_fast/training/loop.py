@@ -34,7 +34,7 @@ from msvq_fast.training.optimizer import (
 )
 from msvq_fast.training.progress import MetricsFile, open_display
 from msvq_fast.training.results import write_text
-from msvq_fast.training.validation import load_tiles, validate
+from msvq_fast.training.validation import load_held_out, validate
 from msvq_fast.training.window import Window, check_weights
 
 _DEFAULT_CROPS = 1024  # crops of an epoch where ``repeat`` is not given
@@ -118,7 +118,7 @@ class _Run:
             held_out = list(list_named_images(config.data, split="val").values())
             cut: dict[str, Any] = {"size": size, "resize": config.resize, "crop": config.crop}
             limit = config.validation_tiles
-            self.tiles = load_tiles(held_out, limit=limit, skipped=self.unseen, **cut)
+            self.tiles = load_held_out(held_out, limit=limit, skipped=self.unseen, **cut)
 
     def _plan(self) -> None:
         config = self.config

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msvq_fast.data import (
     ImagePath,
+    ImageReadError,
     code_map,
     list_images,
     read_image,
@@ -87,11 +88,13 @@ def reconstruct_grid(
 def run_reconstruct(config: ReconstructConfig) -> Path:
     """``msvq reconstruct``: load a checkpoint and draw some images of a split or one file.
 
+    An image that cannot be read, or is smaller than the model takes, is left out and named.
+
     Returns:
         The PNG file.
 
     Raises:
-        InputError: For a bad checkpoint, image, setting or output path.
+        InputError: For a bad checkpoint, setting or output path, or if no image is left.
     """
     if config.limit < 1:
         raise InputError(f"limit={config.limit}; expected at least 1")
@@ -110,8 +113,17 @@ def run_reconstruct(config: ReconstructConfig) -> Path:
     if out.is_dir():
         raise InputError(f"out={config.out!r} is a folder; give the name of a PNG file")
     check_writable(out.parent)
-    images = [(path.stem, _fitted(path, size, model.stride)) for path in paths]
+    images, skipped = [], []
+    for path in paths:
+        try:
+            images.append((path.stem, _fitted(path, size, model.stride)))
+        except ImageReadError as error:
+            skipped.append(str(error))
+    if not images:
+        raise InputError(f"none of the {len(paths)} images can be drawn; {skipped[0]}")
     reconstruct_grid(model, images, out, device=device)
+    for reason in skipped:
+        print(f"skipped: {reason}")
     print(f"wrote {out}")
     return out
 
@@ -144,7 +156,7 @@ def _fitted(path: ImagePath, size: int, stride: int) -> Tensor:
     height, width = image.shape[1:]
     rows, columns = height // stride * stride, width // stride * stride
     if not rows or not columns:
-        raise InputError(
+        raise ImageReadError(
             f"image {str(path)!r} has {width}x{height} pixels; this model takes at least "
             f"{stride}x{stride}"
         )

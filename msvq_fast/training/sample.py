@@ -28,7 +28,7 @@ from msvq_fast.ops import InputError
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior
 from msvq_fast.priors.maskgit import halton_rank
 from msvq_fast.training.checkpoint import STATE, find_model, read_state, weights_digest
-from msvq_fast.training.distributed import choose_device
+from msvq_fast.training.distributed import choose_device, require_one_process
 from msvq_fast.training.inference import inference_mode
 from msvq_fast.training.prior_config import SampleConfig
 from msvq_fast.training.progress import counting
@@ -72,8 +72,9 @@ def run_sample(config: SampleConfig) -> Path:
         The PNG file.
 
     Raises:
-        InputError: For a bad prior, checkpoint, setting or output path.
+        InputError: For a bad prior, checkpoint, setting or output path, or several processes.
     """
+    require_one_process("sample", "start it without torchrun")
     keep = _check(config)
     device = choose_device(config.device)
     prior_folder, model_folder = find_model(config.prior), find_model(config.checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
 from msvq_fast.ops import InputError
 from msvq_fast.training.checkpoint import find_model, weights_digest
 from msvq_fast.training.config import TokenizeConfig
-from msvq_fast.training.distributed import choose_device
+from msvq_fast.training.distributed import choose_device, require_one_process
 from msvq_fast.training.inference import inference_mode
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import check_writable
@@ -46,8 +46,10 @@ def run_tokenize(config: TokenizeConfig) -> Path:
         The folder with ``tokens.json`` and the shards.
 
     Raises:
-        InputError: For a bad checkpoint, data, setting or folder, or a folder of other tokens.
+        InputError: For a bad checkpoint, data, setting or folder, a folder of other tokens, or
+            several processes.
     """
+    require_one_process("tokenize", "start it without torchrun")
     for name in ("batch_size", "shard_size", "repeat"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}; expected at least 1")
@@ -81,10 +83,10 @@ def run_tokenize(config: TokenizeConfig) -> Path:
         with inference_mode(model), counting("files", len(files)) as progress:
             start = time.perf_counter()
             described = list(zip(files, names, numbers, strict=True))
-            for images in _write_shards(model, config, size, described, out, index, device):
-                if progress is not None:
-                    progress(index["files_done"])
-                else:
+            for images in _write_shards(
+                model, config, size, described, out, index, device, progress
+            ):
+                if progress is None:
                     rate = images / (time.perf_counter() - start)
                     print(
                         f"{index['files_done']}/{len(files)} files, {_images(index)} images"
@@ -167,6 +169,7 @@ def _write_shards(
     out: Path,
     index: dict[str, Any],
     device: torch.device,
+    progress: Callable[[int], None] | None,
 ) -> Iterator[int]:
     """Write what is missing; yields the images written so far after every shard.
 
@@ -178,6 +181,7 @@ def _write_shards(
         out: Folder.
         index: Brought up to date with every shard.
         device: Of the model.
+        progress: Called with the number of files read after every file.
     """
     written = 0
     waiting: list[Tensor] = []
@@ -202,6 +206,8 @@ def _write_shards(
                     encode()
         except ImageReadError as error:
             index["skipped"][name] = str(error)
+        if progress is not None:
+            progress(number + 1)
         last = number + 1 == len(files)
         if not last and len(crops) < config.shard_size:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from msvq_fast.data import ImagePath, evaluation_tiles, to_float
 from msvq_fast.metrics import mse, psnr_from_mse, to_unit_range
 from msvq_fast.models import MSVQVAE, VQVAE2
+from msvq_fast.ops import InputError
 from msvq_fast.training.distributed import World, all_reduce_
 
 
@@ -54,6 +56,19 @@ def load_tiles(
         count = min(per_image, len(tiles))
         chosen += [tiles[(2 * i + 1) * len(tiles) // (2 * count)] for i in range(count)]
     return torch.stack(chosen[:limit])
+
+
+def load_held_out(paths: Sequence[ImagePath], *, skipped: dict[str, str], **options: Any) -> Tensor:
+    """`load_tiles` for a training run: where no image can be read, the error says what to do."""
+    try:
+        return load_tiles(paths, skipped=skipped, **options)
+    except InputError as error:
+        if not skipped:
+            raise
+        raise InputError(
+            f"validation: {error}; replace or remove what cannot be read, or train without "
+            "validation (validate_every=0)"
+        ) from None
 
 
 @torch.no_grad()

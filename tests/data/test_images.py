@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,7 @@ def broken_files(root: Path) -> dict[str, str]:
     (root / "text.png").write_text("just words\n" * 30)
     (root / "vector.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (root / "folder.png").mkdir()
+    os.mkfifo(root / "pipe.png")  # to open it would wait for ever
     return {
         "cut.jpg": "truncated",
         "cut.png": "",
@@ -180,6 +182,7 @@ def broken_files(root: Path) -> dict[str, str]:
         "vector.jpg": "not an image",
         "folder.png": "directory",
         "absent.png": "No such file",
+        "pipe.png": "not a regular file",
     }
 
 

@@ -50,6 +50,22 @@ def test_of_files_the_first_folder(tmp_path: Path) -> None:
     assert labels(split, "train") == ["cat", "dog", "dog"] and labels(split, "val") == ["dog"] * 2
 
 
+@pytest.mark.parametrize("val", ["val", "validation"])
+def test_a_split_is_no_class(tmp_path: Path, val: str) -> None:
+    root = write(
+        tmp_path, "train/cat/1.png", "train/dog/a/2.png", f"{val}/cat/3.png", "test/dog/4.png"
+    )
+    assert labels(root) == ["dog", "cat", "dog", "cat"]
+    assert labels(root, "train") == ["cat", "dog"] and labels(root, "val") == ["cat"]
+    write(root, f"{val}/5.png")
+    with pytest.raises(InputError, match=rf"has no class for '{val}/5\.png'"):
+        list_labelled_images(root, split="all")
+
+
+def test_a_class_may_be_called_as_a_split(tmp_path: Path) -> None:
+    assert labels(write(tmp_path, "plane/1.png", "train/2.png")) == ["plane", "train"]
+
+
 def test_a_file_outside_all_folders_has_none(tmp_path: Path) -> None:
     root = write(tmp_path, "cat/1.png", "2.png")
     with pytest.raises(InputError, match=r"has no class for '2\.png'; expected a folder for each"):

@@ -12,6 +12,7 @@ from msvq_fast.cli import main
 from msvq_fast.models import PRESETS
 from msvq_fast.ops import InputError
 from msvq_fast.training import compare
+from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.compare_config import CompareConfig
 from msvq_fast.training.compare_figures import PICTURES, _half_power, _most_detailed
 from msvq_fast.training.compare_report import describe, headings, print_comparison, rows, summarize
@@ -121,6 +122,16 @@ def test_bad_settings_stop_before_anything_is_written(change, message, pictures,
     with pytest.raises(InputError, match=message):
         compare.run_compare(config(pictures, tmp_path / "out", **change))
     assert not (tmp_path / "out").exists()
+
+
+def test_held_out_images_that_cannot_be_read_are_named(done, pictures, tmp_path, capsys):
+    shutil.copytree(pictures / "val", tmp_path / "data/val")
+    (tmp_path / "data/train").mkdir()
+    (tmp_path / "data/val/text.png").write_text("no image")
+    names = {"vqvae2": "vqvae2-imagenet256-s-seed0", "msvqvae": "imagenet256-s-seed0"}
+    folders = {key: find_model(str(done / "runs" / name)) for key, name in names.items()}
+    compare.draw_comparison(folders, tmp_path, data=str(tmp_path / "data"), size=16, resize=None)
+    assert capsys.readouterr().out.count("skipped: cannot read image") == 1
 
 
 def test_several_processes_are_sent_elsewhere(pictures, tmp_path, monkeypatch):

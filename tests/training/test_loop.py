@@ -277,7 +277,9 @@ def test_unreadable_validation_images_stop_the_run_before_it_trains(
     assert f"skipped validation image: cannot read image '{first}'" in capsys.readouterr().out
     second.write_bytes(b"")
     assert train(tmp_path / "none", f"--data={data}", "--steps=10") == 2
-    assert "none of the 2 images can be read" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "validation: none of the 2 images can be read; cannot read image" in error
+    assert str(second) in error and "without validation (validate_every=0)" in error
     assert not (tmp_path / "none").exists()
 
 

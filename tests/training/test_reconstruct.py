@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from msvq_fast.cli import main
 from msvq_fast.data import code_map, read_image, signed_to_uint8, to_float, to_uint8
 from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError
@@ -155,6 +156,39 @@ def test_bad_settings_stop_the_command(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         run_reconstruct(ReconstructConfig(**{**options, **change}))
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_what_cannot_be_drawn_is_left_out(tmp_path, drawn, capsys):
+    from_preset("tiny", **SMALL).save_pretrained(tmp_path / "model")
+    data, out = tmp_path / "images", tmp_path / "grid.png"
+    data.mkdir()
+    photo(data / "good.png", 32, 32)
+    photo(data / "small.png", 7, 30)
+    (data / "text.png").write_text("no image")
+    options = [f"--data={data}", f"--out={out}", "--split=all", "--device=cpu"]
+    assert main(["reconstruct", f"--checkpoint={tmp_path / 'model'}", *options]) == 0
+    assert [label.split()[0] for label in drawn["row_labels"]] == ["good"]
+    printed = capsys.readouterr().out
+    assert f"skipped: image '{data / 'small.png'}' has 7x30 pixels" in printed
+    assert f"skipped: cannot read image '{data / 'text.png'}'" in printed
+    (data / "good.png").unlink()
+    out.unlink()
+    assert main(["reconstruct", f"--checkpoint={tmp_path / 'model'}", *options]) == 2
+    error = capsys.readouterr().err
+    assert "none of the 2 images can be drawn; image" in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch, capsys):
+    from_preset("tiny", **SMALL).save_pretrained(tmp_path)
+    path, out = photo(tmp_path / "large.png", 300, 300), tmp_path / "grid.png"
+    options = [f"--checkpoint={tmp_path}", f"--data={path}", f"--out={out}", "--device=cpu"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)  # above it Pillow warns
+    assert main(["reconstruct", *options]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    assert main(["reconstruct", *options]) == 2
+    assert "large.png': Image size (90000 pixels) exceeds limit" in capsys.readouterr().err
 
 
 def test_no_image_is_named(tmp_path):

@@ -180,3 +180,16 @@ def test_settings_that_cannot_work(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_several_processes_are_refused(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(folders, tmp_path / "grid.png", "maskgit") == 2
+    error = capsys.readouterr().err
+    assert error == "msvq: error: sample runs in one process; start it without torchrun\n"
+    assert not (tmp_path / "grid.png").exists()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -212,6 +213,29 @@ def test_unreadable_files_are_left_out(
     (data / "a.png").unlink()
     assert main(arguments(saved, pictures, tmp_path / "none", f"--data={data}", "--split=all")) == 2
     assert "none of the 1 images can be read" in capsys.readouterr().err
+
+
+def test_every_file_is_counted(
+    saved: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(tokenize, "counting", lambda *_: contextlib.nullcontext(counted.append))
+    assert main(arguments(saved, pictures, tmp_path, "--shard_size=1000")) == 0
+    assert counted == list(range(1, 11))
+
+
+def test_several_processes_are_refused(
+    saved: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments(saved, pictures, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert error == "msvq: error: tokenize runs in one process; start it without torchrun\n"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
