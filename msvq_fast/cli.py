@@ -14,7 +14,8 @@ import sys
 import typing
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from types import UnionType
 from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ActionYesNo, ArgumentParser
@@ -103,6 +104,7 @@ COMMANDS = {
 }
 
 
+_UNIONS = (typing.Union, UnionType)  # which one X | Y is depends on X before Python 3.14
 _CONFIG_HELP = "YAML or JSON file with these options; the ones after it on the line win over it."
 
 
@@ -112,12 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success, 1 a training that broke down or an export that disagrees, 2 bad input, 128 plus
     its number a signal. Errors are one line on stderr.
     """
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        command, config = parse(sys.argv[1:] if argv is None else argv)
+        command, config = parse(argv)
     except SystemExit as exit_:  # --help, --version and --print_config have printed
         return int(exit_.code or 0)
     except ArgumentError as error:
-        return _fail(_one_line(str(error)), 2)
+        named = next((word for word in argv if word in COMMANDS), None)
+        return _fail(_one_line(str(error), named), 2)
     return _run(command, config)
 
 
@@ -131,7 +135,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
     parsed = _parser().parse_args([_underscored(argument) for argument in argv])
     name = parsed["command"]
     command = COMMANDS[name]
-    return command, _build(command.config, parsed[name].as_dict())
+    return command, _build(command.config, parsed[name].as_dict(), "")
 
 
 def _run(command: Command, config: Any) -> int:
@@ -216,43 +220,61 @@ def attribute_texts(config: type[Any]) -> dict[str, str]:
     return {name: re.sub(r"\bNone\b", "null", text) for name, text in plain.items()}
 
 
-def _build(config: type[Any], values: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(config)
-    names = [field.name for field in dataclasses.fields(config)]
-    return config(
-        **{
-            name: _build(hints[name], values[name])
-            if dataclasses.is_dataclass(hints[name])
-            else values[name]
-            for name in names
-        }
-    )
+def _build(config: type[Any], values: dict[str, Any], prefix: str) -> Any:
+    """Fill a dataclass; checks what the parser lets a file say of any option: null."""
+    hints, built = typing.get_type_hints(config), {}
+    for field in dataclasses.fields(config):
+        name, hint, value = f"{prefix}{field.name}", hints[field.name], values[field.name]
+        if not dataclasses.is_dataclass(hint):
+            if value is None and type(None) not in typing.get_args(hint):
+                raise ArgumentError(None, f"--{name} null: expected {_describe(hint)}")
+            built[field.name] = value
+        elif isinstance(value, dict):
+            built[field.name] = _build(typing.cast("type[Any]", hint), value, f"{name}.")
+        elif value is not None:
+            some = f"--{name}.{dataclasses.fields(hint)[0].name}"
+            raise ArgumentError(None, f"--{name} {value}: expected options, such as {some}")
+    return config(**built)
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, command: str | None) -> str:
     """Turn what jsonargparse says into one line, with a near miss where there is one."""
     if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
-        return _unknown("option", found[1].split()[0].partition("=")[0])
+        return _unknown_option(found[1].split()[0].partition("=")[0], command)
     if found := re.search(r"does not accept option '([\w.-]+)'", message):
-        return _unknown("option", f"--{found[1]}")
+        return _unknown_option(f"--{found[1]}", command)
     if found := re.search(r"invalid choice: '(.*?)'", message):
-        return _unknown("command", found[1])
+        return f"unknown command {found[1]}; {_hint(found[1], COMMANDS, '')}"
     if found := re.search(r"arguments are required: ([\w-]+)\.([\w.]+)", message):
         return f"{found[1]} needs --{found[2]}"
     if 'expected "command"' in message:
         return f"no command given; expected one of {', '.join(COMMANDS)} (msvq --help)"
+    if found := re.match(r"Unexpected config:\s*(.*)", message):
+        said = f"starts with {found[1]!r}" if found[1] else "is empty"
+        return f"--config: the file {said}; expected options with values, such as 'seed: 1'"
     if found := re.search(r'Parser key "([\w.-]+)":', message):
         value = re.search(r"(?:Given|Got) value: (.*)", message)
-        if value and (expected := _expected(found[1])):
-            return f"--{found[1]} {value[1]}: expected {expected}"
+        # A message of a config file has the command in front of the option's name.
+        hint = _options(command).get(found[1].removeprefix(f"{command}."))
+        if value and hint is not None:
+            given = "null" if value[1] == "None" else value[1]
+            return f"--{found[1]} {given}: expected {_describe(hint)}"
     return re.sub(r'^Parser key "([\w.-]+)":', r"--\1:", message)
 
 
-def _unknown(kind: str, name: str) -> str:
-    options = [f"--{key}" for c in COMMANDS.values() for key in _option_names(c.config)]
-    near = difflib.get_close_matches(name, COMMANDS if kind == "command" else options, n=1)
-    hint = f"did you mean {near[0]}?" if near else "msvq --help lists what there is"
-    return f"unknown {kind} {name}; {hint}"
+def _unknown_option(name: str, command: str | None) -> str:
+    options = [f"--{option}" for option in _options(command)]
+    return f"unknown option {name}; {_hint(name, options, f'{command} ' if command else '')}"
+
+
+def _hint(name: str, known: Iterable[str], command: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"msvq {command}--help lists what there is"
+
+
+def _options(command: str | None) -> dict[str, Any]:
+    """Names and types of a command's options."""
+    return _option_names(COMMANDS[command].config) if command else {}
 
 
 def _option_names(config: type[Any]) -> dict[str, Any]:
@@ -266,22 +288,14 @@ def _option_names(config: type[Any]) -> dict[str, Any]:
     return names
 
 
-def _expected(name: str) -> str | None:
-    """Describe an option's type in words."""
-    # A message of a config file has the command in front of the option's name.
-    for command, details in COMMANDS.items():
-        hints = _option_names(details.config)
-        hint = hints.get(name, hints.get(name.removeprefix(f"{command}.")))
-        if hint is not None:
-            break
-    else:
-        return None
+def _describe(hint: Any) -> str:
+    """An option's type in words."""
     words: list[str] = []
-    for part in typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,):
+    for part in typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,):
         if typing.get_origin(part) is Literal:
             words += [str(choice) for choice in typing.get_args(part)]
         elif typing.get_origin(part) is tuple:
-            kinds = [getattr(kind, "__name__", "...") for kind in typing.get_args(part)]
+            kinds = ["..." if kind is ... else _describe(kind) for kind in typing.get_args(part)]
             words.append(f"a list [{', '.join(kinds)}]")
         else:
             words.append("null" if part is type(None) else part.__name__)

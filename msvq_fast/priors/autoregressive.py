@@ -54,7 +54,7 @@ class AutoregressivePrior(Prior):
         *,
         batch: int,
         seed: int,
-        first: int = 0,
+        first: int | Tensor = 0,
         labels: Tensor | None = None,
         fixed: Tensor | None = None,
         temperature: float = 1.0,
@@ -69,7 +69,7 @@ class AutoregressivePrior(Prior):
             coarser: Codes ``(B, h_n, w_n)`` of every coarser scale.
             batch: B.
             seed: With the number of the image, the scale and the cell it decides every draw.
-            first: Number of the first image of the batch.
+            first: Number of the first image of the batch, or the numbers of all ``(B,)``.
             labels: ``(B,)`` int64.
             fixed: ``(B, h, w)`` int64, codes to keep where not negative (inpainting).
             temperature: As in `draw_codes`.
@@ -88,10 +88,9 @@ class AutoregressivePrior(Prior):
         self.check_draw(scale, coarser, batch, labels, fixed)
         model = self.scale_model(scale)
         decoder = _Decoder(model, model.context(coarser, labels), batch, labels)
-        device = model.head.weight.device
-        images = torch.arange(first, first + batch, device=device)
+        images = self.image_numbers(first, batch)
         kept = None if fixed is None else F.pad(fixed.flatten(1), (0, 1), value=-1)
-        for cells in fronts(model, decoding == "wavefront").to(device):
+        for cells in fronts(model, decoding == "wavefront").to(images.device):
             drawn = draw_codes(
                 decoder.step(cells),
                 uniforms(seed, scale, images[:, None], cells),

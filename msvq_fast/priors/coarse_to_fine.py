@@ -16,7 +16,7 @@ def sample(
     count: int,
     *,
     seed: int = 0,
-    first: int = 0,
+    first: int | Tensor = 0,
     coarser: Sequence[Tensor] = (),
     labels: Tensor | None = None,
     fixed: Sequence[Tensor | None] | None = None,
@@ -25,14 +25,14 @@ def sample(
 ) -> list[Tensor]:
     """Draw codes from coarse to fine.
 
-    Image number ``first + b`` depends on ``seed``, its number and the settings alone, not on the
-    batch it is drawn in, up to the rounding of matrix products.
+    An image depends on ``seed``, its number and the settings alone, not on the batch it is drawn
+    in, up to the rounding of matrix products.
 
     Args:
         prior: Left in its mode; dropout must be off (`eval`).
         count: B, images.
         seed: Of every draw.
-        first: Number of the first image.
+        first: Number of the first image, the others follow; or the numbers of all ``(B,)`` int64.
         coarser: Scales ``(B, h_m, w_m)`` that are kept as they are; those after them are drawn.
         labels: ``(B,)`` int64.
         fixed: Per scale codes to keep ``(B, h_m, w_m)``, negative where free, or None (inpainting).

@@ -74,7 +74,7 @@ class MaskGITPrior(Prior):
         *,
         batch: int,
         seed: int,
-        first: int = 0,
+        first: int | Tensor = 0,
         labels: Tensor | None = None,
         fixed: Tensor | None = None,
         temperature: float = 1.0,
@@ -96,7 +96,7 @@ class MaskGITPrior(Prior):
             coarser: Codes ``(B, h_n, w_n)`` of every coarser scale.
             batch: B.
             seed: With the image's number, the scale, the cell and the pass it decides every draw.
-            first: Number of the first image of the batch.
+            first: Number of the first image of the batch, or the numbers of all ``(B,)``.
             labels: ``(B,)`` int64.
             fixed: ``(B, h, w)`` int64, codes to keep where not negative (inpainting).
             temperature: As in `draw_codes`.
@@ -115,6 +115,9 @@ class MaskGITPrior(Prior):
         check_choice("order", order, ("confidence", "halton"))
         if steps < 1:
             raise InputError(f"steps={steps}; expected at least 1")
+        for name, value in (("guidance", guidance), ("choice_temperature", choice_temperature)):
+            if not math.isfinite(value):
+                raise InputError(f"{name}={value}; expected a finite number")
         if guidance and labels is None:
             raise InputError(f"guidance={guidance} without labels; expected labels, or 0")
         self.check_draw(scale, coarser, batch, labels, fixed)
@@ -122,7 +125,7 @@ class MaskGITPrior(Prior):
         device, cells, mask_code = model.head.weight.device, model.tokens, model.num_codes
         memory = model.context(coarser, labels)
         unguided = model.context(coarser) if guidance else memory
-        images = torch.arange(first, first + batch, device=device)[:, None]
+        images = self.image_numbers(first, batch)[:, None]
         place = torch.arange(cells, device=device)
         codes = torch.full((batch, cells), mask_code, device=device)
         if fixed is not None:

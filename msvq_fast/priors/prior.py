@@ -60,7 +60,7 @@ class Prior(nn.Module, ABC):
         *,
         batch: int,
         seed: int,
-        first: int,
+        first: int | Tensor,
         labels: Tensor | None,
         fixed: Tensor | None,
     ) -> Tensor:
@@ -71,6 +71,17 @@ class Prior(nn.Module, ABC):
         model = self.scales[scale]
         assert isinstance(model, ScaleTransformer)
         return model
+
+    def image_numbers(self, first: int | Tensor, batch: int) -> Tensor:
+        """The ``first`` of `draw_scale` as a number per image ``(B,)``."""
+        device = next(self.parameters()).device
+        if not isinstance(first, Tensor):
+            return torch.arange(first, first + batch, device=device)
+        if first.shape != (batch,) or first.dtype != torch.int64:
+            raise InputError(
+                f"first is {first.dtype} {tuple(first.shape)}; expected int64 {(batch,)}"
+            )
+        return first.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if missing."""

@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from msvq_fast.data import list_images
 from msvq_fast.models import preset_config
 from msvq_fast.ops import InputError
-from msvq_fast.training.checkpoint import find_model
+from msvq_fast.training.checkpoint import find_model, list_checkpoints
 from msvq_fast.training.compare_config import BASELINE, CompareConfig
 from msvq_fast.training.compare_figures import PICTURES, draw_comparison
 from msvq_fast.training.compare_report import describe, print_comparison, summarize
 from msvq_fast.training.distributed import choose_device, require_one_process
 from msvq_fast.training.evaluate import run_evaluate
+from msvq_fast.training.judges import load_judges
 from msvq_fast.training.loop import run_train
+from msvq_fast.training.progress import is_running
 from msvq_fast.training.results import RESULTS_FILE, check_writable, write_text
 
 COMPARISON_FILE, TABLE_FILE, SETTINGS_FILE = "comparison.json", "table.txt", "settings.json"
@@ -39,7 +42,12 @@ def run_compare(config: CompareConfig) -> int:
     }
     for preset in (config.preset, BASELINE + config.preset):
         training = config.training(preset, config.seeds[0], "")
+        training.check()
         preset_config(preset, **training.model.given())
+    for data, split in ((config.data, "train"), (config.data, "val"), (_pictures(config), "val")):
+        list_images(data, split=split)
+    # A wrong weights file should not be found out after the training.
+    load_judges(config.evaluation("", ""), choose_device(config.device))
     check_writable(out)
     _claim(out, config.settings())
     for (preset, seed), folder in plans.items():
@@ -52,25 +60,30 @@ def run_compare(config: CompareConfig) -> int:
         run_evaluate(config.evaluation(str(folder), str(_result_file(folder).parent)))
     results = {plan: _read_result(folder) for plan, folder in plans.items()}
     summary = summarize(config.preset, results)
-    frequencies = _draw(config, out, plans)
     record = {
         "settings": {**config.settings(), "seeds": list(config.seeds)},
         **summary,
-        "half_power_cycles": frequencies,
+        "half_power_cycles": {},
         "runs": [
             {"preset": preset, "seed": seed, **result} for (preset, seed), result in results.items()
         ],
     }
-    write_text(out / COMPARISON_FILE, json.dumps(record, indent=1) + "\n")
+    _write(out / COMPARISON_FILE, record)
     with (out / TABLE_FILE).open("w", encoding="utf-8") as file:
         print_comparison(summary, file)
     print_comparison(summary)
-    for line in [*describe(summary), *(f"wrote {out / name}" for name in PICTURES)]:
-        print(line)
+    for line in describe(summary):
+        print(line, flush=True)
+    # Pictures last, so that one that cannot be drawn does not cost the figures.
+    _write(out / COMPARISON_FILE, {**record, "half_power_cycles": _draw(config, out, plans)})
+    for name in PICTURES:
+        print(f"wrote {out / name}")
     return 0
 
 
-def _draw(config: CompareConfig, out: Path, plans: dict[tuple[str, int], Path]) -> dict[str, float]:
+def _draw(
+    config: CompareConfig, out: Path, plans: dict[tuple[str, int], Path]
+) -> dict[str, float | None]:
     """The figures, of the first seed."""
     seed = config.seeds[0]
     names = {"vqvae2": BASELINE + config.preset, "msvqvae": config.preset}
@@ -79,11 +92,15 @@ def _draw(config: CompareConfig, out: Path, plans: dict[tuple[str, int], Path]) 
     return draw_comparison(
         folders,
         out,
-        data=config.pictures or config.data,
+        data=_pictures(config),
         size=preset_config(config.preset, **given).resolution,
         resize=config.resize,
         device=choose_device(config.device),
     )
+
+
+def _pictures(config: CompareConfig) -> str:
+    return config.pictures or config.data
 
 
 def _result_file(folder: Path) -> Path:
@@ -91,7 +108,7 @@ def _result_file(folder: Path) -> Path:
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Note what ``out`` compares, or raise where that is something else."""
+    """Note what ``out`` compares, or raise where runs of something else have begun."""
     file = out / SETTINGS_FILE
     if file.exists():
         try:
@@ -103,12 +120,21 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             for name, value in settings.items()
             if before.get(name) != value
         ]
-        if changed:
+        if changed and any(_has_begun(run) for run in (out / "runs").glob("*")):
             raise InputError(
                 f"out={str(out)!r} holds another comparison: {'; '.join(changed)}; "
                 "choose another out"
             )
-    write_text(file, json.dumps(settings, indent=1) + "\n")
+    _write(file, settings)
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether there is something that later runs would be compared with."""
+    return bool(list_checkpoints(run)) or _result_file(run).exists() or is_running(run)
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    write_text(file, json.dumps(values, indent=1) + "\n")
 
 
 def _read_result(folder: Path) -> dict[str, Any]:

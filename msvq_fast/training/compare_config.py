@@ -86,8 +86,8 @@ class CompareConfig:
 
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise InputError(f"seeds={list(self.seeds)}; expected at least one, each once")
-        if not self.width_scale > 0:
-            raise InputError(f"width_scale={self.width_scale}; expected a positive number")
+        if not 0 < self.width_scale < float("inf"):
+            raise InputError(f"width_scale={self.width_scale}; expected a positive finite number")
         if self.preset.startswith(BASELINE):
             raise InputError(
                 f"preset={self.preset!r}; expected a preset of MS-VQVAE such as "

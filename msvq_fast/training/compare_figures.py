@@ -54,7 +54,7 @@ def draw_comparison(
     size: int,
     resize: int | None,
     device: torch.device | str = "cpu",
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Draw the four pictures from the val images of ``data``.
 
     Args:
@@ -67,7 +67,7 @@ def draw_comparison(
 
     Returns:
         Per contribution, reconstruction and for the images themselves the frequency, in cycles
-        per tile, below which half of its power lies.
+        per tile, below which half of its power lies; None where it has no power.
 
     Raises:
         InputError: For bad models or data, or a folder that cannot be written.
@@ -146,7 +146,7 @@ def _draw_codes(
 
 def _draw_spectrum(
     path: Path, models: Mapping[str, MSVQVAE | VQVAE2], tiles: Sequence[Tensor]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     power: dict[str, Tensor] = {}
     for tile in tiles:
         found = {"image": to_float(tile)[None]}
@@ -173,12 +173,17 @@ def _draw_spectrum(
     return {name: _half_power(p) for name, p in power.items()}
 
 
-def _half_power(power: Tensor) -> float:
-    """Frequency below which half the power lies, between rings by linear interpolation."""
+def _half_power(power: Tensor) -> float | None:
+    """Frequency below which half the power lies, between rings by linear interpolation.
+
+    None without any power, as of a set of black images.
+    """
     rings = torch.arange(1, len(power) + 1).double()
     # A ring of k cycles has a circumference, and so a number of frequencies, in proportion to k.
     total = (power * rings).cumsum(0)
     half = float(total[-1]) / 2
+    if half == 0:
+        return None
     k = int((total < half).sum())
     below = float(total[k - 1]) if k else 0.0
     return k + 0.5 + (half - below) / (float(total[k]) - below)

@@ -172,6 +172,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise InputError(f"{name}={value}; expected at least {least}")
+            if value == float("inf"):
+                raise InputError(f"{name}={value}; expected a finite number")
         if self.seed >= 2**64:
             raise InputError(f"seed={self.seed}; expected less than 2^64")
         if self.lr is not None and not 0 < self.lr < float("inf"):

@@ -111,8 +111,7 @@ def evaluate(
     rows = [row for part in gather(rows, world) for row in part]
     if not rows:
         raise InputError("tiles is empty; expected at least one image")
-    if world.size > 1:
-        rows.sort(key=_place)
+    rows.sort(key=_place)
     images_done = errors.shape[1]
     reconstructed_set = None
     if extractor is not None and sets is not None:
@@ -267,7 +266,7 @@ def _mean_lpips(rows: Sequence[ImageQuality]) -> float | None:
 
 
 def _place(row: ImageQuality) -> tuple[str, int, int, int]:
-    """Where a row stands when one process reads all images: file, tile, scale."""
+    """Where a row stands, whatever the batches and processes: file, tile, scale."""
     tile = re.fullmatch(r"(.*):(\d+),(\d+)", row.image)
     name, *place = tile.groups() if tile else (row.image, 0, 0)
     return name, int(place[0]), int(place[1]), row.scale

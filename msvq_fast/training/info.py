@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -98,10 +99,10 @@ def presets_table() -> Table:
 
 def memory_table(config: InfoConfig) -> Table:
     """What a training step needs in every memory mode, and how many images a card holds."""
-    if config.batch < 1 or config.strips < 1 or not config.card_gib > 0:
+    if config.batch < 1 or config.strips < 1 or not 0 < config.card_gib < math.inf:
         raise ops.InputError(
             f"batch={config.batch}, strips={config.strips}, card_gib={config.card_gib}; "
-            "all must be positive"
+            "all must be positive and finite"
         )
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("memory", no_wrap=True)

@@ -88,6 +88,8 @@ class TrainPriorConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise InputError(f"{name}={value}; expected at least {least}")
+            if value == float("inf"):
+                raise InputError(f"{name}={value}; expected a finite number")
         if not 0 < self.lr < float("inf"):
             raise InputError(f"lr={self.lr}; expected a positive finite number")
         for name in ("min_lr_fraction", "label_smoothing", "label_dropout"):
@@ -160,7 +162,8 @@ class SampleConfig:
         variations: Drawings of the finer scales for every coarse image that is kept.
         inpaint: Image file whose codes are kept outside ``region``; null draws whole images.
         region: Top, left, bottom and right of what is drawn anew, as fractions of the sides.
-        seed: Decides every draw, with the number of the image; batches do not matter.
+        seed: Decides every draw, with the numbers of the image and of the variation; neither
+            batches nor which images are kept matter.
         temperature: Divides the logits; 0 takes the most likely code.
         top_k: Only the k most likely codes.
         top_p: Only the most likely codes with this much probability together.
@@ -175,7 +178,7 @@ class SampleConfig:
     checkpoint: str
     out: str = "runs/samples.png"
     images: int = 8
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str | int, ...] | None = None
     guidance: float | None = None
     reject: str | None = None
     variations: int = 1

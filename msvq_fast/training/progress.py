@@ -233,6 +233,18 @@ class MetricsFile:
             self._events.close()
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a run has its ``metrics.jsonl`` open in ``folder``; never where nothing locks."""
+    try:
+        with (folder / METRICS).open("r+", encoding="utf-8") as file:
+            _lock(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except InputError:
+        return True
+    return False
+
+
 def _lock(file: IO[str]) -> None:
     """Lock a file until it is closed or the process ends; `InputError` if another one has it."""
     try:

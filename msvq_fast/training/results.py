@@ -136,7 +136,7 @@ class EvaluationResult:
         perplexity: Mean of the scales' perplexity.
         seconds: Wall time.
         settings: What decides the figures beside the model, and where they were measured.
-        per_image: One row per image and reconstruction.
+        per_image: One row per image and reconstruction, by file, tile and scale.
         reconstructed_set: The full reconstructions as a set, None without an extractor.
     """
 

@@ -22,6 +22,7 @@ from msvq_fast.training.checkpoint import (
     verify,
 )
 from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig
+from msvq_fast.training.optimizer import optimizer_settings
 from msvq_fast.training.prior_config import TrainPriorConfig
 
 
@@ -125,8 +126,8 @@ def check_same_run(
     state = {**state, "config": {**TrainConfig().to_dict(), **state["config"]}}
     shares = _shares(state["config"], state.get("world_size", 1))
     now_shares = _shares(config.to_dict(), processes)
-    before = {**state["config"], **state["model_config"], **shares}
-    now = {**config.to_dict(), **describe_model(model_config), **now_shares}
+    before = {**_with_rates(state["config"]), **state["model_config"], **shares}
+    now = {**_with_rates(config.to_dict()), **describe_model(model_config), **now_shares}
     # The model's own fields say more than the changes to its preset.
     ignored = FREE_ON_RESUME | {"model"}
     if state.get("images_sha256") == images["images_sha256"]:
@@ -179,6 +180,12 @@ def describe_changes(
             "before, but sums run in another order, so results agree only up to rounding"
         )
     return changes
+
+
+def _with_rates(config: dict[str, Any]) -> dict[str, Any]:
+    """Null and the number that it stands for are the same run."""
+    lr, betas = optimizer_settings(config["preset"], config["lr"], config["betas"])
+    return {**config, "lr": lr, "betas": list(betas)}
 
 
 def _shares(config: dict[str, Any], processes: int) -> dict[str, int]:

@@ -37,6 +37,7 @@ from msvq_fast.training.results import check_writable, write_text
 _GROUPS = 4  # parts of a coarse grid that are predicted from the others
 _COLUMNS = 8
 _GAIN = 4  # of the finer contributions, which are faint
+_VARIATIONS_APART = 1 << 32  # numbers of draws, more than there are images
 
 
 @torch.no_grad()
@@ -142,7 +143,7 @@ def _draw(
     """Draw; ``labels (images,)`` are the classes of the coarse images."""
     done = 0
 
-    def draw(images: Tensor, **options: Any) -> list[Tensor]:
+    def draw(images: Tensor, variation: int = 0, **options: Any) -> list[Tensor]:
         """Draw for these numbers of coarse images."""
         nonlocal done
         count = len(images)
@@ -151,6 +152,7 @@ def _draw(
             prior,
             count,
             seed=config.seed,
+            first=images + variation * _VARIATIONS_APART,
             labels=None if labels is None else labels[images],
             fixed=own,
             settings=settings,
@@ -163,7 +165,7 @@ def _draw(
 
     numbers = torch.arange(config.images, device=device)
     batches = numbers.split(config.batch_size)
-    coarse = torch.cat([draw(part, first=int(part[0]), upto=0)[0] for part in batches])
+    coarse = torch.cat([draw(part, upto=0)[0] for part in batches])
     scores = torch.cat(
         [
             coarse_scores(prior, coarse[part], None if labels is None else labels[part])
@@ -172,13 +174,10 @@ def _draw(
     )
     best = scores.argsort(descending=True, stable=True)[:keep]
     kept = best if config.reject is not None else numbers[:keep]
-    variations = []
-    for v in range(config.variations):
-        batches, first = [], v * keep
-        for part in kept.split(config.batch_size):
-            batches.append(draw(part, coarser=[coarse[part]], first=first))
-            first += len(part)
-        variations.append(batches)
+    variations = [
+        [draw(part, v, coarser=[coarse[part]]) for part in kept.split(config.batch_size)]
+        for v in range(config.variations)
+    ]
     return _Drawn(kept.tolist(), scores.tolist(), variations)
 
 
@@ -311,7 +310,7 @@ def _labels(
     # A prior that no run of train-prior saved knows its classes by number alone.
     classes = state.get("classes", [str(number) for number in range(prior.config.num_classes)])
     assert config.labels is not None
-    for name in config.labels:
+    for name in map(str, config.labels):
         if name not in classes:
             known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
             expected = f"one of its {len(classes)} classes, {known}" if classes else "null"
@@ -321,7 +320,7 @@ def _labels(
 
 def _label(config: SampleConfig, image: int) -> str:
     """Name of the class of a coarse image, or nothing."""
-    return config.labels[image % len(config.labels)] if config.labels else ""
+    return str(config.labels[image % len(config.labels)]) if config.labels else ""
 
 
 def _sampling_settings(

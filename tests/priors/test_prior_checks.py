@@ -53,6 +53,7 @@ def test_bad_calls() -> None:
         ({"fixed": [None, torch.full((2, 8, 8), 11)]}, "fixed has code 11; expected below 11"),
         ({"coarser": [torch.zeros(3, 4, 4).long()]}, r"coarser\[0\] is .*expected int64 \(2, 4"),
         ({"coarser": [torch.full((2, 4, 4), 11)]}, r"coarser\[0\] has code 11"),
+        ({"first": torch.arange(3)}, r"first is torch.int64 \(3,\); expected int64 \(2,\)"),
     ],
 )
 def test_bad_draws(kind: type, call: dict, message: str) -> None:
@@ -62,6 +63,14 @@ def test_bad_draws(kind: type, call: dict, message: str) -> None:
         sample(model, 2, **call)
     with pytest.raises(InputError, match="coarser has 0 grids; expected 1"):
         model.draw_scale(1, [], batch=1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["guidance", "choice_temperature"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_settings_that_are_not_finite(name: str, value: float) -> None:
+    model, labels = prior(MaskGITPrior, num_classes=3), torch.tensor([0, 1])
+    with pytest.raises(InputError, match=f"{name}={value}; expected a finite number"):
+        sample(model, 2, labels=labels, settings={name: value})
 
 
 @pytest.mark.parametrize("kernels", [None, (3, 3)])

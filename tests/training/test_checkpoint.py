@@ -134,6 +134,15 @@ def test_another_configuration_cannot_go_on(
     assert (run / "config.json").read_text() == before
 
 
+def test_a_default_and_its_number_are_the_same_run(
+    run: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--steps=6", "--resume=auto", "--betas=[0.5,0.9]")
+    assert train(run, *options, "--lr=0.002") == 2
+    assert "lr is 0.001 there and 0.002 here" in capsys.readouterr().err
+    assert train(run, *options, "--lr=0.001") == 0
+
+
 def test_a_second_run_does_not_overwrite_the_first(
     run: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -221,7 +221,10 @@ def test_classes_that_do_not_fit(
     assert sample("zero", '--labels=["0"]', "--guidance=2") == 2
     assert "guidance=2.0 is of maskgit" in error()
     assert not (tmp_path / "grid.png").exists()
-    assert sample("twelve", '--labels=["11"]', "--images=2") == 0
+    for labels in ('["11"]', "[11]"):  # YAML's numbers are the names
+        assert sample("twelve", f"--labels={labels}", "--images=2") == 0
+        record = json.loads((tmp_path / "grid.json").read_text())
+        assert record["labels"] == ["11", "11"]
 
 
 def test_labels_take_the_numbers_of_other_classes(tokens: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from msvq_fast import __version__, models
-from msvq_fast.cli import main
+from msvq_fast.cli import main, parse
 from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig
 
 Train = Callable[..., int]
@@ -67,7 +68,8 @@ def test_free_fields_are_fields() -> None:
         (["trian"], "unknown command trian; did you mean train?"),
         (["train", "--lrr", "3"], "unknown option --lrr; did you mean --lr?"),
         (["train", "--model.num_code=3"], "did you mean --model.num_codes?"),
-        (["train", "--zzzzzz"], "unknown option --zzzzzz; msvq --help"),
+        (["train", "--zzzzzz"], "unknown option --zzzzzz; msvq train --help"),
+        (["evaluate", "--gan_start=1"], "unknown option --gan_start; msvq evaluate --help"),
         (["train", "--lr", "fast"], "--lr fast: expected float"),
         (["train", "--steps", "1.5"], "--steps 1.5: expected int or null"),
         (["train", "--crop", "left"], "--crop left: expected random or center"),
@@ -77,6 +79,15 @@ def test_free_fields_are_fields() -> None:
         (["evaluate"], "evaluate needs --checkpoint"),
         (["train-prior"], "train-prior needs --tokens"),
         (["train-prior", "--kind=gan"], "--kind gan: expected autoregressive or maskgit"),
+        # Options of several commands, each with its own choices.
+        (["evaluate", "--crop=random"], "--crop random: expected tiles or center"),
+        (["info", "--precision=auto"], "--precision auto: expected bf16 or fp32"),
+        (["train-prior", "--tokens=t", "--lr=null"], "--lr null: expected float\n"),
+        (["reconstruct", "--checkpoint=c", "--limit=x"], "--limit x: expected int\n"),
+        (
+            ["sample", "--prior=p", "--checkpoint=c", "--labels=cat"],
+            "--labels cat: expected a list [str or int, ...] or null",
+        ),
     ],
 )
 def test_wrong_words(
@@ -100,6 +111,7 @@ def test_wrong_words(
         ([f"--seed={2**64}"], "seed=18446744073709551616; expected less than 2^64"),
         (["--lr=-1"], "lr=-1.0; expected a positive finite number"),
         (["--betas=[0.9,1]"], "betas=(0.9, 1.0); expected two numbers in [0, 1)"),
+        (["--warmup_epochs=.inf"], "warmup_epochs=inf; expected a finite number"),
         (["--min_lr_fraction=2"], "min_lr_fraction=2.0; expected 0 to 1"),
         (["--data=nowhere"], "data folder 'nowhere' does not exist"),
         (["--data=builtin:cats"], "is not built in; expected 'builtin:photos'"),
@@ -168,6 +180,12 @@ def test_tensorboard_is_asked_for_by_name_when_missing(
         ("lr: [", "--config"),
         ("lrr: 3", "unknown option --lrr; did you mean --lr?"),
         ("lr: fast", "lr fast: expected float"),
+        ("", "--config: the file is empty; expected options with values, such as 'seed: 1'"),
+        ("model:", "--config: the file starts with 'model:'; expected options with values"),
+        ("model: 3", "--model 3: expected options, such as --model.resolution"),
+        ("model: [3]", "--model [3]: expected options, such as --model.resolution"),
+        ("batch_size: null", "--batch_size null: expected int"),
+        ("out: null", "--out null: expected str"),
     ],
 )
 def test_a_bad_config_file(
@@ -176,6 +194,14 @@ def test_a_bad_config_file(
     (tmp_path / "train.yaml").write_text(text)
     error = fails(capsys, "train", f"--config={tmp_path / 'train.yaml'}")
     assert message in error or "Problems parsing config" in error
+
+
+def test_null_leaves_the_choice_to_the_command(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("steps: 3\nlr: null\nmodel:\n")
+    assert parse(["train", f"--config={tmp_path / 'train.yaml'}"])[1] == TrainConfig(steps=3)
+    (tmp_path / "sample.yaml").write_text("prior: p\ncheckpoint: c\nregion: null\n")
+    with pytest.raises(ArgumentError, match=r"--region null: expected a list \[float, float"):
+        parse(["sample", f"--config={tmp_path / 'sample.yaml'}"])
 
 
 def test_the_printed_config_is_the_config(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from msvq_fast.cli import main
 from msvq_fast.models import PRESETS
@@ -17,9 +18,11 @@ from msvq_fast.training.compare_config import CompareConfig
 from msvq_fast.training.compare_figures import PICTURES, _half_power, _most_detailed
 from msvq_fast.training.compare_report import describe, headings, print_comparison, rows, summarize
 from msvq_fast.training.paper import PAPER_RESULTS
+from msvq_fast.training.progress import MetricsFile
+from msvq_fast.training.window import TrainingError
 
 
-def config(pictures: Path, out: Path, **changes) -> CompareConfig:
+def config(pictures: Path, out: Path, /, **changes) -> CompareConfig:
     options = {
         "data": str(pictures),
         "out": str(out),
@@ -101,6 +104,49 @@ def test_another_comparison_in_the_same_folder_is_refused(done, pictures):
     assert (done / "settings.json").read_text() == before
 
 
+def test_a_first_try_that_failed_may_be_corrected(pictures, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def failing(training):
+        Path(training.out).mkdir(parents=True)
+        MetricsFile(Path(training.out), step=0, tensorboard=False).close()
+        raise TrainingError("the loss is no longer finite")
+
+    monkeypatch.setattr(compare, "run_train", failing)
+    with pytest.raises(TrainingError):
+        compare.run_compare(config(pictures, out, lr=1e30))
+    first = MetricsFile(out / "runs" / "vqvae2-imagenet256-s-seed0", step=0, tensorboard=False)
+    monkeypatch.setattr(compare, "run_train", lambda config: 130)
+    with pytest.raises(InputError, match="holds another comparison"):  # it runs
+        compare.run_compare(config(pictures, out))
+    first.close()
+    assert compare.run_compare(config(pictures, out)) == 130
+    assert json.loads((out / "settings.json").read_text())["lr"] is None
+
+
+def test_black_images_have_no_power(pictures, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(pictures / "train", data / "train")
+    (data / "val").mkdir()
+    Image.new("RGB", (24, 24)).save(data / "val" / "black.png")
+    assert compare.run_compare(config(data, out, seeds=(0,), steps=1)) == 0
+    assert json.loads((out / "comparison.json").read_text())["half_power_cycles"]["image"] is None
+
+
+def test_figures_are_written_before_pictures_are_drawn(done, pictures, tmp_path, monkeypatch):
+    out = tmp_path / "copy"
+    shutil.copytree(done, out)
+    before = json.loads((out / "comparison.json").read_text())
+    for name in ("comparison.json", "table.txt"):
+        (out / name).unlink()
+    monkeypatch.setattr(compare, "draw_comparison", lambda *a, **o: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare.run_compare(config(pictures, out))
+    after = json.loads((out / "comparison.json").read_text())
+    assert after == {**before, "half_power_cycles": {}}
+    assert (out / "table.txt").read_text() == (done / "table.txt").read_text()
+
+
 def test_a_stopped_training_stops_the_comparison(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "run_train", lambda config: 130)
     assert compare.run_compare(config(pictures, tmp_path / "out")) == 130
@@ -113,6 +159,11 @@ def test_a_stopped_training_stops_the_comparison(pictures, tmp_path, monkeypatch
         ({"seeds": ()}, r"seeds=\[\]; expected at least one"),
         ({"seeds": (1, 1)}, "each once"),
         ({"width_scale": 0.0}, r"width_scale=0\.0; expected a positive"),
+        ({"width_scale": float("inf")}, r"width_scale=inf; expected a positive finite"),
+        ({"lr": float("nan")}, "lr=nan; expected a positive finite number"),
+        ({"data": "nowhere"}, "data folder 'nowhere' does not exist"),
+        ({"pictures": "nowhere"}, "data folder 'nowhere' does not exist"),
+        ({"lpips_weights": "nowhere"}, "nowhere"),
         ({"preset": "vqvae2-imagenet256-s"}, "expected a preset of MS-VQVAE"),
         ({"preset": "imagenet"}, "preset 'imagenet' is unknown"),
         ({"resolution": 5}, "latents"),
@@ -227,6 +278,7 @@ def test_half_power():
     assert 3.5 <= _half_power(power) <= 4.5
     power[9] = 1.0
     assert _half_power(power) > 9.5
+    assert _half_power(torch.zeros(16, dtype=torch.float64)) is None
 
 
 def test_the_most_detailed_window():

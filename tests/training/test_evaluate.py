@@ -82,6 +82,16 @@ def test_batches_do_not_change_the_figures(model):
         assert (a.mse, a.ssim, a.psnr) == pytest.approx((b.mse, b.ssim, b.psnr), rel=1e-5)
 
 
+def test_rows_come_by_file_tile_and_scale_in_any_batches(model):
+    named = ["a.png:0,0", "a.png:0,1", "a.png:10,0", "a.png:2,0", "b.png"]
+    images = [tile for _, tile in tiles()]
+    for size in (1, 3):
+        result = evaluate(model, zip(named, images, strict=True), batch_size=size)
+        rows = [(row.image, row.scale) for row in result.per_image]
+        order = [*named[:2], named[3], named[2], named[4]]
+        assert rows == [(name, scale) for name in order for scale in range(3)]
+
+
 def test_sizes_may_mix(model):
     mixed = [*tiles(1, 32), *tiles(2, 48)]
     result = evaluate(model, mixed, batch_size=4)

@@ -203,6 +203,7 @@ def test_info_prints_every_mode(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--batch=0", "batch=0, strips=8, card_gib=80.0; all must be positive"),
         ("--card_gib=-1", "card_gib=-1.0; all must be positive"),
+        ("--card_gib=.inf", "card_gib=inf; all must be positive and finite"),
         ("--preset=none", "preset 'none' is unknown"),
     ],
 )

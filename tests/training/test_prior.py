@@ -168,6 +168,7 @@ def test_a_bad_loss_stops(
         (["--tokens=nowhere"], "nowhere/tokens.json does not exist; expected a folder of msvq"),
         (["--validation=nowhere"], "nowhere/tokens.json does not exist"),
         (["--lr=0"], "lr=0.0; expected a positive finite number"),
+        (["--warmup_epochs=.inf"], "warmup_epochs=inf; expected a finite number"),
         (["--dropout=1"], "dropout=1.0; expected 0 <= dropout < 1"),
         (["--heads=3"], "width=16; expected a multiple of heads=3"),
         (["--kernels=[3]"], "expected 2 odd windows"),

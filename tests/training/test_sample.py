@@ -100,6 +100,37 @@ def test_rejection_keeps_the_most_likely_coarse_images(
     assert grid["row_labels"][2] == f"image {record['kept'][0]}"
 
 
+@pytest.mark.parametrize("kind", ["autoregressive", "maskgit"])
+def test_variations_depend_on_the_image_alone(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    decoded: list[torch.Tensor] = []
+
+    def spy(model: Any, codes: list[torch.Tensor]) -> list[torch.Tensor]:
+        decoded.append(codes[1])
+        return real(model, codes)
+
+    real = sample._decode
+    monkeypatch.setattr(sample, "_decode", spy)
+    _, prior = load(folders, kind)
+    plain, seen = priors.sample(prior, 9)[1], {}
+    for options in (
+        ("--images=7", "--reject=keep=2", "--variations=3", "--batch_size=4"),
+        ("--images=7", "--reject=keep=5", "--variations=2", "--batch_size=3"),
+        ("--images=9", "--variations=3"),
+    ):
+        decoded.clear()
+        assert run(folders, tmp_path / "grid.png", kind, *options) == 0
+        kept = json.loads((tmp_path / "grid.json").read_text())["kept"]
+        for v, codes in enumerate(torch.cat(decoded).split(len(kept))):
+            for image, drawn in zip(kept, codes, strict=True):
+                assert torch.equal(drawn, seen.setdefault((image, v), drawn))
+    assert len(seen) == 9 * 3
+    for image in range(9):
+        assert torch.equal(seen[image, 0], plain[image])
+        assert not torch.equal(seen[image, 1], seen[image, 2])
+
+
 def test_scores_are_log_probabilities(folders: dict[str, Path]) -> None:
     _, prior = load(folders, "autoregressive")
     # All grids together have probability one.
