@@ -30,9 +30,10 @@ class AutoencoderConfig:
         commitment_weight: β of Eq. 6.
         decay: γ of Eq. 4.
         codebook_init: ``"uniform"`` is U(-1/K, 1/K); ``"kmeans"`` asks the trainer to call
-            `Autoencoder.initialise_codebooks` on the first batch.
-        restart_below: A code whose mass falls below restarts at a latent of the batch; 0 never
-            does, as the paper's.
+            `Autoencoder.initialise_codebooks` on a batch; ours does on the first micro-batch of
+            the first process.
+        restart_below: A code whose mass falls below restarts at a latent of the last batch; 0
+            never does, as the paper's.
         gradient: ``"straight-through"`` (the paper's) or ``"rotation"``, see `VectorQuantizer`.
     """
 

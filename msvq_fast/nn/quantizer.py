@@ -44,6 +44,7 @@ class VectorQuantizer(nn.Module):
         restart_below: A code whose mass is below restarts at a latent of the batch, with mass
             ``max(1, restart_below)``; 0 never does (the paper). From the random start that is
             every code that wins fewer than ``restart_below / (1 - γ)`` latents of the first batch.
+            Where updates are deferred the latents are those of the last batch alone.
         gradient: ``"straight-through"`` gives z the gradient of z_q (the paper), ``"rotation"``
             turns it as `rotate_to` says; the commitment loss's own gradient is the same in both.
         backend: None picks; otherwise as in `vector_quantize`.
@@ -179,7 +180,7 @@ class VectorQuantizer(nn.Module):
 
         Counts ``(K,)`` int64, sums ``(K, D)``, and with ``restart_below`` also vectors ``(K, D)``
         at which codes would restart. A training forward with ``defer_updates`` adds to the first
-        two; they are zero before.
+        two, which are zero before, and replaces the third.
         """
         if self._pending is None:
             counts = torch.zeros_like(self.cluster_size, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -20,8 +21,9 @@ class ModelOverrides:
         block_factor: Up-sampling of a decoder block, 2 or 4; VQ-VAE 2 has none.
         commitment_weight: β of the commitment loss.
         decay: γ of the codebooks' moving averages.
-        codebook_init: Random, or k-means of the first batch.
-        restart_below: Mass below which a code restarts at a latent of the batch; 0 never.
+        codebook_init: Random, or k-means of the first process's first micro-batch.
+        restart_below: Mass below which a code restarts at a latent of the step's last
+            micro-batch; 0 never.
         gradient: How the latents get theirs: copied from z_q, or turned as z is to reach it.
         kernel_size: Taps of the blur behind the targets, odd.
         sigma_rule: Sigma of that blur: Eq. 8 as printed, or OpenCV's rule.
@@ -324,8 +326,32 @@ _LEAST: dict[str, int] = {
     "log_every": 1,
 }
 
-# What a resumed run may change: how long it runs, what it reports, and where. Everything else
-# decides the numbers of the run, so a change there is an error.
+# Settings that decide the rounding of a run, but not what is trained.
+_HOW = ("precision", "channels_last", "backend", "compile", "memory", "deterministic")
+
+
+def how_computed(config: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Return what decides the rounding of a training run, with every ``auto`` resolved.
+
+    Args:
+        config: ``to_dict`` of a `TrainConfig` or a `TrainPriorConfig`.
+        device: Type of its device: cpu or cuda.
+    """
+    on_cuda = device == "cuda"
+    how = {"device": device, **{name: config[name] for name in _HOW if name in config}}
+    if how["precision"] == "auto":
+        how["precision"] = "bf16" if on_cuda else "fp32"
+    if how.get("channels_last") == "auto":
+        how["channels_last"] = "on" if on_cuda else "off"
+    if how.get("memory") == "strips":
+        how["memory"] = f"strips ({config['strips']})"
+    if not on_cuda:  # repeats there with and without
+        how.pop("deterministic", None)
+    return how
+
+
+# What a resumed run may change: how long it runs, what it reports, where and how it is computed.
+# Everything else decides what is trained, so a change there is an error.
 FREE_ON_RESUME = frozenset(
     {
         "out",

@@ -28,7 +28,7 @@ from msvq_fast.ops.checks import WorkError
 from msvq_fast.ops.vector_quantize import portable
 from msvq_fast.training.checkpoint import find_model, weights_digest
 from msvq_fast.training.inference import inference_mode
-from msvq_fast.training.results import check_writable
+from msvq_fast.training.results import check_writable, writing
 from msvq_fast.training.share_config import ExportConfig
 
 EXPORT_FILE = "export.json"
@@ -71,6 +71,7 @@ def run_export(config: ExportConfig) -> None:
     Raises:
         InputError: For a bad checkpoint, size or folder, or if ONNX is not installed.
         ExportError: If a graph disagrees with the model; the folder is as it was.
+        OSError: If a file cannot be written; the folder is as it was.
     """
     if config.format == "onnx":
         _need_onnx()
@@ -97,7 +98,8 @@ def run_export(config: ExportConfig) -> None:
             "compared": checks,
         }
         text = json.dumps(record, indent=1) + "\n"
-        (temporary / EXPORT_FILE).write_text(text, encoding="utf-8")
+        with writing(out / EXPORT_FILE):
+            (temporary / EXPORT_FILE).write_text(text, encoding="utf-8")
         for path in sorted(temporary.iterdir()):
             path.replace(out / path.name)
     finally:
@@ -201,10 +203,12 @@ def compare_images(
 
 def _write(program: ExportedProgram, path: Path, inputs: list[str], outputs: list[str]) -> Run:
     """Save a graph and return what the file, read again, does to tensors."""
+    final = path.parent.parent / path.name  # where it goes once it is compared
     if path.suffix == ".pt2":
         content = io.BytesIO()  # torch's own writer ends the process where the disk is full
         torch.export.save(program, content)
-        path.write_bytes(content.getbuffer())
+        with writing(final):
+            path.write_bytes(content.getbuffer())
         module = torch.export.load(path).module()
 
         def run_torch(arguments: Sequence[Tensor]) -> list[Tensor]:
@@ -212,15 +216,16 @@ def _write(program: ExportedProgram, path: Path, inputs: list[str], outputs: lis
             return [found] if isinstance(found, Tensor) else list(found)
 
         return run_torch
-    torch.onnx.export(
-        program,
-        f=path,
-        input_names=inputs,
-        output_names=outputs,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    with writing(final):
+        torch.onnx.export(
+            program,
+            f=path,
+            input_names=inputs,
+            output_names=outputs,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     runtime = importlib.import_module("onnxruntime")
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
 

@@ -18,7 +18,7 @@ from msvq_fast.data import ImageDataset, batches, batches_per_epoch, list_named_
 from msvq_fast.models import MSVQVAEConfig
 from msvq_fast.ops.checks import InputError
 from msvq_fast.training import checkpoint, distributed, resume
-from msvq_fast.training.config import TrainConfig
+from msvq_fast.training.config import TrainConfig, how_computed
 from msvq_fast.training.distributed import World
 from msvq_fast.training.failure import explain
 from msvq_fast.training.image_losses import ImageLosses
@@ -87,12 +87,8 @@ class _Run:
             state = checkpoint.read_state(start)
             resume.check_same_run(start, state, config, model_config, self.images, world.size)
         self.step: int = state["step"]
-        self.best: dict[str, Any] | None = state["best"]
-        if self.step >= self.total_steps and config.resume != "auto":
-            raise InputError(
-                f"{start} is at step {self.step} of {self.total_steps}: nothing is left to train; "
-                "raise epochs or steps"
-            )
+        self.best = resume.best_of_run(start, state, self.out)
+        resume.check_steps_left(start, self.step, self.total_steps, config)
         self._build(start)
         self._open_files(state)
 
@@ -148,10 +144,9 @@ class _Run:
 
     def _build(self, start: Path | None) -> None:
         config, world = self.config, self.world
-        on_cuda = world.device.type == "cuda"
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda)
-        self.autocast_dtype = torch.bfloat16 if bf16 else None
-        last = config.channels_last == "on" or (config.channels_last == "auto" and on_cuda)
+        how = how_computed(config.to_dict(), world.device.type)
+        self.autocast_dtype = torch.bfloat16 if how["precision"] == "bf16" else None
+        last = how["channels_last"] == "on"
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         torch.manual_seed(config.seed)
         if start is None:
@@ -212,7 +207,9 @@ class _Run:
         if self.step:
             done = "; nothing is left to train" if self.step >= self.total_steps else ""
             self.display.message(f"going on after step {self.step}{done}")
-            for change in resume.describe_changes(state, self.config, self.images, self.world.size):
+            changes = resume.describe_changes(state, self.config, self.images, self.world.size)
+            changes += resume.describe_computation(state, self.config, self.world.device.type)
+            for change in changes:
                 self.display.message(f"warning: {change}")
 
     def close(self) -> None:
@@ -339,6 +336,8 @@ class _Run:
             self.warned = True
             self.display.message(warning)
         new = {path: why for path, why in self.dataset.skipped.items() if path not in self.reported}
+        for part in distributed.gather(new, self.world):  # each process reads images of its own
+            new.update(part)
         for path, reason in new.items():
             self.reported.add(path)
             self.display.message(
@@ -387,6 +386,7 @@ class _Run:
                 "best": self.best,
                 **self.images,
                 "world_size": self.world.size,
+                "device": self.world.device.type,
                 "config": self.config.to_dict(),
                 "model_config": resume.describe_model(self.model_config),
             },

@@ -17,7 +17,8 @@ from msvq_fast import priors
 from msvq_fast.data import epoch_order
 from msvq_fast.ops import InputError
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig, PriorOutput
-from msvq_fast.training import checkpoint, distributed
+from msvq_fast.training import checkpoint, distributed, resume
+from msvq_fast.training.config import how_computed
 from msvq_fast.training.distributed import World
 from msvq_fast.training.failure import explain
 from msvq_fast.training.interrupt import StopSignals
@@ -25,7 +26,6 @@ from msvq_fast.training.optimizer import Schedule, warmup_steps
 from msvq_fast.training.prior_config import PRIOR_FREE_ON_RESUME, TrainPriorConfig
 from msvq_fast.training.progress import PRIOR_COLUMNS, MetricsFile, open_display
 from msvq_fast.training.results import write_text
-from msvq_fast.training.resume import check_unchanged, choose_checkpoint
 from msvq_fast.training.tokens import Tokens, load_tokens
 from msvq_fast.training.window import TrainingError, check_weights
 
@@ -121,7 +121,7 @@ class _Run:
         self.held_out = self._load_held_out()
         self._plan()
         start = distributed.first_decides(
-            lambda: choose_checkpoint(config, lambda text: print(text, flush=True)), world
+            lambda: resume.choose_checkpoint(config, lambda text: print(text, flush=True)), world
         )
         torch.manual_seed(config.seed)
         self.prior = build_prior(config, self.tokens)
@@ -139,7 +139,7 @@ class _Run:
             state = checkpoint.read_state(start)
             # An earlier version's checkpoint lacks later options; it ran with their defaults.
             defaults = {**TrainPriorConfig(tokens="").to_dict(), "processes": 1}
-            check_unchanged(
+            resume.check_unchanged(
                 start,
                 {**defaults, **state["config"], **state["model_config"]},
                 {**config.to_dict(), **self.description},
@@ -147,12 +147,8 @@ class _Run:
             )
             self.prior = priors.from_pretrained(start, backend=config.backend)
         self.step: int = state["step"]
-        self.best: dict[str, Any] | None = state["best"]
-        if self.step >= self.total_steps and config.resume != "auto":
-            raise InputError(
-                f"{start} is at step {self.step} of {self.total_steps}: nothing is left to train; "
-                "raise epochs or steps"
-            )
+        self.best = resume.best_of_run(start, state, self.out)
+        resume.check_steps_left(start, self.step, self.total_steps, config)
         self.prior.to(device).train()
         self.optimizer = torch.optim.AdamW(
             self.prior.parameters(),
@@ -168,7 +164,7 @@ class _Run:
             if world.leads:
                 self.sums.copy_(saved["window"])
         self.wrapped = distributed.wrap(self.prior, world)
-        self._open_files()
+        self._open_files(state)
 
     def _load_held_out(self) -> Tokens | None:
         if self.config.validation is None:
@@ -203,10 +199,10 @@ class _Run:
         self.schedule = Schedule(
             "cosine", config.lr, warmup, self.total_steps, config.min_lr_fraction
         )
-        on_cuda = self.device.type == "cuda"
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda)
+        how = how_computed(config.to_dict(), self.device.type)
+        self.bf16 = how["precision"] == "bf16"
 
-    def _open_files(self) -> None:
+    def _open_files(self, state: dict[str, Any]) -> None:
         self.metrics = None
         if self.world.leads:
             (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -229,6 +225,8 @@ class _Run:
         if self.step:
             done = "; nothing is left to train" if self.step >= self.total_steps else ""
             self.display.message(f"going on after step {self.step}{done}")
+            for change in resume.describe_computation(state, self.config, self.device.type):
+                self.display.message(f"warning: {change}")
 
     def close(self) -> None:
         """Give the terminal back and close the files."""
@@ -382,6 +380,7 @@ class _Run:
             state={
                 "step": self.step,
                 "best": self.best,
+                "device": self.device.type,
                 "config": self.config.to_dict(),
                 "model_config": self.description,
             },

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from msvq_fast.ops.checks import InputError
+from msvq_fast.training.results import writing
 
 METRICS = "metrics.jsonl"
 
@@ -195,6 +196,7 @@ class MetricsFile:
 
     Raises:
         InputError: If another run has it open, or TensorBoard is asked for and not installed.
+        OSError: If it cannot be written; what it says is kept.
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
@@ -204,18 +206,20 @@ class MetricsFile:
             self._events = _open_events(folder, step) if tensorboard else None
             kept = _lines_upto(path, step) if step else []
             temporary = path.with_name(f".{METRICS}.{os.getpid()}")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            self._file: IO[str] = temporary.open("a", encoding="utf-8")
-            _lock(self._file)
-            temporary.replace(path)
+            try:
+                with writing(path):
+                    temporary.write_text("".join(kept), encoding="utf-8")
+                    self._file: IO[str] = temporary.open("a", encoding="utf-8")
+                    _lock(self._file)
+                    temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; `OSError` naming the file if it cannot be written."""
-        try:
+        with writing(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise OSError(f"cannot write {self._path}: {error.strerror or error}") from error
         if self._events is None:
             return
         for name, value in record.items():

@@ -14,6 +14,7 @@ from msvq_fast.data import ImagePath, StoredImage
 from msvq_fast.models import MSVQVAEConfig, VQVAE2Config
 from msvq_fast.ops.checks import InputError
 from msvq_fast.training.checkpoint import (
+    CHECKPOINTS,
     STATE,
     CorruptCheckpointError,
     checkpoints_to_resume,
@@ -21,7 +22,7 @@ from msvq_fast.training.checkpoint import (
     read_state,
     verify,
 )
-from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig
+from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig, how_computed
 from msvq_fast.training.optimizer import optimizer_settings
 from msvq_fast.training.prior_config import TrainPriorConfig
 
@@ -83,6 +84,33 @@ def _newest_good(run: Path, say: Callable[[str], None]) -> Path:
         else:
             return path
     raise InputError(f"no checkpoint of {run} can be used: {problem}")
+
+
+def best_of_run(start: Path | None, state: dict[str, Any], out: Path) -> dict[str, Any] | None:
+    """Return the best validation so far whose checkpoint is in ``out``, if there is one.
+
+    That of another run's folder is not: a run that goes on from there finds a best of its own.
+
+    Args:
+        start: Checkpoint that the run goes on from.
+        state: Its ``state.json``.
+        out: Folder of the run.
+    """
+    if start is None or start.resolve().parent != (out / CHECKPOINTS).resolve():
+        return None
+    best: dict[str, Any] | None = state["best"]
+    return best
+
+
+def check_steps_left(
+    start: Path | None, step: int, total_steps: int, config: TrainConfig | TrainPriorConfig
+) -> None:
+    """Raise InputError if ``start`` is at the end already and was named itself."""
+    if step >= total_steps and config.resume != "auto":
+        raise InputError(
+            f"{start} is at step {step} of {total_steps}: nothing is left to train; "
+            "raise epochs or steps"
+        )
 
 
 def describe_images(images: Mapping[str, ImagePath]) -> dict[str, Any]:
@@ -175,11 +203,43 @@ def describe_changes(
     now = _shares(config.to_dict(), processes)
     if before != now:
         shares = [f"{name} {before[name]} -> {now[name]}" for name in _SHARES]
+        if state["model_config"].get("restart_below"):
+            effect = "codes restart at other latents of them, so results differ"
+        else:
+            effect = "sums run in another order, so results agree only up to rounding"
         changes.append(
             f"{', '.join(shares)}: every step has the same {math.prod(now.values())} crops as "
-            "before, but sums run in another order, so results agree only up to rounding"
+            f"before, but {effect}"
         )
     return changes
+
+
+def describe_computation(
+    state: dict[str, Any], config: TrainConfig | TrainPriorConfig, device: str
+) -> list[str]:
+    """How steps are computed otherwise than in the run of ``state``: one line, or none.
+
+    Args:
+        state: ``state.json`` of the checkpoint. That of an earlier version says nothing of the
+            device, which is taken to be the same, and lacks later options.
+        config: What is asked for now.
+        device: Type of the device now.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    before = how_computed({**defaults, **state["config"]}, state.get("device", device))
+    now = how_computed(config.to_dict(), device)
+    changed = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
+    if not changed:
+        return []
+    if isinstance(config, TrainPriorConfig) and before["device"] != device:
+        effect = "masks and dropout are drawn by the device, so results differ"
+    else:
+        effect = "what is trained is the same, but results may differ by rounding"
+    return [f"{', '.join(changed)}: {effect}"]
 
 
 def _with_rates(config: dict[str, Any]) -> dict[str, Any]:

@@ -281,6 +281,22 @@ def test_metrics_that_cannot_be_written_are_named(
     assert capsys.readouterr().err == f"msvq: error: cannot write {metrics}: File too large\n"
 
 
+def test_a_full_disk_on_resume_names_the_metrics_and_keeps_them(
+    run: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = run / "metrics.jsonl"
+    content, names = metrics.read_text(), sorted(path.name for path in run.iterdir())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, before[1]))
+    try:
+        assert train(run, "--steps=6", "--validate_every=0", "--resume=auto") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err == f"msvq: error: cannot write {metrics}: File too large\n"
+    assert metrics.read_text() == content
+    assert sorted(path.name for path in run.iterdir()) == names
+
+
 def test_find_model_takes_runs_checkpoints_and_saved_models(run: Path, tmp_path: Path) -> None:
     older, newest = list_checkpoints(run)
     assert find_model(run) == newest

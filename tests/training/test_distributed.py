@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,22 @@ def test_two_processes_train_as_one(
     assert two[0] == pytest.approx(one[0], rel=1e-6)
     if statistics == STATISTICS:  # a lone process restarts codes at other latents
         assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_images_that_any_process_skips_are_named_once(
+    tmp_path: Path, pictures: Path, train_command: TrainCommand
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    broken = sorted((data / "train").iterdir())[::2]
+    for path in broken:
+        path.write_bytes(b"")
+    # An epoch in which each process reads five of the ten.
+    run = ("--steps=5", "--validate_every=0", "--batch_size=1", "--repeat=1", f"--data={data}")
+    first, second = run_two(tmp_path, train_command(tmp_path / "two", *run), WORKER)
+    assert (first[0], second) == (0, (0, ""))
+    assert [first[1].count(str(path)) for path in broken] == [1] * 5
+    assert "skipped image 5 of 10: " in first[1]
 
 
 def test_a_process_that_dies_ends_the_other_and_one_goes_on(

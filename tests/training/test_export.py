@@ -45,22 +45,28 @@ def command(folder: Path, *options: str) -> int:
     return main(["export", f"--checkpoint={folder / 'model'}", f"--out={folder / 'out'}", *options])
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "file"), [("torch", "encode.pt2"), ("onnx", "encode.onnx")])
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, kind: str, file: str) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
     small_model("tiny").save_pretrained(tmp_path / "model")
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
         "from msvq_fast.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    options = ["--format=torch", f"--checkpoint={tmp_path / 'model'}", f"--out={tmp_path / 'out'}"]
+    out = tmp_path / "out"
+    options = [f"--format={kind}", f"--checkpoint={tmp_path / 'model'}", f"--out={out}"]
     done = subprocess.run(
         [sys.executable, "-c", code, "export", *options],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 2 and "File too large" in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert done.returncode == 2
+    assert done.stderr == f"msvq: error: cannot write {out / file}: File too large\n"
+    assert list(out.iterdir()) == []
 
 
 def test_onnx_runtime_gives_the_tokens_of_pytorch(

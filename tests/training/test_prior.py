@@ -82,6 +82,23 @@ def test_the_best_is_that_of_the_same_validation(
         assert find_model(tmp_path) == checkpoint_path(tmp_path, best)
 
 
+def test_a_run_in_another_folder_finds_a_best_of_its_own(
+    tokens: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    figures = iter([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])  # after every step
+    monkeypatch.setattr(training, "validate_prior", lambda *a, **o: next(figures))
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ("--batch_size=22", "--keep_last=1")
+    assert train(tokens, first, "--steps=1", *options) == 0
+    on = (f"--resume={first}", "--backend=reference")
+    assert train(tokens, second, "--steps=3", *on, *options) == 0
+    assert find_model(second) == checkpoint_path(second, 2)
+    assert "warning: backend None -> reference: what is trained" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("kind", "attention"), KINDS)
 def test_it_learns_what_can_be_learnt(
     tokens: list[str], tmp_path: Path, kind: str, attention: str

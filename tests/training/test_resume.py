@@ -1,0 +1,106 @@
+"""What a run that goes on says and keeps when it does so elsewhere or otherwise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msvq_fast.training import loop
+from msvq_fast.training.checkpoint import checkpoint_path, find_model, list_checkpoints, read_state
+from msvq_fast.training.config import TrainConfig
+from msvq_fast.training.prior_config import TrainPriorConfig
+from msvq_fast.training.resume import describe_changes, describe_computation
+
+Train = Callable[..., int]
+
+
+def state_of(config: TrainConfig, **others: Any) -> dict[str, Any]:
+    return {"config": config.to_dict(), "model_config": {}, **others}
+
+
+def test_a_run_in_another_folder_finds_a_best_of_its_own(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = iter([30.0, 20.0, 10.0, 15.0])  # in dB, after every epoch of five steps
+    monkeypatch.setattr(loop, "validate", lambda *a, **o: ([0.1], [next(figures)]))
+    first, second = tmp_path / "first", tmp_path / "second"
+    schedule = ("--schedule=constant", "--keep_last=1")
+    assert train(first, "--steps=5", *schedule) == 0
+    assert train(second, "--steps=15", f"--resume={first}", *schedule) == 0
+    assert find_model(second) == checkpoint_path(second, 10)
+    assert train(second, "--steps=20", f"--resume={second}", *schedule) == 0
+    assert find_model(second) == checkpoint_path(second, 10)
+
+
+def test_another_way_to_compute_is_a_warning(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, "--steps=2", "--validate_every=0") == 0
+    on = ("--validate_every=0", "--resume=auto")
+    assert train(tmp_path, "--steps=3", "--channels_last=off", "--strips=4", *on) == 0
+    assert "warning" not in capsys.readouterr().out
+    other = ("--channels_last=on", "--memory=strips", "--backend=reference")
+    assert train(tmp_path, "--steps=4", *other, *on) == 0
+    assert (
+        "warning: channels_last off -> on, backend None -> reference, memory default -> strips (8)"
+        ": what is trained is the same, but results may differ by rounding\n"
+    ) in capsys.readouterr().out
+    assert train(tmp_path, "--steps=5", *other, "--strips=2", *on) == 0
+    assert "warning: memory strips (8) -> strips (2): what" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_an_earlier_version_warns_of_what_it_tells(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--validate_every=0", "--resume=auto")
+    assert train(tmp_path, "--steps=2", *options) == 0
+    file = list_checkpoints(tmp_path)[-1] / "state.json"
+    state = json.loads(file.read_text())
+    assert state.pop("device") == "cpu"
+    for name in ("backend", "channels_last", "compile", "memory", "strips", "deterministic"):
+        del state["config"][name]
+    file.write_text(json.dumps(state))
+    assert train(tmp_path, "--steps=3", *options) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert read_state(list_checkpoints(tmp_path)[-1])["step"] == 3
+    assert describe_computation(state, TrainConfig(memory="sequential"), "cpu") == [
+        "memory default -> sequential: what is trained is the same, but results may differ by "
+        "rounding"
+    ]
+
+
+def test_auto_is_known_by_the_device() -> None:
+    config = TrainConfig(deterministic=True)
+    (line,) = describe_computation(state_of(config, device="cuda"), config, "cpu")
+    assert line.startswith("device cuda -> cpu, precision bf16 -> fp32, channels_last on -> off: ")
+    assert not describe_computation(state_of(config), config, "cuda")
+    # CPUs repeat with and without; CUDA does not.
+    without = TrainConfig()
+    assert not describe_computation(state_of(config, device="cpu"), without, "cpu")
+    (line,) = describe_computation(state_of(config, device="cuda"), without, "cuda")
+    assert line.startswith("deterministic True -> False: ")
+    prior = TrainPriorConfig(tokens="")
+    assert describe_computation({"config": prior.to_dict(), "device": "cuda"}, prior, "cpu") == [
+        "device cuda -> cpu, precision bf16 -> fp32: masks and dropout are drawn by the device, "
+        "so results differ"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("restart_below", "message"),
+    [
+        (0.0, "sums run in another order, so results agree only up to rounding"),
+        (0.5, "codes restart at other latents of them, so results differ"),
+    ],
+)
+def test_steps_that_are_shared_out_otherwise(restart_below: float, message: str) -> None:
+    config = TrainConfig(batch_size=4)
+    state = state_of(config, world_size=2)
+    state["model_config"]["restart_below"] = restart_below
+    images = {"images": 1, "images_sha256": ""}
+    (line,) = describe_changes(state, TrainConfig(batch_size=8), images, 1)
+    assert line.endswith(f"every step has the same 8 crops as before, but {message}")
