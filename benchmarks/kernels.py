@@ -5,8 +5,8 @@ python benchmarks/kernels.py [FILE ...] [--arch 80 90 100] [--match TEXT] [--out
 Without FILE: every ``triton_kernels.py``, ``*_cuda.cu`` and (for sm_90a alone) ``*_hopper.cu`` of
 the package, written as a table to ``benchmarks/KERNELS.md``; with FILEs their table is printed.
 Exit status 1, and one line each, for a kernel that does not compile, spills, needs more shared
-memory than a block can have, or lacks the tensor-core instructions it claims. Only Triton's own
-cache keeps anything.
+memory than a block can have, or lacks the tensor-core instructions or the barrier it claims. Only
+Triton's own cache keeps anything.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Compiled(NamedTuple):
     tensor_cores: str = ""
     loop: int = 0
     claims_tensor_cores: bool = False
+    lacks_barrier: bool = False
     error: str = ""
 
 
@@ -122,6 +123,7 @@ def compile_variant(index: int, arch: int) -> list[Compiled]:
             shared=made.metadata.shared,
             loop=_inner_loop(text),
             tensor_cores=_tensor_cores(text),
+            lacks_barrier=variant.barrier and "BAR.SYNC" not in text,
         )
     ]
 
@@ -242,6 +244,8 @@ def faults(row: Compiled) -> list[str]:
         found.append(f"{where} needs {row.shared} bytes of shared memory; a block has {limit}")
     if row.claims_tensor_cores and row.arch in CLAIMED_ON and not row.tensor_cores:
         found.append(f"{where} has no tensor-core instruction")
+    if row.lacks_barrier:
+        found.append(f"{where} has no barrier")
     return found
 
 

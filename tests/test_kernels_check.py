@@ -45,6 +45,7 @@ def variants():
         KernelVariant("clean product", product, half, {"SIDE": 64}, tensor_cores=True),
         KernelVariant("spilling product", product, half, {"SIDE": 128}, num_warps=2),
         KernelVariant("false claim", copy, copied, {"BLOCK": 256}, tensor_cores=True),
+        KernelVariant("no wait", copy, copied, {"BLOCK": 256}, barrier=True),
         KernelVariant("wrong type", product, {**half, "a": "*fp32"}, {"SIDE": 64}),
     ]
 """
@@ -98,6 +99,7 @@ def test_sound_kernels_pass_on_every_architecture(fixture_module: Path) -> None:
     [
         ("spilling product", "spills registers"),
         ("false claim", "has no tensor-core instruction"),
+        ("no wait", "has no barrier"),
         ("wrong type", "does not compile"),
     ],
 )

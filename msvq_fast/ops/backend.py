@@ -42,6 +42,7 @@ class KernelVariant(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = False  # its SASS must hold tensor-core instructions
+    barrier: bool = False  # and a barrier of the block: it writes what several warps read
     fp_fusion: bool = True  # whether a product may be contracted with the addition after it
     max_registers: int | None = None  # of a thread, from sm_90 on; 255 everywhere
 

@@ -154,9 +154,13 @@ def verify(path: Path, state: dict[str, Any]) -> None:
             raise CorruptCheckpointError(f"{file} is corrupt: its checksum does not match")
 
 
-def load_optimizer(path: Path, device: torch.device) -> dict[str, Any]:
-    """Load ``optimizer.pt`` of a verified checkpoint, tensors only, onto ``device``."""
-    loaded: dict[str, Any] = torch.load(path / OPTIMIZER, map_location=device, weights_only=True)
+def load_optimizer(path: Path) -> dict[str, Any]:
+    """Load ``optimizer.pt`` of a verified checkpoint, tensors only, into the host's memory.
+
+    An optimizer takes to its device what belongs there. Numbers of steps may not: read from a GPU
+    they would wait for it once for every parameter and step.
+    """
+    loaded: dict[str, Any] = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     return loaded
 
 

@@ -68,11 +68,16 @@ def join(device: str) -> Iterator[World]:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device, local_rank if size > 1 else None)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if size == 1:
-        yield World(0, 1, chosen)
-        return
+    with torch.cuda.device(chosen) if chosen.type == "cuda" else contextlib.nullcontext():
+        if size == 1:
+            yield World(0, 1, chosen)
+        else:
+            with _group(rank, size, chosen) as world:
+                yield world
+
+
+@contextlib.contextmanager
+def _group(rank: int, size: int, chosen: torch.device) -> Iterator[World]:
     # gloo for host tensors too: agreeing on a stop must not wait for the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
@@ -162,9 +167,10 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
 
 def gradient_sync(wrapped: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[Any]:
     """Skip the gradients' all-reduce for all but the last micro-batch."""
-    if wanted or not isinstance(wrapped, DistributedDataParallel):
+    plain = getattr(wrapped, "_orig_mod", wrapped)  # of torch.compile's module
+    if wanted or not isinstance(plain, DistributedDataParallel):
         return contextlib.nullcontext()
-    return wrapped.no_sync()
+    return plain.no_sync()
 
 
 def start_reducing(statistics: Sequence[tuple[Tensor, ...]], world: World) -> Callable[[], None]:

@@ -164,7 +164,7 @@ class _Run:
         self.window = Window(images, model_config.num_scales, model_config.num_codes, world)
         self.losses = ImageLosses(config, self.model, world, self.total_steps, self.autocast_dtype)
         if start is not None:
-            saved = checkpoint.load_optimizer(start, world.device)
+            saved = checkpoint.load_optimizer(start)
             self.optimizer.load_state_dict(saved["optimizer"])
             self.window.load_state_dict(saved["window"])
             self.losses.load_state_dict(saved.get("image_losses", {}))

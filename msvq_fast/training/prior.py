@@ -159,7 +159,7 @@ class _Run:
         # Sums since the last log line: the loss, the NLL of every scale, the steps.
         self.sums = torch.zeros(len(self.tokens.grids) + 2, device=device)
         if start is not None:
-            saved = checkpoint.load_optimizer(start, device)
+            saved = checkpoint.load_optimizer(start)
             self.optimizer.load_state_dict(saved["optimizer"])
             if world.leads:
                 self.sums.copy_(saved["window"])

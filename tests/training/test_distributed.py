@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from msvq_fast.training.checkpoint import list_checkpoints, read_state, verify
+from msvq_fast.training.distributed import gradient_sync, leave
 from tests.training.two_processes import run_two
 
 Train = Callable[..., int]
@@ -205,3 +208,18 @@ def test_a_process_that_cannot_start_ends_the_other(
         first[1],
     )
     assert not list_checkpoints(tmp_path / "two")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_only_the_last_micro_batch_is_reduced(tmp_path: Path, compiled: bool) -> None:
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain = DistributedDataParallel(torch.nn.Linear(2, 2))
+        wrapped = torch.compile(plain, backend="eager") if compiled else plain
+        found = []
+        for last in (False, True):
+            with gradient_sync(wrapped, last):
+                found.append(plain.require_backward_grad_sync)
+    finally:
+        leave()
+    assert found == [False, True]

@@ -148,6 +148,7 @@ def forward_kernel(
             old = load_tokens(before, place, there, d, d, DP)
             acc = acc * shrink[:, None] + old * old_sum[:, None]
             state_max = new_max
+            tl.debug_barrier()  # several warps read what one writes below
         some = state_sum != 0.0  # true for NaN too
         total = tl.where(some, state_sum, 1.0)
         result = acc * (1.0 / total)[:, None]

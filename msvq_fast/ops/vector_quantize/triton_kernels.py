@@ -51,8 +51,10 @@ def unsupported(z: Tensor, codebook: Tensor) -> str | None:
         return f"the Triton kernel takes a float32 codebook, it is {codebook.dtype}"
     if codebook.shape[1] > MOST_WIDTH:
         return f"the Triton kernel takes D up to {MOST_WIDTH}, it is {codebook.shape[1]}"
-    if z.numel() // codebook.shape[1] >= 2**31 - 2**16:
+    if z.numel() // codebook.shape[1] >= 2**31 - 2**18:  # a step of all programs further
         return f"the Triton kernel takes fewer than 2**31 latents, z is {tuple(z.shape)}"
+    if codebook.shape[0] * block_width(codebook.shape[1]) >= 2**31 - 2**18:
+        return f"the Triton kernel takes codebooks of 2**31 values, it is {tuple(codebook.shape)}"
     return None
 
 

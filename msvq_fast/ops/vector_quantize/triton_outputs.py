@@ -224,6 +224,8 @@ def move_codebook(
         vector = tl.where(dead[:, None], fresh, vector)
         sums = tl.where(dead[:, None], fresh * start_mass, sums)
         size = tl.where(dead, start_mass, size)
+    # Every warp reads the few masses itself: none may write them before all have.
+    tl.debug_barrier()
     tl.store(codebook_ptr + at, vector, mask=mask)
     tl.store(sums_ema_ptr + at, sums, mask=mask)
     tl.store(size_ptr + codes, size, mask=inside)

@@ -126,7 +126,7 @@ def variants() -> list[KernelVariant]:
         for smooth in (False, True):
             flags = {"LAPLACE": smooth, "RESTART": smooth, "BK": moved_codes(width), "BD": width}
             label = f"d{width}" + " laplace restart" * smooth
-            out.append(_variant(move, label, "*fp32", flags))
+            out.append(_variant(move, label, "*fp32", flags, barrier=True))
     return out
 
 
