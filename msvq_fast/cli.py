@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
+import io
 import os
 import re
 import sys
@@ -115,14 +117,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     its number a signal. Errors are one line on stderr.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="replace")  # rather "?" than no help
     try:
         command, config = parse(argv)
+        return _run(command, config)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
     except SystemExit as exit_:  # --help, --version and --print_config have printed
         return int(exit_.code or 0)
     except ArgumentError as error:
         named = next((word for word in argv if word in COMMANDS), None)
         return _fail(_one_line(str(error), named), 2)
-    return _run(command, config)
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Any]:
@@ -142,23 +149,27 @@ def _run(command: Command, config: Any) -> int:
     from PIL import Image
     from torch import OutOfMemoryError
 
+    from msvq_fast.ops.backend import NOT_BUILT, is_built
     from msvq_fast.ops.checks import InputError, WorkError
 
     # Pillow warns of large images, which are read; twice as large ones are refused and named.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    if not is_built():
+        print(f"msvq: note: {NOT_BUILT}; the CPU is several times slower without", file=sys.stderr)
     try:
         result = getattr(importlib.import_module(command.module), command.function)(config)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except SystemExit:  # what rich makes of that
         return 141
     except (InputError, OSError) as error:
         return _fail(str(error), 2)
     except OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         return _fail(f"{reason}; lower batch_size and raise accumulate as much", 1)
-    except KeyboardInterrupt:
-        return _fail("stopped", 130)
     except WorkError as error:
         return _fail(str(error), 1)
     return result if isinstance(result, int) else 0
@@ -201,7 +212,7 @@ def _add_options(parser: ArgumentParser, config: type[Any], prefix: str) -> None
         if dataclasses.is_dataclass(hint):
             _add_options(parser, typing.cast("type[Any]", hint), f"{name}.")
             continue
-        options: dict[str, Any] = {"help": texts[field.name].replace("%", "%%")}
+        options: dict[str, Any] = {"help": texts.get(field.name, "").replace("%", "%%")}
         if field.default is dataclasses.MISSING:
             options["required"] = True
         else:
@@ -214,8 +225,9 @@ def _add_options(parser: ArgumentParser, config: type[Any], prefix: str) -> None
 
 def attribute_texts(config: type[Any]) -> dict[str, str]:
     """Read the ``Attributes:`` section of a docstring: the one place that documents a field."""
-    section = (config.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, flags=re.MULTILINE)
+    # From Python 3.13 on docstrings come without their indentation, under -OO not at all.
+    section = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
     plain = {name: " ".join(text.split()).replace("``", "") for name, text in entries}
     return {name: re.sub(r"\bNone\b", "null", text) for name, text in plain.items()}
 

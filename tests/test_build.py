@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,26 @@ def build(tmp_path: Path, works: str) -> tuple[str, list[str], bool]:
     assert done.returncode == 0, done.stderr
     made = list((tmp_path / "lib").rglob("_C*"))
     return done.stdout + done.stderr, log.read_text(encoding="utf-8").splitlines(), bool(made)
+
+
+def test_a_source_distribution_can_be_built(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "--formats", "tar", "--dist-dir", tmp_path],
+        capture_output=True,
+        cwd=ROOT,
+        check=True,
+    )
+    with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "csrc", "msvq_fast"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    ).stdout.split()
+    assert {"CMakeLists.txt", "constraints.txt", "setup.py", *tracked} <= names
+    assert not any(name.startswith("tests/") for name in names)
 
 
 def test_a_sound_build_runs_once(tmp_path: Path) -> None:

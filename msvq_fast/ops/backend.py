@@ -25,7 +25,16 @@ ORDER: dict[str, tuple[Backend, ...]] = {
     "cuda": ("triton", "native", "reference"),
     "cpu": ("native", "reference"),
 }
+NOT_BUILT = (
+    "the C++ extension was not built; install again with a C++17 compiler "
+    "(pip install -v says what is missing)"
+)
 _MODULES = {"native": "native", "triton": "triton_kernels"}
+
+
+def is_built() -> bool:
+    """Whether there is a C++ extension, working or not."""
+    return importlib.util.find_spec("msvq_fast._C") is not None
 
 
 class KernelVariant(NamedTuple):
@@ -63,7 +72,10 @@ class Op:
             try:
                 self.kernels[backend] = importlib.import_module(path)
             except ImportError as error:
-                self.missing[backend] = f"{backend} is not available: {error}"
+                built = backend != "native" or is_built()
+                self.missing[backend] = (
+                    f"{backend} is not available: {error if built else NOT_BUILT}"
+                )
 
     def why_not(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
         """Return why ``backend`` cannot run this call, or None if it can."""

@@ -170,7 +170,12 @@ def run_ui(config: UiConfig) -> None:
     # The fonts of the machine: the default theme's come from another site.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     print(f"http://{config.host}:{config.port} until Ctrl-C", flush=True)
-    page.launch(server_name=config.host, server_port=config.port, theme=theme, quiet=True)
+    try:
+        page.launch(server_name=config.host, server_port=config.port, theme=theme, quiet=True)
+    except OSError as error:
+        raise InputError(
+            f"port={config.port} of host={config.host!r} cannot be used; is it taken? give another"
+        ) from error
 
 
 def _picture(image: Tensor) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
@@ -14,8 +15,10 @@ import pytest
 import torch
 import yaml
 
+import msvq_fast
 from msvq_fast import __version__, models
-from msvq_fast.cli import main, parse
+from msvq_fast.cli import attribute_texts, main, parse
+from msvq_fast.ops.backend import Op
 from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig
 
 Train = Callable[..., int]
@@ -246,3 +249,42 @@ def test_a_saved_state_tells_what_made_it(tmp_path: Path, train: Train) -> None:
     assert state["versions"]["torch"] == torch.__version__
     assert (state["step"], state["epoch"], state["batch"], state["world_size"]) == (1, 0, 1, 1)
     assert state["model_config"]["num_codes"] == 8
+
+
+def test_options_are_explained_by_docstrings_without_indentation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Python 3.13 compiles them; under -OO there are none."""
+    want = attribute_texts(TrainConfig)
+    monkeypatch.setattr(TrainConfig, "__doc__", inspect.cleandoc(TrainConfig.__doc__ or ""))
+    assert attribute_texts(TrainConfig) == want and len(want) > 30
+    monkeypatch.setattr(TrainConfig, "__doc__", None)
+    assert main(["train", "--help"]) == 0
+
+
+@pytest.mark.parametrize("command", ["train --help", "info >&-"])
+def test_any_output_will_do(command: str) -> None:
+    line = f"{sys.executable} -m msvq_fast {command}"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+
+
+def test_a_reader_may_leave() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "msvq_fast", "info"]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_missing_extension_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "msvq_fast._C", None)
+    monkeypatch.delattr(msvq_fast, "_C", raising=False)
+    monkeypatch.delitem(sys.modules, "msvq_fast.ops.gaussian_blur.native", raising=False)
+    assert "C++17 compiler" in Op("msvq_fast.ops.gaussian_blur").missing["native"]
+    assert main(["info", "--presets"]) == 0
+    assert "note: the C++ extension was not built" in capsys.readouterr().err
