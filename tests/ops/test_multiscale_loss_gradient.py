@@ -28,6 +28,13 @@ def leaves(
     return [c.requires_grad_() for c in contributions], x
 
 
+def assert_same(got: Tensor, want: Tensor, contributions: list[Tensor]) -> None:
+    """Two losses and their gradients, bit for bit."""
+    assert torch.equal(got, want)
+    grads, same = (torch.autograd.grad(loss, contributions) for loss in (got, want))
+    assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+
+
 def held_bytes(contributions: list[Tensor], x: Tensor, **settings: object) -> int:
     """Bytes that the forward took from torch's allocator and has not given back."""
     gc.collect()
@@ -250,12 +257,7 @@ def test_compiles_whole_with_its_backward(dynamic: bool, recompute: bool) -> Non
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     got, want = compiled(contributions, x), step(contributions, x)
-    assert torch.equal(got, want)
-    for grad, same in zip(
-        torch.autograd.grad(got, contributions), torch.autograd.grad(want, contributions),
-        strict=True,
-    ):  # fmt: skip
-        assert torch.equal(grad, same)
+    assert_same(got, want, contributions)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -273,12 +275,7 @@ def test_one_graph_for_any_batch(dtype: torch.dtype, reduction: str) -> None:
     for batch in (2, 3, 5, 7):
         contributions, x = leaves((batch, 3, 16, 16), 2, dtype)
         got, want = compiled(contributions, x), step(contributions, x)
-        assert torch.equal(got, want)
-        for grad, same in zip(
-            torch.autograd.grad(got, contributions), torch.autograd.grad(want, contributions),
-            strict=True,
-        ):  # fmt: skip
-            assert torch.equal(grad, same)
+        assert_same(got, want, contributions)
     assert counter.frame_count == 1
 
 

@@ -67,33 +67,22 @@ def local_attention(
     bias, is as one outside the window; a query without keys gives 0.
     """
     with without_autocast(q.device.type):
-        return _attend(q, keys, values, bias, windows, scale)
-
-
-def _attend(
-    q: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    windows: Windows,
-    scale: float,
-) -> Tensor:
-    work = accumulation_dtype(q.dtype)
-    group = q.shape[1] // keys[0].shape[1]
-    query = q.to(work) * scale
-    scores = []
-    for n, key in enumerate(keys):
-        key = key.to(work).repeat_interleave(group, dim=1)
-        score = query @ key.transpose(-1, -2)  # (B, heads, N_m, N_n)
-        relative = bias[n]
-        if relative is not None:
-            score = score + _dense_bias(relative.to(work), windows, n)
-        scores.append(score)
-    logits = torch.cat(scores, dim=-1)
-    mask = torch.cat(window_mask(windows), dim=-1).to(q.device) & (logits != -torch.inf)
-    empty = ~mask.any(dim=-1, keepdim=True)
-    # An empty row is given finite scores, so that neither its softmax nor its gradient is NaN.
-    logits = logits.masked_fill(~mask, -torch.inf).masked_fill(empty, 0.0)
-    weights = logits.softmax(dim=-1).masked_fill(~mask, 0.0)
-    value = torch.cat([v.to(work).repeat_interleave(group, dim=1) for v in values], dim=2)
-    return (weights @ value).to(q.dtype)
+        work = accumulation_dtype(q.dtype)
+        group = q.shape[1] // keys[0].shape[1]
+        query = q.to(work) * scale
+        scores = []
+        for n, key in enumerate(keys):
+            key = key.to(work).repeat_interleave(group, dim=1)
+            score = query @ key.transpose(-1, -2)  # (B, heads, N_m, N_n)
+            relative = bias[n]
+            if relative is not None:
+                score = score + _dense_bias(relative.to(work), windows, n)
+            scores.append(score)
+        logits = torch.cat(scores, dim=-1)
+        mask = torch.cat(window_mask(windows), dim=-1).to(q.device) & (logits != -torch.inf)
+        empty = ~mask.any(dim=-1, keepdim=True)
+        # An empty row is given finite scores, so that neither its softmax nor its gradient is NaN.
+        logits = logits.masked_fill(~mask, -torch.inf).masked_fill(empty, 0.0)
+        weights = logits.softmax(dim=-1).masked_fill(~mask, 0.0)
+        value = torch.cat([v.to(work).repeat_interleave(group, dim=1) for v in values], dim=2)
+        return (weights @ value).to(q.dtype)
