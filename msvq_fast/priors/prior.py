@@ -77,10 +77,7 @@ class Prior(nn.Module, ABC):
         device = next(self.parameters()).device
         if not isinstance(first, Tensor):
             return torch.arange(first, first + batch, device=device)
-        if first.shape != (batch,) or first.dtype != torch.int64:
-            raise InputError(
-                f"first is {first.dtype} {tuple(first.shape)}; expected int64 {(batch,)}"
-            )
+        _check_int64("first", first, (batch,))
         return first.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -125,11 +122,7 @@ class Prior(nn.Module, ABC):
         if not 1 <= len(codes) <= len(grids):
             raise InputError(f"codes has {len(codes)} grids; expected 1 to {len(grids)}")
         for m, grid in enumerate(codes):
-            shape = (codes[0].shape[0], *grids[m])
-            if grid.shape != shape or grid.dtype != torch.int64:
-                raise InputError(
-                    f"codes[{m}] is {grid.dtype} {tuple(grid.shape)}; expected int64 {shape}"
-                )
+            _check_int64(f"codes[{m}]", grid, (codes[0].shape[0], *grids[m]))
         self._check_labels(labels, codes[0].shape[0])
 
     def check_draw(
@@ -150,10 +143,7 @@ class Prior(nn.Module, ABC):
         if fixed is not None:
             named["fixed"] = fixed
         for (name, grid), size in zip(named.items(), grids, strict=False):
-            if grid.shape != (batch, *size) or grid.dtype != torch.int64:
-                raise InputError(
-                    f"{name} is {grid.dtype} {tuple(grid.shape)}; expected int64 {(batch, *size)}"
-                )
+            _check_int64(name, grid, (batch, *size))
             if may_read(grid) and int(grid.max()) >= num_codes:
                 raise InputError(f"{name} has code {int(grid.max())}; expected below {num_codes}")
         self._check_labels(labels, batch)
@@ -164,12 +154,14 @@ class Prior(nn.Module, ABC):
         most = self.config.num_classes
         if most == 0:
             raise InputError("labels given; this prior has num_classes=0")
-        if labels.shape != (batch,) or labels.dtype != torch.int64:
-            raise InputError(
-                f"labels is {labels.dtype} {tuple(labels.shape)}; expected int64 {(batch,)}"
-            )
+        _check_int64("labels", labels, (batch,))
         if may_read(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= most:
             raise InputError(
                 f"labels span [{int(labels.min())}, {int(labels.max())}]; expected 0 to {most}, "
                 "which stands for none"
             )
+
+
+def _check_int64(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype != torch.int64:
+        raise InputError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected int64 {shape}")
