@@ -199,7 +199,8 @@ def compile_cuda(path: Path, order: int, arch: int) -> list[Compiled]:
                 shared=_number(r"(\d+) bytes smem", part),
                 loop=_inner_loop(functions.get(name, "")),
                 tensor_cores=_tensor_cores(functions.get(name, "")),
-                claims_tensor_cores=_is_hopper(path) and "quantize_kernel" in name,
+                claims_tensor_cores=_is_hopper(path)
+                and any(kernel in name for kernel in ("quantize_kernel", "bands_kernel")),
             )
         )
     names = _demangle([r.name for r in rows])

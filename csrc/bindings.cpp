@@ -9,6 +9,7 @@
 
 #include "gaussian_blur/gaussian_blur.h"
 #include "gaussian_blur/gaussian_blur_cuda.h"
+#include "gaussian_blur/gaussian_blur_hopper_params.h"
 #include "local_attention/local_attention.h"
 #include "memory.h"
 #include "multiscale_loss/multiscale_loss.h"
@@ -82,13 +83,32 @@ void gaussian_blur_cuda_on_host(Pointer x, Pointer out, int type, std::array<int
       gaussian_blur_params(x, out, type, size, taps_y, taps_x, border, adjoint), blocks, reversed);
 }
 
+#ifdef __GLIBC__
+// False where the kernel does not take these images.
+bool gaussian_blur_hopper_on_host(Pointer x, Pointer out, int type, std::array<int64_t, 4> size,
+                                  const std::vector<float>& taps_y,
+                                  const std::vector<float>& taps_x, int border, bool adjoint,
+                                  int64_t processors, int order) {
+  const msvq::GaussianBlurParams params =
+      gaussian_blur_params(x, out, type, size, taps_y, taps_x, border, adjoint);
+  if (!msvq::cuda::is_banded(params)) return false;
+  msvq::gaussian_blur_hopper_on_host(params, processors, order);
+  return true;
+}
+#endif
+
 #ifdef MSVQ_CUDA
 void gaussian_blur_cuda(Pointer x, Pointer out, int type, std::array<int64_t, 4> size,
                         const std::vector<float>& taps_y, const std::vector<float>& taps_x,
-                        int border, bool adjoint, int device, Pointer stream) {
-  const int error = msvq::gaussian_blur_cuda(
-      gaussian_blur_params(x, out, type, size, taps_y, taps_x, border, adjoint), device,
-      reinterpret_cast<void*>(stream));
+                        int border, bool adjoint, int device, Pointer stream,
+                        [[maybe_unused]] bool tensor_cores) {
+  const msvq::GaussianBlurParams params =
+      gaussian_blur_params(x, out, type, size, taps_y, taps_x, border, adjoint);
+  auto* run = &msvq::gaussian_blur_cuda;
+#ifdef MSVQ_HOPPER
+  if (tensor_cores && msvq::cuda::is_banded(params)) run = &msvq::gaussian_blur_hopper;
+#endif
+  const int error = run(params, device, reinterpret_cast<void*>(stream));
   if (error)
     throw std::runtime_error("gaussian_blur did not start on the GPU: " +
                              std::string(msvq::cuda_error_text(error)));
@@ -299,10 +319,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("gaussian_blur_cuda_on_host", &gaussian_blur_cuda_on_host, py::arg("x"), py::arg("out"),
         py::arg("type"), py::arg("size"), py::arg("taps_y"), py::arg("taps_x"), py::arg("border"),
         py::arg("adjoint"), py::arg("blocks"), py::arg("reversed"));
+#ifdef __GLIBC__
+  m.def("gaussian_blur_hopper_on_host", &gaussian_blur_hopper_on_host, py::arg("x"), py::arg("out"),
+        py::arg("type"), py::arg("size"), py::arg("taps_y"), py::arg("taps_x"), py::arg("border"),
+        py::arg("adjoint"), py::arg("processors"), py::arg("order"));
+#endif
 #ifdef MSVQ_CUDA
   m.def("gaussian_blur_cuda", &gaussian_blur_cuda, py::arg("x"), py::arg("out"), py::arg("type"),
         py::arg("size"), py::arg("taps_y"), py::arg("taps_x"), py::arg("border"),
-        py::arg("adjoint"), py::arg("device"), py::arg("stream"),
+        py::arg("adjoint"), py::arg("device"), py::arg("stream"), py::arg("tensor_cores"),
         py::call_guard<py::gil_scoped_release>());
 #endif
   py::class_<LossArguments>(m, "MultiscaleLossArguments")

@@ -6,15 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import peers
+import pytest
 import torch
 from device.rows import OURS, Bench, Case, Cost, Row, bound, relative_error
 from torch import Tensor
 
 from msvq_fast.ops import default_sigma, gaussian_pyramid, multiscale_loss
+from msvq_fast.ops.gaussian_blur.op import OP
 
 TAPS = 31
 SCALES = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TENSOR_CORES = f"{OURS} tensor cores"  # its kernel for Hopper
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 PEER_BLUR: dict[str, Callable[[Tensor, int, float], peers.Blur]] = {
     "kornia": peers.kornia_blur,
@@ -39,6 +42,24 @@ def blur_operations(x: Tensor) -> float:
     return (SCALES - 1) * x.numel() * 2 * TAPS * 2
 
 
+def tensor_core_pyramid(x: Tensor) -> Callable[[], list[Tensor]]:
+    """Blurs by the kernel for Hopper, which no call takes by default."""
+    native = OP.kernels.get("native")
+    if x.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    if not hasattr(getattr(native, "_C", None), "vector_quantize_hopper"):
+        pytest.skip("no extension with kernels for Hopper")
+
+    def pyramid() -> list[Tensor]:
+        native.TENSOR_CORES = True  # type: ignore[union-attr]
+        try:
+            return gaussian_pyramid(x, SCALES, kernel_size=TAPS, backend="native")
+        finally:
+            native.TENSOR_CORES = False  # type: ignore[union-attr]
+
+    return pyramid
+
+
 def peer_pyramid(x: Tensor, name: str) -> Callable[[], list[Tensor]]:
     """Coarsest first, each level the blur of the one after it."""
     sigma = default_sigma(TAPS)
@@ -54,8 +75,10 @@ def peer_pyramid(x: Tensor, name: str) -> Callable[[], list[Tensor]]:
 
 def pyramid(bench: Bench, dtype: str, layout: str, name: str) -> Case:
     (x,) = images(bench, dtype, layout, 1)
-    ours = name == OURS
-    if ours:
+    ours = name in (OURS, TENSOR_CORES)
+    if name == TENSOR_CORES:
+        run = tensor_core_pyramid(x)
+    elif ours:
         run = lambda: gaussian_pyramid(x, SCALES, kernel_size=TAPS)  # noqa: E731
     elif name in PEER_BLUR:
         run = peer_pyramid(x, name)
@@ -145,6 +168,8 @@ def rows() -> list[Row]:
                 names |= {"torch.compile": 1, "torch eager": 2}
             if dtype == "float32" and layout == "NCHW":
                 names |= dict.fromkeys(PEER_BLUR, 1)
+            if suite == "gaussian_blur" and layout == "NCHW":
+                names[TENSOR_CORES] = rank
             for name, row_rank in names.items():
                 found.append(Row(suite, group, name, bound(build, dtype, layout, name), row_rank))
     return found

@@ -110,6 +110,23 @@ inline bool __all_sync(unsigned mask, bool value) {
   return ballot("__all_sync of warp ", mask, value) == ~0u;
 }
 
+struct MaximumArgument {
+  unsigned value, result;
+};
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  check_mask(mask);
+  MaximumArgument argument{value, 0};
+  BlockModel::running().meet("__reduce_max_sync of warp ", &argument, [](void* const* lanes) {
+    unsigned most = 0;
+    for (int i = 0; i < 32; ++i) {
+      const unsigned own = static_cast<const MaximumArgument*>(lanes[i])->value;
+      most = own > most ? own : most;
+    }
+    for (int i = 0; i < 32; ++i) static_cast<MaximumArgument*>(lanes[i])->result = most;
+  });
+  return argument.result;
+}
+
 inline uint32_t shared_address(const void* pointer) {
   return BlockModel::running().address_of(pointer);
 }

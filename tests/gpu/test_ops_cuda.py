@@ -163,3 +163,32 @@ def test_blur_of_bytes(device: str, backend: str, layout, border: str) -> None: 
     want = gaussian_blur(x.double(), 31, border=border, backend="reference")
     assert out.dtype == torch.uint8
     assert (out.cpu().double() - want).abs().max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("border", BORDERS)
+def test_blur_on_tensor_cores(
+    device: str, dtype: torch.dtype, border: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = BLUR.kernels.get("native")
+    if native is None or not hasattr(native._C, "vector_quantize_hopper"):
+        pytest.skip("no extension with kernels for Hopper")
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    others = []
+    for shape, size in (((2, 3, 1024, 1024), 31), ((1, 2, 75, 141), 21), ((3, 1, 9, 130), 33)):
+        x = torch.rand(shape).to(device, dtype)
+        x[-1, 0, 3, 70] = float("inf")
+        monkeypatch.setattr(native, "TENSOR_CORES", True)
+        out = gaussian_blur(x, size, border=border, backend="native")
+        for _ in range(3):
+            assert torch.equal(out, gaussian_blur(x, size, border=border, backend="native"))
+        monkeypatch.setattr(native, "TENSOR_CORES", False)
+        plain = gaussian_blur(x, size, border=border, backend="native")
+        assert torch.equal(out.isfinite(), plain.isfinite())
+        others.append(torch.equal(out, plain))
+        clean = x.nan_to_num(posinf=0).double()
+        want = gaussian_blur(clean, size, border=border, backend="reference")
+        away = plain.isfinite()
+        assert_close("value", out[away].cpu(), want[away].cpu(), ulps=16)
+    assert dtype != torch.float32 or not all(others), "the other kernel ran"

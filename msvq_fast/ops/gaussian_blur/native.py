@@ -12,6 +12,9 @@ from msvq_fast import _C
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
 _CUDA_MAX_TAPS = 129
+# Whether Hopper GPUs blur on their tensor cores where they can (gaussian_blur_hopper.h). Off until
+# a measurement there has shown that this is quicker.
+TENSOR_CORES = False
 _CPU_MAX_TAPS = 8191  # a thread keeps as many rows, each as much wider than the image
 
 
@@ -68,7 +71,8 @@ def _gaussian_blur(
     else:
         with torch.cuda.device(x.device):
             stream = torch.cuda.current_stream().cuda_stream
-            _C.gaussian_blur_cuda(*arguments, x.device.index, stream)
+            tensor_cores = TENSOR_CORES and torch.cuda.get_device_capability() == (9, 0)
+            _C.gaussian_blur_cuda(*arguments, x.device.index, stream, tensor_cores)
     return out
 
 

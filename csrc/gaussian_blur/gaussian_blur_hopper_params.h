@@ -1,0 +1,70 @@
+// What the Gaussian blur's kernel for Hopper is given (gaussian_blur_hopper.h).
+#pragma once
+#include <cstdint>
+
+#include "gaussian_blur/gaussian_blur.h"
+
+namespace msvq {
+namespace cuda {
+
+constexpr int kBand = 16;         // outputs of a product
+constexpr int kBandHalo = 16;     // rows and columns around them; the largest radius
+constexpr int kBandBlocks = 3;    // blocks of 16 that outputs are sums of
+constexpr int kBandPixels = 128;  // of a strip
+constexpr int kBandColumns = kBandPixels + 2 * kBandHalo;
+constexpr int kBandWarps = kBandColumns / kBand;
+constexpr int kBandThreads = 32 * kBandWarps;
+constexpr int kBandHeld = 2;       // thread blocks that share a multiprocessor
+constexpr int kBandSteps = 32;     // of 16 rows that a block computes in one go
+constexpr int kBandTapScale = 12;  // taps are multiplied by 2^12
+
+struct BandParams {
+  const void* x;
+  void* out;
+  Border border;
+  bool pairs, out_pairs;  // two columns can be read, written at a time
+  int height, width, radius;
+  int64_t pitch;              // width
+  int count_x, groups;        // strips of a plane; blocks that share the units of one strip
+  int steps, units;           // of 16 rows: of a plane, of all planes
+  float half[kBandHalo + 1];  // taps by their distance from the middle
+};
+
+// Whether the kernel takes these images: not small kernels, which take the other fewer operations,
+// nor images that leave most of a strip empty.
+inline bool is_banded(const GaussianBlurParams& g) {
+  const bool apart = g.adjoint && (g.border == Border::reflect || g.border == Border::replicate);
+  bool fits = g.radius_y == g.radius_x && g.radius_x >= 10 && g.radius_x <= kBandHalo && !apart &&
+              g.inner == 1 && g.type != ImageType::uint8 && g.width >= kBandPixels / 4 * 3 &&
+              (g.height + 256) * (g.width + 256) < INT32_MAX &&
+              g.planes * (g.height / kBand + 1) < INT32_MAX;
+  for (int64_t j = 0; fits && j <= 2 * g.radius_x; ++j) fits = g.taps_x[j] == g.taps_y[j];
+  return fits;
+}
+
+inline BandParams band_params(const GaussianBlurParams& g, int64_t processors) {
+  BandParams p{};
+  p.x = g.x, p.out = g.out, p.border = g.border;
+  p.height = static_cast<int>(g.height), p.width = static_cast<int>(g.width), p.pitch = g.width;
+  p.radius = static_cast<int>(g.radius_x);
+  const uintptr_t pair = g.type == ImageType::float32 ? 8 : 4;
+  p.pairs = g.width % 2 == 0 && reinterpret_cast<uintptr_t>(g.x) % pair == 0;
+  p.out_pairs = g.width % 2 == 0 && reinterpret_cast<uintptr_t>(g.out) % pair == 0;
+  p.steps = (p.height + kBand - 1) / kBand;
+  p.units = static_cast<int>(g.planes * p.steps);
+  p.count_x = (p.width + kBandPixels - 1) / kBandPixels;
+  const int64_t groups = kBandHeld * processors / p.count_x;
+  p.groups = static_cast<int>(groups < 1 ? 1 : groups < p.units ? groups : p.units);
+  for (int64_t j = 0; j <= g.radius_x; ++j) p.half[j] = g.taps_x[g.radius_x + j];
+  return p;
+}
+
+}  // namespace cuda
+
+// Runs on the stream of the CUDA device with this index, where is_banded; returns a cudaError_t.
+int gaussian_blur_hopper(const GaussianBlurParams& params, int device, void* stream);
+
+// The same kernel on the host, as for a device of so many multiprocessors; see run_block for order.
+void gaussian_blur_hopper_on_host(const GaussianBlurParams& params, int64_t processors, int order);
+
+}  // namespace msvq

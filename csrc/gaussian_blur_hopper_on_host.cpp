@@ -1,0 +1,27 @@
+// The blur for Hopper run on the host, for tests without a GPU: see cuda/block_on_host.h.
+#include <cmath>
+#include <cstring>
+
+#if defined(__GLIBC__)  // for its fibers
+#include "gaussian_blur/gaussian_blur_hopper.h"
+
+namespace msvq {
+
+void gaussian_blur_hopper_on_host(const GaussianBlurParams& g, int64_t processors, int order) {
+  const cuda::BandParams params = cuda::band_params(g, processors);
+  cuda::for_float_type(g.type, [&](auto type) {
+    using T = typename decltype(type)::type;
+    alignas(cuda::BandShared) char memory[sizeof(cuda::BandShared)];
+    const int blocks = params.count_x * params.groups;
+    for (int block = 0; block < blocks; ++block) {
+      memset(memory, 0xFF, sizeof memory);  // NaN
+      auto& shared = reinterpret_cast<cuda::BandShared&>(memory);
+      cuda::run_block(cuda::kBandThreads, block, blocks, order, memory, sizeof memory,
+                      [&] { cuda::BandBlur<T>(params, shared).run(); });
+    }
+  });
+}
+
+}  // namespace msvq
+
+#endif
