@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msvq_fast.ops import InputError
+from msvq_fast.ops.checks import InputError, accumulation_dtype
 from msvq_fast.priors.prior import Prior, PriorOutput
 from msvq_fast.priors.sampling import check_sampling, draw_codes, uniforms
 from msvq_fast.priors.transformer import Memory, ScaleTransformer
@@ -40,7 +40,9 @@ class AutoregressivePrior(Prior):
     def forward(self, codes: Sequence[Tensor], labels: Tensor | None = None) -> PriorOutput:
         """Cross-entropy of every code of grids ``(B, h_m, w_m)`` int64, coarse to fine."""
         losses = [
-            F.cross_entropy(logits.flatten(0, 1).float(), grid.flatten())
+            F.cross_entropy(
+                logits.flatten(0, 1).to(accumulation_dtype(logits.dtype)), grid.flatten()
+            )
             for logits, grid in zip(self.logits(codes, labels), codes, strict=True)
         ]
         nll = torch.stack(losses)

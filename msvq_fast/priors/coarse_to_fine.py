@@ -59,7 +59,7 @@ def sample(
         raise InputError(f"settings has {len(options)} entries; expected {scales}, one per scale")
     codes = list(coarser)
     if codes:
-        prior.check_codes(codes, labels)
+        prior.check_codes(codes, labels, name="coarser", batch=count)
     for m in range(len(codes), last + 1):
         codes.append(
             prior.draw_scale(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msvq_fast.ops import InputError
-from msvq_fast.ops.checks import check_choice
+from msvq_fast.ops.checks import accumulation_dtype, check_choice
 from msvq_fast.priors.prior import Prior, PriorOutput
 from msvq_fast.priors.sampling import check_sampling, draw_codes, gumbels, uniforms
 
@@ -56,9 +56,10 @@ class MaskGITPrior(Prior):
             logits = self._logits(
                 m, codes[:m], own.masked_fill(masked, self.config.num_codes), labels
             )
+            flat, target = logits.flatten(0, 1), own.flatten()
+            flat = flat.to(accumulation_dtype(flat.dtype))
             # Means by weights and not by selection, whose size the host would have to wait for.
-            weight = masked.float() / masked.sum()
-            flat, target = logits.flatten(0, 1).float(), own.flatten()
+            weight = masked.to(flat.dtype) / masked.sum()
             each = F.cross_entropy(flat, target, reduction="none", label_smoothing=label_smoothing)
             losses.append((each * weight.flatten()).sum())
             with torch.no_grad():
@@ -132,7 +133,8 @@ class MaskGITPrior(Prior):
             codes = torch.where(fixed.flatten(1) < 0, codes, fixed.flatten(1))
         unknown = (codes == mask_code).sum(1)  # (B,)
         masked_count = unknown
-        halton = halton_rank(model.grids[-1]).to(device)
+        # Walked on the host, cell by cell.
+        halton = halton_rank(model.grids[-1]).to(device) if order == "halton" else None
         for t in range(1, steps + 1):
             logits = model(model.embed(codes, labels), memory)
             if guidance:
@@ -142,7 +144,7 @@ class MaskGITPrior(Prior):
             drawn = draw_codes(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
             known = codes != mask_code
             drawn = torch.where(known, codes, drawn)
-            if order == "halton":
+            if halton is not None:
                 score = -halton.double().expand(batch, cells)
             else:
                 log_p = logits.double().log_softmax(-1).gather(-1, drawn[..., None])[..., 0]

@@ -27,7 +27,9 @@ class PriorOutput:
 
     Attributes:
         loss: ``()``, the sum over the scales of the mean cross-entropy per counted code.
-        nll: ``(M,)`` float32, mean cross-entropy per counted code in nats, no gradient.
+        nll: ``(M,)``, mean cross-entropy per counted code in nats, no gradient.
+
+    Both are float32, of a float64 prior float64.
     """
 
     loss: Tensor
@@ -116,14 +118,28 @@ class Prior(nn.Module, ABC):
             raise InputError(f"{path} cannot be loaded: {reason}") from None
         return model
 
-    def check_codes(self, codes: Sequence[Tensor], labels: Tensor | None) -> None:
-        """Raise one clear line for codes or labels that do not fit."""
+    def check_codes(
+        self,
+        codes: Sequence[Tensor],
+        labels: Tensor | None,
+        *,
+        name: str = "codes",
+        batch: int | None = None,
+    ) -> None:
+        """Raise one clear line for codes or labels that do not fit.
+
+        Args:
+            codes: Grids ``(B, h_m, w_m)`` of the first scales.
+            labels: ``(B,)`` or None.
+            name: What the caller calls the codes.
+            batch: B; None is that of the codes.
+        """
         grids = self.config.grids
         if not 1 <= len(codes) <= len(grids):
-            raise InputError(f"codes has {len(codes)} grids; expected 1 to {len(grids)}")
-        for m, grid in enumerate(codes):
-            _check_int64(f"codes[{m}]", grid, (codes[0].shape[0], *grids[m]))
-        self._check_labels(labels, codes[0].shape[0])
+            raise InputError(f"{name} has {len(codes)} grids; expected 1 to {len(grids)}")
+        batch = codes[0].shape[0] if batch is None else batch
+        self._check_grids(name, codes, batch)
+        self._check_labels(labels, batch)
 
     def check_draw(
         self,
@@ -139,14 +155,22 @@ class Prior(nn.Module, ABC):
             raise InputError(f"scale={scale}; expected 0 <= scale < {len(grids)}")
         if len(coarser) != scale:
             raise InputError(f"coarser has {len(coarser)} grids; expected {scale}, those before")
-        named = {f"coarser[{m}]": grid for m, grid in enumerate(coarser)}
+        self._check_grids("coarser", coarser, batch)
         if fixed is not None:
-            named["fixed"] = fixed
-        for (name, grid), size in zip(named.items(), grids, strict=False):
-            _check_int64(name, grid, (batch, *size))
-            if may_read(grid) and int(grid.max()) >= num_codes:
-                raise InputError(f"{name} has code {int(grid.max())}; expected below {num_codes}")
+            _check_int64("fixed", fixed, (batch, *grids[scale]))
+            if may_read(fixed) and int(fixed.max()) >= num_codes:
+                raise InputError(f"fixed has code {int(fixed.max())}; expected below {num_codes}")
         self._check_labels(labels, batch)
+
+    def _check_grids(self, name: str, codes: Sequence[Tensor], batch: int) -> None:
+        most = self.config.num_codes - 1
+        for m, grid in enumerate(codes):
+            _check_int64(f"{name}[{m}]", grid, (batch, *self.config.grids[m]))
+            if may_read(grid) and not 0 <= int(grid.min()) <= int(grid.max()) <= most:
+                raise InputError(
+                    f"{name}[{m}] spans [{int(grid.min())}, {int(grid.max())}]; expected codes of "
+                    f"0 to {most}"
+                )
 
     def _check_labels(self, labels: Tensor | None, batch: int) -> None:
         if labels is None:

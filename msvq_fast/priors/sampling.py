@@ -28,7 +28,9 @@ def uniforms(seed: int, *counters: Tensor | int) -> Tensor:
         state = _mix(state + counter)
     if not isinstance(state, Tensor):
         raise InputError("counters are integers only; expected at least one tensor")
-    return (((state >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53
+    # The last of 2^53 numbers would be rounded to 1.
+    number = ((state >> 11) & (2**53 - 1)).double() + 0.5
+    return (number * 2.0**-53).clamp_max(1 - 2.0**-53)
 
 
 def gumbels(seed: int, *counters: Tensor | int) -> Tensor:
@@ -58,7 +60,8 @@ def draw_codes(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    scores = logits.double() / temperature
+    # A temperature below this cannot be told from it, but could divide logits to infinity.
+    scores = logits.double() / max(temperature, 1e-200)
     if top_k is not None and top_k < scores.shape[-1]:
         least = scores.topk(top_k).values[..., -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)

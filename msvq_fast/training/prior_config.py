@@ -30,7 +30,7 @@ class TrainPriorConfig:
         batch_size: Images per process and step.
         lr: Peak learning rate of AdamW.
         betas: AdamW's two decay rates.
-        weight_decay: Of all matrices and tables.
+        weight_decay: Of all parameters, biases and norms too.
         warmup_epochs: Epochs of linear warm-up; null is 5, but at most a tenth of the run.
         min_lr_fraction: Where the cosine ends, as a fraction of ``lr``.
         grad_clip: Largest global gradient norm; 0 is off.

@@ -49,6 +49,7 @@ def coarse_scores(
     With ``labels (B,)`` it is given the classes. Of an autoregressive prior it is exact. Of MaskGIT
     it is a pseudo-likelihood: four interleaved quarters of the cells, each given the other three.
     """
+    prior.check_codes([codes], labels)
     own = codes.flatten(1)
     if isinstance(prior, AutoregressivePrior):
         log_p = prior.logits([codes], labels)[0].double().log_softmax(-1)

@@ -40,8 +40,11 @@ class Viewer:
 
     Args:
         model: Left in its mode.
-        prior: Of this very model's codes; None cannot draw.
+        prior: Of this very model's codes, at its resolution; None cannot draw.
         device: Where both run.
+
+    Raises:
+        InputError: For a prior of images of another size, which the page does not show.
     """
 
     def __init__(
@@ -50,6 +53,12 @@ class Viewer:
         prior: AutoregressivePrior | MaskGITPrior | None,
         device: torch.device,
     ) -> None:
+        grids = tuple((side, side) for side in model.config.latents)
+        if prior is not None and prior.config.grids != grids:
+            raise InputError(
+                f"prior draws grids {prior.config.grids}; the page shows images of "
+                f"{model.config.resolution} px, whose grids are {grids}"
+            )
         self.model, self.prior, self.device = model.to(device), prior, device
         if prior is not None:
             prior.to(device).eval()

@@ -52,7 +52,10 @@ def test_bad_calls() -> None:
         ({"fixed": [torch.zeros(2, 16, 1).long(), None]}, "fixed is torch.int64"),
         ({"fixed": [None, torch.full((2, 8, 8), 11)]}, "fixed has code 11; expected below 11"),
         ({"coarser": [torch.zeros(3, 4, 4).long()]}, r"coarser\[0\] is .*expected int64 \(2, 4"),
-        ({"coarser": [torch.full((2, 4, 4), 11)]}, r"coarser\[0\] has code 11"),
+        ({"coarser": [torch.full((2, 4, 4), 11)]}, r"coarser\[0\] spans \[11, 11\]; .* 0 to 10"),
+        ({"coarser": [torch.full((2, 4, 4), -1)]}, r"coarser\[0\] spans \[-1, -1\]"),
+        ({"coarser": [torch.zeros(2, 4, 4).int()]}, r"coarser\[0\] is torch.int32"),
+        ({"coarser": random_codes(GRIDS, batch=3)}, r"coarser\[0\] is .*expected int64 \(2, 4"),
         ({"first": torch.arange(3)}, r"first is torch.int64 \(3,\); expected int64 \(2,\)"),
     ],
 )
@@ -63,6 +66,18 @@ def test_bad_draws(kind: type, call: dict, message: str) -> None:
         sample(model, 2, **call)
     with pytest.raises(InputError, match="coarser has 0 grids; expected 1"):
         model.draw_scale(1, [], batch=1, seed=0)
+
+
+@pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
+@pytest.mark.parametrize("scale", [0, 1])
+@pytest.mark.parametrize("code", [-100, -1, 11])  # -100 is what cross-entropy leaves out
+def test_codes_out_of_range(kind: type, scale: int, code: int) -> None:
+    model, codes = prior(kind), random_codes(GRIDS)
+    codes[scale][1, 2, 3] = code
+    calls = [model, *([model.logits, model.cached_logits] if kind is AutoregressivePrior else [])]
+    for call in calls:
+        with pytest.raises(InputError, match=rf"codes\[{scale}\] spans .*of 0 to 10"):
+            call(codes)
 
 
 @pytest.mark.parametrize("name", ["guidance", "choice_temperature"])

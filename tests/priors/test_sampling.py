@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msvq_fast.priors import draw_codes, uniforms
+from msvq_fast.priors import draw_codes, gumbels, uniforms
+from msvq_fast.priors.sampling import _mix
 
 
 def test_uniforms_are_uniform_and_independent_of_shape() -> None:
@@ -17,6 +18,21 @@ def test_uniforms_are_uniform_and_independent_of_shape() -> None:
     assert torch.equal(u[7:8, 9:10], uniforms(3, torch.tensor([[7]]), torch.tensor([[9]])))
     assert torch.equal(u[7, 9], uniforms(3, 7, torch.tensor(9)))
     assert not torch.equal(u, uniforms(4, torch.arange(400)[:, None], torch.arange(500)))
+
+
+def test_the_last_uniform_is_below_one() -> None:
+    # SplitMix64 backwards from 64 ones, the largest state.
+    x, low = 2**64 - 1, 2**64 - 1
+    x ^= x >> 31 ^ x >> 62
+    x = x * pow(0x94D049BB133111EB, -1, 2**64) & low
+    x ^= x >> 27 ^ x >> 54
+    x = x * pow(0xBF58476D1CE4E5B9, -1, 2**64) & low
+    x ^= x >> 30 ^ x >> 60
+    counter = (x - 0x9E3779B97F4A7C15 - _mix(0)) % 2**64
+    last = torch.tensor([counter - 2**64 if counter >= 2**63 else counter])
+    assert uniforms(0, last).item() == 1 - 2.0**-53
+    assert gumbels(0, last).isfinite()
+    assert draw_codes(torch.tensor([[0.0, -torch.inf]]), uniforms(0, last)).item() == 0
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -47,6 +63,7 @@ def test_truncation(options: dict, allowed: set[int]) -> None:
 def test_zero_temperature_and_the_ends_of_the_interval() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [-torch.inf, 0.0, -torch.inf]])
     ends = torch.tensor([2.0**-54, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw_codes(logits, ends, temperature=0).tolist() == [1, 1]
+    for temperature in (0, 5e-324, 1e-100):
+        assert draw_codes(logits, ends, temperature=temperature).tolist() == [1, 1]
     for u in ends:
         assert draw_codes(logits[1], u).item() == 1

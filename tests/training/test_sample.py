@@ -10,6 +10,7 @@ import torch
 from msvq_fast import models, priors
 from msvq_fast.cli import main
 from msvq_fast.data import read_image, resize_short_side, to_float, to_uint8
+from msvq_fast.ops import InputError
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig
 from msvq_fast.training import sample
 from msvq_fast.training.sample import coarse_scores
@@ -129,6 +130,18 @@ def test_variations_depend_on_the_image_alone(
     for image in range(9):
         assert torch.equal(seen[image, 0], plain[image])
         assert not torch.equal(seen[image, 1], seen[image, 2])
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "maskgit"])
+def test_codes_that_cannot_be_scored(folders: dict[str, Path], kind: str) -> None:
+    _, prior = load(folders, kind)
+    for codes, message in (
+        (torch.zeros(1, 2, 2, dtype=torch.int32), r"codes\[0\] is torch.int32"),
+        (torch.zeros(1, 4, 4, dtype=torch.int64), r"expected int64 \(1, 2, 2\)"),
+        (torch.full((1, 2, 2), NUM_CODES), r"codes\[0\] spans \[6, 6\]; expected codes of 0 to 5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            coarse_scores(prior, codes)
 
 
 def test_scores_are_log_probabilities(folders: dict[str, Path]) -> None:

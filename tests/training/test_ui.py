@@ -70,6 +70,12 @@ def test_it_shows_sums_contributions_and_codes(viewer: Viewer, folder: Path) -> 
     assert f"codes 1, 8x8, {len(codes[1].unique())} different" == maps[1][1]
 
 
+def test_a_prior_of_images_of_another_size_is_refused(viewer: Viewer) -> None:
+    larger = PriorConfig(((8, 8), (16, 16)), num_codes=16, width=32, heads=2, depth=1)
+    with pytest.raises(InputError, match=r"draws grids .*16\)\); the page shows images of 32 px"):
+        Viewer(viewer.model, MaskGITPrior(larger), torch.device("cpu"))
+
+
 def test_drawings_keep_the_coarse_codes(viewer: Viewer, folder: Path) -> None:
     drawn = viewer.redraw(folder / "picture.png", 3, seed=5)
     again = viewer.redraw(folder / "picture.png", 3, seed=5)
