@@ -204,7 +204,10 @@ def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit integer pixels have no known range; save it with 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    grey = ((values + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:  # the one value of a PNG that is transparent
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
 
 
 def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:

@@ -59,15 +59,16 @@ def summarize(preset: str, results: Mapping[tuple[str, int], Mapping[str, Any]])
         paper[key] = None if row is None else dataclasses.asdict(row)
     first = next(iter(results.values()))
     sets = first["reconstructed_set"]
+    suffix = "" if sets is None else sets["suffix"]
     summary = {
         "preset": preset,
         "latents": first["model_config"]["latents"],
         "images": first["images"],
-        "suffix": "" if sets is None else sets["suffix"],
+        "suffix": suffix,
         "models": models,
         "paper": paper,
     }
-    return {**summary, "directions": _directions(models, paper)}
+    return {**summary, "directions": _directions(models, paper, suffix)}
 
 
 def print_comparison(summary: Mapping[str, Any], file: IO[str] | None = None) -> None:
@@ -83,7 +84,7 @@ def print_comparison(summary: Mapping[str, Any], file: IO[str] | None = None) ->
     for key, model in summary["models"].items():
         table.add_row(NAMES[key], *[cell(model, figure) for figure in shown])
         if summary["paper"][key] is not None:
-            row = [paper_cell(summary["paper"][key], figure) for figure in shown]
+            row = _paper_cells(summary, key)
             table.add_row("  paper", *row, style="dim" if console.is_terminal else None)
     seeds = summary["models"]["msvqvae"]["seeds"]
     console.print(
@@ -108,7 +109,7 @@ def rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for key, model in summary["models"].items():
         yield NAMES[key], [cell(model, figure) for figure in shown]
         if summary["paper"][key] is not None:
-            yield f"{NAMES[key]}, paper", [paper_cell(summary["paper"][key], f) for f in shown]
+            yield f"{NAMES[key]}, paper", _paper_cells(summary, key)
 
 
 def cell(model: Mapping[str, Any], figure: str) -> str:
@@ -125,14 +126,15 @@ def cell(model: Mapping[str, Any], figure: str) -> str:
     return text
 
 
-def paper_cell(row: Mapping[str, Any], figure: str) -> str:
-    """The same figure as the paper prints it."""
+def paper_cell(row: Mapping[str, Any], figure: str, suffix: str) -> str:
+    """The same figure as the paper prints it; of set distances it has the FID alone."""
     _, factor, digits, _ = FIGURES[figure]
-    if figure == "kid":
+    name = _name_in_paper(figure, suffix)
+    if name is None:
         return "-"
     if figure == "parameters":
         return f"{row['parameters']}"
-    value = row["rfid" if figure == "fd" else figure]
+    value = row[name]
     if isinstance(value, (list, tuple)):
         mean = int(statistics.fmean(value) + 0.5)  # 326.5 is 327 there
         return "-".join(f"{v:.0f}" for v in value) + f" ({mean})"
@@ -151,7 +153,17 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _directions(models: Mapping[str, Any], paper: Mapping[str, Any]) -> dict[str, Any]:
+def _paper_cells(summary: Mapping[str, Any], key: str) -> list[str]:
+    return [paper_cell(summary["paper"][key], f, summary["suffix"]) for f in _shown(summary)]
+
+
+def _name_in_paper(figure: str, suffix: str) -> str | None:
+    if figure == "fd":
+        return None if suffix else "rfid"
+    return None if figure == "kid" else figure
+
+
+def _directions(models: Mapping[str, Any], paper: Mapping[str, Any], suffix: str) -> dict[str, Any]:
     """Per figure of the paper: better, worse or equal there and here.
 
     Here it is undecided where the ranges over seeds overlap, however far apart the means are.
@@ -161,9 +173,10 @@ def _directions(models: Mapping[str, Any], paper: Mapping[str, Any]) -> dict[str
     found = {}
     for figure, (_, _, _, more_is_better) in FIGURES.items():
         base, ours = (models[key]["figures"][figure] for key in ("vqvae2", "msvqvae"))
-        if more_is_better is None or figure == "kid" or base is None or ours is None:
+        name = _name_in_paper(figure, suffix)
+        if more_is_better is None or name is None or base is None or ours is None:
             continue
-        there = [_mean(paper[key]["rfid" if figure == "fd" else figure]) for key in models]
+        there = [_mean(paper[key][name]) for key in models]
         sign = 1 if more_is_better else -1
         printed = sign * (there[1] - there[0])
         low, high = (sign * v for v in (min(ours["values"]), max(ours["values"])))

@@ -99,8 +99,8 @@ def evaluate(
             rows += judged
             truncated.append(truncated_error)
             if sets is not None:
-                sets[0].add(images.to(device))
-                sets[1].add(to_uint8(sum_contributions(contributions)))
+                sets[0].add(names, images.to(device))
+                sets[1].add(names, to_uint8(sum_contributions(contributions)))
             done += len(names)
             if progress is not None:
                 progress(done)
@@ -115,7 +115,9 @@ def evaluate(
     images_done = errors.shape[1]
     reconstructed_set = None
     if extractor is not None and sets is not None:
-        reconstructed_set = compare_sets(extractor, *sets, force_fd=judges.force_fd, world=world)
+        reconstructed_set = compare_sets(
+            extractor, *sets, paired=True, force_fd=judges.force_fd, world=world
+        )
     codebooks = tuple(
         CodebookHealth(m, grids[m], counter.usage, counter.perplexity)
         for m, counter in enumerate(usage)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,23 +69,32 @@ class FeatureSet:
 
     def __init__(self, extractor: FeatureExtractor) -> None:
         self._extractor = extractor
+        self._names: list[str] = []
         self._features: list[Tensor] = []
         self._logits: list[Tensor] = []
 
-    def add(self, images: Tensor) -> None:
-        """Take uint8 images ``(B, 3, H, W)``, on the extractor's device."""
+    def add(self, names: Sequence[str], images: Tensor) -> None:
+        """Take B names and uint8 images ``(B, 3, H, W)``, on the extractor's device."""
+        self._names += names
         features, logits = self._extractor(images)
         self._features.append(features.cpu())
         self._logits.append(logits.cpu())
 
     def collect(self, world: World) -> tuple[Tensor, Tensor]:
-        """Features ``(N, D)`` and scores ``(N, C)`` of all processes' images, in rank order."""
-        parts = gather((self._features, self._logits), world)
-        features = [batch for batches, _ in parts for batch in batches]
-        logits = [batch for _, batches in parts for batch in batches]
-        if not features:
+        """Features ``(N, D)`` and scores ``(N, C)`` of all processes' images.
+
+        Rows are shuffled by a hash of the names: the parts of the inception score then hold all
+        classes, also of folders of classes, and do not depend on batches or processes.
+        """
+        parts = gather((self._names, self._features, self._logits), world)
+        names = [name for own, _, _ in parts for name in own]
+        if not names:
             raise InputError("there is no image to compare; expected at least two")
-        return torch.cat(features), torch.cat(logits)
+        hashes = [_hash(name) for name in names]
+        order = torch.tensor(sorted(range(len(names)), key=hashes.__getitem__))
+        features = torch.cat([batch for _, batches, _ in parts for batch in batches])
+        logits = torch.cat([batch for _, _, batches in parts for batch in batches])
+        return features[order], logits[order]
 
 
 def compare_sets(
@@ -91,10 +102,19 @@ def compare_sets(
     originals: FeatureSet,
     images: FeatureSet,
     *,
+    paired: bool,
     force_fd: bool,
     world: World,
 ) -> SetQuality:
     """Distances between two sets, in float64.
+
+    Args:
+        extractor: Of the features.
+        originals: The photographs.
+        images: What is judged.
+        paired: The images are reconstructions of the originals and have their names.
+        force_fd: Give a Fréchet distance of too few images.
+        world: The processes.
 
     Raises:
         InputError: If a set has fewer than two images.
@@ -111,7 +131,11 @@ def compare_sets(
         images=len(fake),
         originals=len(real),
         fd=frechet_distance(real, fake) if enough else None,
-        kid=kernel_distance(real, fake),
+        kid=kernel_distance(real, fake, paired=paired),
         inception_score=inception_score(fake_logits, splits=min(_PARTS, len(fake))),
         inception_score_originals=inception_score(real_logits, splits=min(_PARTS, len(real))),
     )
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -89,8 +89,9 @@ class SetQuality:
         images: Images of the set, and as many or more originals.
         originals: Images that they are compared with.
         fd: Fréchet distance; None below ``2 dim`` images, where it is mostly bias.
-        kid: Unbiased kernel distance.
-        inception_score: Mean and spread over ten parts of the set (fewer below ten images).
+        kid: Unbiased kernel distance; no image is compared with its own reconstruction.
+        inception_score: Mean and spread over ten parts of the set (fewer below ten images), which
+            a hash of the images' names chooses.
         inception_score_originals: The same of the originals.
     """
 

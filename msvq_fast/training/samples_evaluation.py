@@ -52,7 +52,12 @@ def run_evaluate_samples(config: EvaluateConfig, world: World) -> SetQuality:
     for part in gather(skipped, world):
         skipped.update(part)
     result = compare_sets(
-        extractor, sets["originals"], sets["samples"], force_fd=judges.force_fd, world=world
+        extractor,
+        sets["originals"],
+        sets["samples"],
+        paired=False,
+        force_fd=judges.force_fd,
+        world=world,
     )
     if world.leads:
         settings = {**dataclasses.asdict(config), "skipped": skipped, "processes": world.size}
@@ -84,8 +89,8 @@ def _read(
     )
     found = FeatureSet(extractor)
     with inference_mode(extractor):
-        for number, (_, tile) in enumerate(tiles, 1):
-            found.add(tile.to(world.device)[None])
+        for number, (name, tile) in enumerate(tiles, 1):
+            found.add([name], tile.to(world.device)[None])
             if progress is not None:
                 progress(number)
     return found

@@ -51,7 +51,7 @@ def test_cmyk(tmp_path: Path) -> None:
     assert red < 10 and green > 245 and blue > 245
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "I;16", "RGB"])
 def test_transparency_lies_on_white(tmp_path: Path, mode: str) -> None:
     options: dict[str, object] = {}
     if mode in ("RGBA", "LA"):

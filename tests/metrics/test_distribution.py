@@ -91,17 +91,46 @@ def test_kernel_distance_has_no_bias_where_frechet_has():
     assert min(frechet) > 1
 
 
+def test_kernel_distance_of_pairs_has_no_bias():
+    """Of images and their reconstructions; with pairs of a row and its own it lies far too low."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 8, generator=generator, dtype=torch.float64)
+    y = 0.8 * x + 0.3 * torch.randn(2000, 8, generator=generator, dtype=torch.float64)
+    want = kernel_distance(x, y, paired=True)
+    halves = [kernel_distance(x[:1000], y[1000:]), kernel_distance(x[1000:], y[:1000])]
+    assert sum(halves) / 2 == pytest.approx(want, abs=0.02)
+    parts = list(zip(x.split(10), y.split(10), strict=True))
+    for paired, biased in ((True, False), (False, True)):
+        found = torch.tensor([kernel_distance(a, b, paired=paired) for a, b in parts])
+        error = found.std() / len(found) ** 0.5
+        assert (abs(found.mean() - want) > 3 * error) == biased
+    assert kernel_distance(x, x, paired=True) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(InputError, match="y has 9 rows but x has 10; paired"):
+        kernel_distance(x[:10], y[:9], paired=True)
+
+
 @pytest.mark.filterwarnings("ignore:.*will save all extracted features:UserWarning")
 @pytest.mark.parametrize("splits", [2, 4])
 def test_inception_score_is_that_of_torchmetrics(splits, monkeypatch):
     inception = pytest.importorskip("torchmetrics.image.inception")
-    logits = 3 * features(41, 12, 3)
+    logits = 3 * features(40, 12, 3)
     theirs = inception.InceptionScore(feature=torch.nn.Identity(), splits=splits)
     theirs.update(logits)
     monkeypatch.setattr(torch, "randperm", torch.arange)  # theirs shuffles
     mean, spread = theirs.compute()
     want = (float(mean), float(spread))
     assert inception_score(logits, splits=splits) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(("count", "splits"), [(13, 10), (64, 10), (41, 4)])
+def test_inception_score_has_as_many_parts_as_said_all_alike(count, splits):
+    p = (3 * features(count, 12, 3)).softmax(dim=1)
+    scores = []
+    for i in range(splits):
+        part = p[i * count // splits : (i + 1) * count // splits]
+        scores.append((part * (part / part.mean(dim=0)).log()).sum(dim=1).mean().exp())
+    want = (float(torch.stack(scores).mean()), float(torch.stack(scores).std()))
+    assert inception_score(p.log(), splits=splits) == pytest.approx(want, rel=1e-9)
 
 
 def test_inception_score_lies_between_one_and_the_number_of_classes():

@@ -196,9 +196,9 @@ def test_command_line_has_it(capsys):
     assert "--width_scale" in capsys.readouterr().out
 
 
-def result(mse: float, usage: float, kid: float | None = None) -> dict:
+def result(mse: float, usage: float, kid: float | None = None, fd: float | None = None) -> dict:
     book = {"usage": usage, "perplexity": 2 * usage}
-    sets = {"fd": None, "kid": kid, "suffix": "-EffLite0"}
+    sets = {"fd": fd, "kid": kid, "suffix": "-EffLite0"}
     quality = {"mse": mse, "ssim": 0.5, "lpips": None, "psnr": 20.0}
     return {
         "parameters": 1_000_000,
@@ -251,6 +251,25 @@ def test_rows_are_means_and_spreads_beside_the_paper():
     file = io.StringIO()
     print_comparison(found, file)
     assert "2 seeds, 3 held-out tiles" in file.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["", "-EffLite0"])
+def test_the_papers_fid_stands_beside_a_fid_alone(suffix):
+    results = {("vqvae2-imagenet256-s", 0): result(0.01, 50.0, kid=0.05, fd=3.0)}
+    results["imagenet256-s", 0] = result(0.01, 50.0, kid=0.05, fd=2.0)
+    for run in results.values():
+        run["reconstructed_set"]["suffix"] = suffix
+    found = summarize("imagenet256-s", results)
+    paper = dict(zip(headings(found), dict(rows(found))["MS-VQVAE, paper"], strict=True))
+    file = io.StringIO()
+    print_comparison(found, file)
+    printed = f"{PAPER_RESULTS['imagenet256-s'].rfid:.2f}"
+    if suffix:
+        assert paper["rFD-EffLite0"] == "-" and "fd" not in found["directions"]
+        assert not any("FID" in line for line in describe(found)) and printed not in file.getvalue()
+    else:
+        assert paper["rFID"] == printed and found["directions"]["fd"]["here"] == "better"
+        assert printed in file.getvalue()
 
 
 def test_one_seed_has_no_spread_and_foreign_presets_no_paper():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from msvq_fast.cli import main
 from msvq_fast.data import to_float, to_uint8
@@ -20,11 +21,13 @@ from msvq_fast.metrics.efflite0 import EfficientNetLite0
 from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError
 from msvq_fast.training.config import EvaluateConfig
+from msvq_fast.training.distributed import World
 from msvq_fast.training.evaluate import evaluate, run_evaluate
-from msvq_fast.training.judges import Judges, load_judges
+from msvq_fast.training.judges import FeatureSet, Judges, compare_sets, load_judges
 
 SMALL = {"width": 8, "code_dim": 8, "num_residual_blocks": 1, "num_codes": 32}
 ROOT = Path(__file__).parents[2]
+ONE = World(0, 1, torch.device("cpu"))
 
 
 class Colours(FeatureExtractor):
@@ -73,7 +76,8 @@ def test_sets_are_originals_and_rounded_reconstructions(model):
         fake = extractor(to_uint8(model.reconstruct(to_float(x))))[0]
     real = extractor(x)[0]
     assert found.fd is None  # six images are fewer than twice five features
-    assert found.kid == pytest.approx(kernel_distance(real, fake), rel=1e-4, abs=1e-7)
+    want = kernel_distance(real, fake, paired=True)
+    assert found.kid == pytest.approx(want, rel=1e-4, abs=1e-7)
     assert "FD-Colours not given below 10 images" in found.describe()
     assert "FID" not in found.describe() and "6 images" in found.describe()
     forced = evaluate(model, tiles(), judges=Judges(extractor=extractor, force_fd=True))
@@ -81,6 +85,36 @@ def test_sets_are_originals_and_rounded_reconstructions(model):
     assert forced.reconstructed_set.fd == pytest.approx(want, rel=1e-3)
     enough = evaluate(model, tiles(10), judges=Judges(extractor=extractor))
     assert enough.reconstructed_set.fd is not None
+
+
+def test_a_perfect_reconstruction_is_at_kernel_distance_zero(model, monkeypatch):
+    x = to_float(torch.stack([tile for _, tile in tiles()]))
+    monkeypatch.setattr(model, "contributions", lambda codes: [x, 0 * x])
+    result = evaluate(model, tiles(), batch_size=6, judges=Judges(extractor=Colours()))
+    assert result.reconstructed_set.kid == pytest.approx(0, abs=1e-12)
+
+
+def test_the_parts_of_the_inception_score_hold_all_classes_whatever_the_processes(monkeypatch):
+    class Sure(Colours):
+        def _extract(self, pixels):
+            logits = 50 * F.one_hot(pixels[:, 0, 0, 0].long(), 10).float()
+            return super()._extract(pixels)[0], logits
+
+    extractor = Sure()
+    images = torch.arange(10, dtype=torch.uint8).repeat_interleave(40)
+    images = images.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    names = [f"class{i // 40}/{i}.png" for i in range(400)]
+    alone = FeatureSet(extractor)
+    alone.add(names, images)
+    one = compare_sets(extractor, alone, alone, paired=False, force_fd=False, world=ONE)
+    assert 8 < one.inception_score[0] <= 10  # in the order of the files it is 1
+    shares = [FeatureSet(extractor) for _ in range(2)]
+    for rank, share in enumerate(shares):
+        share.add(names[rank::2], images[rank::2])
+    parts = [(s._names, s._features, s._logits) for s in shares]
+    monkeypatch.setattr("msvq_fast.training.judges.gather", lambda value, world: parts)
+    two = compare_sets(extractor, *shares, paired=False, force_fd=False, world=ONE)
+    assert two == one
 
 
 def weights(folder: Path) -> tuple[Path, Path]:
@@ -197,6 +231,8 @@ def test_processes_share_the_images(model, tmp_path):
         assert a == pytest.approx(b, rel=1e-5)
     kids = [r["reconstructed_set"]["kid"] for r in (one, two)]
     assert kids[0] == pytest.approx(kids[1], rel=1e-5, abs=1e-12)
+    scores = [r["reconstructed_set"]["inception_score_originals"] for r in (one, two)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
     names = []
     for folder in ("one", "two"):
         with (tmp_path / folder / "per_image.csv").open() as file:
