@@ -113,14 +113,15 @@ _MAKE: dict[str, Any] = {
 
 def main() -> int:
     """Rewrite the pages, or with ``--check`` say whether they are up to date."""
+    only_compares = readme.check_option(__doc__)
     old = False
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
         rendered = render(text)
         old |= text != rendered
-        if "--check" not in sys.argv:
+        if not only_compares:
             path.write_text(rendered, encoding="utf-8")
-    return int(old and "--check" in sys.argv)
+    return int(old and only_compares)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python benchmarks/readme.py [--check]
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -272,17 +273,29 @@ def render(text: str, page: str = "README.md") -> str:
     return text
 
 
+def check_option(text: str | None) -> bool:
+    """Whether the command line asks to compare only; it takes nothing else."""
+    parser = argparse.ArgumentParser(
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="only compare; 1 if a page is old")
+    return bool(parser.parse_args().check)
+
+
 def main() -> int:
     """Rewrite the pages, or with ``--check`` say whether they are up to date."""
+    only_compares = check_option(__doc__)
     stale = False
     for page in PAGES:
         path = ROOT / page
         text = path.read_text(encoding="utf-8")
         rendered = render(text, page)
         stale |= text != rendered
-        if "--check" not in sys.argv:
+        if not only_compares:
             path.write_text(rendered, encoding="utf-8")
-    return int(stale and "--check" in sys.argv)
+    return int(stale and only_compares)
 
 
 if __name__ == "__main__":
