@@ -52,6 +52,10 @@ def speed(suite: str) -> str:
     """The tables of a suite's result files, CPU."""
     paths = sorted(readme.RESULTS.glob(f"{suite}--*--cpu.json"))
     tables = [readme.speed_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    if any("±" in table for table in tables):
+        tables.append(
+            "± is an interquartile range of more than 30 %: other load disturbed that row."
+        )
     return "\n\n".join(tables) if tables else "There is no result file of this op yet."
 
 

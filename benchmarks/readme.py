@@ -63,15 +63,16 @@ def speed_table(record: dict[str, Any]) -> str:
     ]
     for group, results in groups.items():
         if all(r["name"] != "native" for r in results):  # ours alone, in several sizes
-            cells = [f"{r['name']} {_ms(r['median_s'])}{_added_peak(r)}" for r in results]
+            cells = [f"{r['name']} {_time(r)}{_added_peak(r)}" for r in results]
             lines.append(f"| {group} | {' · '.join(cells)} |")
             continue
-        ours = next(r["median_s"] for r in results if r["name"] == "native")
+        native = next(r for r in results if r["name"] == "native")
+        ours = native["median_s"]
         results = sorted(results, key=lambda r: r["median_s"])
         cells = [
-            f"**native {_ms(ours)}**"
+            f"**native {_time(native)}**"
             if r["name"] == "native"
-            else f"{r['name']} {_ms(r['median_s'])} (x{_short(r['median_s'] / ours, 2)})"
+            else f"{r['name']} {_time(r)} (x{_short(r['median_s'] / ours, 2)})"
             for r in results
         ]
         lines.append(f"| {group} | {' · '.join(cells)} |")
@@ -138,6 +139,12 @@ def memory_table() -> str:
         f"threads, torch {record['versions']['torch']}, commit `{record['commit']}`.",
     ]
     return "\n".join(lines)
+
+
+def _time(result: dict[str, Any]) -> str:
+    """Milliseconds; with their interquartile range where other load disturbed the run."""
+    median, spread = result["median_s"], result["iqr_s"]
+    return f"{_ms(median)} ± {_ms(spread)}" if spread > 0.3 * median else _ms(median)
 
 
 def _ms(seconds: float) -> str:

@@ -91,4 +91,4 @@ def test_training_step(measure: peers.Measure, n: int, k: int, name: str) -> Non
         sums = torch.zeros_like(before).index_add_(0, codes, rows)
         moved = (0.99 * before + 0.01 * sums) / (0.99 + 0.01 * counts)
         assert_close(name, codebook, torch.where(counts > 0, moved, before))
-    measure(f"quantizer's training step {n}x{k} D{D}", name, function, rounds=5)
+    measure(f"quantizer's training step {n}x{k} D{D}", name, function, rounds=9)
