@@ -356,7 +356,10 @@ def main() -> int:
             print(f"[{count}/{len(tasks)}, {seconds:.0f} s] {label}", file=sys.stderr, flush=True)
     for row in sorted(rows, key=lambda r: (r.source, r.order, r.name, r.arch)):
         problems += faults(row)
-    if asked.out or not asked.files:
+    if not rows and not problems:
+        parser.error("nothing to compile: no kernel has this name, or nvcc is missing")
+    whole = not (asked.files or asked.match) and set(asked.arch) == set(ARCHITECTURES)
+    if asked.out or whole:
         out = asked.out or ROOT / "benchmarks" / "KERNELS.md"
         out.write_text(document(rows, asked.arch), encoding="utf-8")
     else:

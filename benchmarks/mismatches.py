@@ -5,6 +5,7 @@ python benchmarks/mismatches.py [DIR]    writes a result file, by default where 
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import machine
 import peers
+import pytest
 import torch
 from torch import Tensor
 
@@ -57,20 +59,39 @@ def make(data: str, size: int) -> tuple[Tensor, Tensor]:
     return z, codebook
 
 
-def count() -> list[dict[str, Any]]:
+def count(ways: dict[str, Any]) -> list[dict[str, Any]]:
     """Wrong codes of every way on every data set; the truth is float64's."""
     results = []
     for data, size in ((data, size) for data in DATA for size in SIZES):
         z, codebook = make(data, size)
         want = nearest_code(z, codebook, backend="reference")
-        for name, way in WAYS.items():
+        for name, way in ways.items():
             wrong = int((way(z, codebook)() != want).sum())
             group = f"{data}, K {size}"
             results.append({"group": group, "name": name, "wrong_codes": wrong, "of": N})
     return results
 
 
+def installed() -> dict[str, Any]:
+    """The ways without those whose package is missing, which is said."""
+    found = {}
+    for name, way in WAYS.items():
+        try:
+            way(torch.zeros(1, D), torch.zeros(1, D))
+        except pytest.skip.Exception as reason:
+            print(f"without {name}: {reason}", file=sys.stderr)
+        else:
+            found[name] = way
+    return found
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    default = Path(__file__).parent / "results" / "0.1.0"
+    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=default)
+    folder = parser.parse_args().folder
+    if not folder.is_dir():
+        parser.error(f"{folder} is no folder")
     described = machine.describe_machine()
     record = {
         "schema": machine.SCHEMA,
@@ -81,11 +102,9 @@ def main() -> int:
         "machine": described,
         "versions": machine.versions(),
         "data": DATA,
-        "results": count(),
+        "results": count(installed()),
         "missing": MISSING,
     }
-    default = Path(__file__).parent / "results" / "0.1.0"
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else default
     path = folder / f"mismatches--{machine.slug(described['cpu'])}--cpu.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

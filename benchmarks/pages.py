@@ -52,6 +52,10 @@ def speed(suite: str) -> str:
     """The tables of a suite's result files, CPU."""
     paths = sorted(readme.RESULTS.glob(f"{suite}--*--cpu.json"))
     tables = [readme.speed_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    if any("±" in table for table in tables):
+        tables.append(
+            "± is an interquartile range of more than 30 %: other load disturbed that row."
+        )
     return "\n\n".join(tables) if tables else "There is no result file of this op yet."
 
 
@@ -113,14 +117,15 @@ _MAKE: dict[str, Any] = {
 
 def main() -> int:
     """Rewrite the pages, or with ``--check`` say whether they are up to date."""
+    only_compares = readme.check_option(__doc__)
     old = False
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
         rendered = render(text)
         old |= text != rendered
-        if "--check" not in sys.argv:
+        if not only_compares:
             path.write_text(rendered, encoding="utf-8")
-    return int(old and "--check" in sys.argv)
+    return int(old and only_compares)
 
 
 if __name__ == "__main__":

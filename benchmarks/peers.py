@@ -17,7 +17,7 @@ Search = Callable[[], Tensor]
 
 
 def torch_separable_blur(x: Tensor, size: int, sigma: float) -> Blur:
-    """Two depthwise convolutions over reflect padding: what kornia runs."""
+    """Two depthwise convolutions over reflect padding: what kornia runs on a GPU."""
     taps, channels = _taps(x, size, sigma), x.shape[1]
     rows = taps.view(1, 1, 1, size).expand(channels, 1, 1, size)
     columns = taps.view(1, 1, size, 1).expand(channels, 1, size, 1)
@@ -43,7 +43,7 @@ def kornia_blur(x: Tensor, size: int, sigma: float) -> Blur:
 
 
 def opencv_blur(x: Tensor, size: int, sigma: float) -> Blur:
-    """OpenCV on one float32 image of HWC layout, with as many threads as torch."""
+    """OpenCV on one image of HWC layout, float32 or uint8, with as many threads as torch."""
     cv2 = pytest.importorskip("cv2")
     cv2.setNumThreads(torch.get_num_threads())
     image = np.ascontiguousarray(x.squeeze(0).permute(1, 2, 0).numpy())
@@ -121,19 +121,25 @@ def flash_kmeans_search(z: Tensor, codebook: Tensor) -> Search:
     return lambda: package.euclid_assign_triton(rows, codes, squares)[0]
 
 
-def vector_quantize_pytorch_step(z: Tensor, codebook: Tensor) -> Callable[[], None]:
-    """Forward, backward and EMA update of ``z (N, D)``, which requires a gradient."""
+def vector_quantize_pytorch_step(
+    z: Tensor, codebook: Tensor, upstream: Tensor
+) -> Callable[[], Tensor]:
+    """Forward, backward and EMA update of ``z (N, D)``; returns its gradient.
+
+    Its default gradient, the rotation trick, is more work than the straight-through one of ours.
+    """
     package = pytest.importorskip("vector_quantize_pytorch")
     size, width = codebook.shape
     quantizer = package.VectorQuantize(
-        dim=width, codebook_size=size, decay=0.99, commitment_weight=0.25
+        dim=width, codebook_size=size, decay=0.99, commitment_weight=0.25, rotation_trick=False
     ).to(z.device)
-    upstream = torch.randn_like(z)
+    quantizer.codebook = codebook
+    one = z.new_ones((), dtype=torch.float32)
 
-    def step() -> None:
-        z.grad = None
+    def step() -> Tensor:
         z_q, _, loss = quantizer(z[None])
-        torch.autograd.backward([z_q[0], loss.sum()], [upstream, torch.ones_like(loss.sum())])
+        (grad,) = torch.autograd.grad([z_q[0], loss.sum()], z, [upstream, one])
+        return grad
 
     return step
 
@@ -141,7 +147,10 @@ def vector_quantize_pytorch_step(z: Tensor, codebook: Tensor) -> Callable[[], No
 def sdpa_masked_attention(
     q: Tensor, keys: list[Tensor], values: list[Tensor], grids: list[tuple[int, int]], kernels: list
 ) -> Callable[[], Tensor]:
-    """Dense attention of torch over all scales under a boolean mask, which is not timed."""
+    """Dense attention of torch over all scales under a mask, which is not timed.
+
+    It is added to the scores, in their dtype: torch makes one of a boolean mask in every call.
+    """
     masks = []
     for n in range(len(grids)):
         index, inside = _window_index(grids, kernels, n)
@@ -149,7 +158,8 @@ def sdpa_masked_attention(
         rows = torch.arange(q.shape[2])[:, None].expand_as(index)
         mask[rows[inside], index[inside]] = True
         masks.append(mask)
-    mask = torch.cat(masks, dim=1).to(q.device)
+    seen = torch.cat(masks, dim=1).to(q.device)
+    mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
 
     def attend() -> Tensor:
         key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
@@ -204,7 +214,8 @@ def flex_attention(
     mask = flex.create_block_mask(
         visible, None, None, tokens, coarse + tokens, device=q.device.type, BLOCK_SIZE=block
     )
-    attend = torch.compile(flex.flex_attention)
+    torch.compiler.reset()  # past some shapes in one process it would run uncompiled
+    attend = torch.compile(flex.flex_attention, dynamic=False)
     return lambda: attend(q, torch.cat(keys, dim=2), torch.cat(values, dim=2), block_mask=mask)
 
 

@@ -7,6 +7,7 @@ python benchmarks/readme.py [--check]
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -62,15 +63,16 @@ def speed_table(record: dict[str, Any]) -> str:
     ]
     for group, results in groups.items():
         if all(r["name"] != "native" for r in results):  # ours alone, in several sizes
-            cells = [f"{r['name']} {_ms(r['median_s'])}{_added_peak(r)}" for r in results]
+            cells = [f"{r['name']} {_time(r)}{_added_peak(r)}" for r in results]
             lines.append(f"| {group} | {' · '.join(cells)} |")
             continue
-        ours = next(r["median_s"] for r in results if r["name"] == "native")
+        native = next(r for r in results if r["name"] == "native")
+        ours = native["median_s"]
         results = sorted(results, key=lambda r: r["median_s"])
         cells = [
-            f"**native {_ms(ours)}**"
+            f"**native {_time(native)}**"
             if r["name"] == "native"
-            else f"{r['name']} {_ms(r['median_s'])} (x{_short(r['median_s'] / ours, 2)})"
+            else f"{r['name']} {_time(r)} (x{_short(r['median_s'] / ours, 2)})"
             for r in results
         ]
         lines.append(f"| {group} | {' · '.join(cells)} |")
@@ -137,6 +139,12 @@ def memory_table() -> str:
         f"threads, torch {record['versions']['torch']}, commit `{record['commit']}`.",
     ]
     return "\n".join(lines)
+
+
+def _time(result: dict[str, Any]) -> str:
+    """Milliseconds; with their interquartile range where other load disturbed the run."""
+    median, spread = result["median_s"], result["iqr_s"]
+    return f"{_ms(median)} ± {_ms(spread)}" if spread > 0.3 * median else _ms(median)
 
 
 def _ms(seconds: float) -> str:
@@ -272,17 +280,29 @@ def render(text: str, page: str = "README.md") -> str:
     return text
 
 
+def check_option(text: str | None) -> bool:
+    """Whether the command line asks to compare only; it takes nothing else."""
+    parser = argparse.ArgumentParser(
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="only compare; 1 if a page is old")
+    return bool(parser.parse_args().check)
+
+
 def main() -> int:
     """Rewrite the pages, or with ``--check`` say whether they are up to date."""
+    only_compares = check_option(__doc__)
     stale = False
     for page in PAGES:
         path = ROOT / page
         text = path.read_text(encoding="utf-8")
         rendered = render(text, page)
         stale |= text != rendered
-        if "--check" not in sys.argv:
+        if not only_compares:
             path.write_text(rendered, encoding="utf-8")
-    return int(stale and "--check" in sys.argv)
+    return int(stale and only_compares)
 
 
 if __name__ == "__main__":

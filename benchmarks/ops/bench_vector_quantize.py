@@ -7,6 +7,8 @@ from collections.abc import Callable
 import peers
 import pytest
 import torch
+from device.exact import exact_codes
+from parity import assert_close
 from torch import Tensor
 
 from msvq_fast.ops import ema_update_, nearest_code, vector_quantize
@@ -51,16 +53,17 @@ def test_search(measure: peers.Measure, n: int, k: int, data: str, name: str) ->
     measure(label, name, function, rounds=9, wrong_codes=wrong, of=part)
 
 
-def training_step(z: Tensor, codebook: Tensor, backend: str) -> Callable[[], None]:
-    """Forward, backward and EMA update."""
-    size, sums = torch.ones(len(codebook)), codebook.clone()
-    upstream = torch.randn_like(z)
+def training_step(
+    z: Tensor, codebook: Tensor, upstream: Tensor, backend: str
+) -> Callable[[], Tensor]:
+    """Forward, backward and EMA update; returns the gradient of ``z``."""
+    size, sums, one = torch.ones(len(codebook)), codebook.clone(), torch.ones(())
 
-    def step() -> None:
-        z.grad = None
+    def step() -> Tensor:
         out = vector_quantize(z, codebook, backend=backend)
-        torch.autograd.backward([out.z_q, out.commitment_loss], [upstream, torch.ones(())])
+        (grad,) = torch.autograd.grad([out.z_q, out.commitment_loss], z, [upstream, one])
         ema_update_(codebook, size, sums, out.code_counts, out.code_sums, backend=backend)
+        return grad
 
     return step
 
@@ -75,8 +78,17 @@ def training_step(z: Tensor, codebook: Tensor, backend: str) -> Callable[[], Non
 def test_training_step(measure: peers.Measure, n: int, k: int, name: str) -> None:
     z, codebook = make("normal", n, k)
     z.requires_grad_()
+    upstream, rows, before = torch.randn_like(z), z.detach().double(), codebook.double()
+    codes = exact_codes(z.detach(), codebook)
     if name == "vector-quantize-pytorch":
-        function = peers.vector_quantize_pytorch_step(z, codebook)
+        function = peers.vector_quantize_pytorch_step(z, codebook, upstream)
     else:
-        function = training_step(z, codebook, name)
-    measure(f"quantizer's training step {n}x{k} D{D}", name, function, rounds=5)
+        function = training_step(z, codebook, upstream, name)
+    want = upstream.double() + 0.5 / z.numel() * (rows - before[codes])
+    assert_close(name, function(), want)
+    if name != "vector-quantize-pytorch":
+        counts = torch.bincount(codes, minlength=k)[:, None]
+        sums = torch.zeros_like(before).index_add_(0, codes, rows)
+        moved = (0.99 * before + 0.01 * sums) / (0.99 + 0.01 * counts)
+        assert_close(name, codebook, torch.where(counts > 0, moved, before))
+    measure(f"quantizer's training step {n}x{k} D{D}", name, function, rounds=9)

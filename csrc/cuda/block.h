@@ -187,7 +187,5 @@ struct Type {
   using type = T;
 };
 
-MSVQ_HOST_DEVICE int ceil_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
-
 }  // namespace cuda
 }  // namespace msvq

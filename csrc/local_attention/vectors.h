@@ -104,7 +104,8 @@ inline void fill(double* p, int64_t n, double x) {
 
 constexpr float kNone = -__builtin_inff();  // the score of a pair outside the window
 
-// exp for x <= 0 or a little above, to 1 ulp; below -87 it is 0, NaN stays NaN.
+// exp for x <= 0 or a little above, to 1 ulp; below -87 it is 0, NaN stays NaN. As in Cephes:
+// x = n ln 2 + r, ln 2 in two parts of which n times the first is exact, e^r by a polynomial.
 inline vfloat exponential(vfloat x) {
   const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vfloat shifted = x * 1.44269504f + magic;
@@ -129,7 +130,8 @@ inline vdouble exponential(vdouble x) {
   return x;
 }
 
-// The natural logarithm of normal x > 0 to 1 ulp; NaN stays NaN.
+// The natural logarithm of normal x > 0 to 1 ulp; NaN stays NaN. As in Cephes: log m by a
+// polynomial in m - 1, and e times the two parts of ln 2.
 inline vfloat logarithm(vfloat x) {
   vint bits;
   std::memcpy(&bits, &x, sizeof bits);

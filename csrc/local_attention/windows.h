@@ -68,7 +68,6 @@ struct Pairing {
     return rows;
   }
   Interval columns(int64_t column) const { return by_key ? x.queries(column) : x.keys(column); }
-  int64_t stationary_width() const { return by_key ? x.cells : x.size; }
   int64_t moving_width() const { return by_key ? x.size : x.cells; }
   // Whether the windows of neighbouring columns are one pattern, moved: then lanes share loads.
   bool regular() const { return !x.shift && x.size % x.cells == 0 && x.kernel <= x.cells; }

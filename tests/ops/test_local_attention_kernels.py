@@ -68,6 +68,15 @@ def test_every_instruction_set_agrees_on_many_tiles(
         assert_close(f"output {i}", mine, truth, ulps=32)
 
 
+def test_results_lie_as_the_queries_do():
+    """Heads first or tokens first, so that joining the heads afterwards copies nothing."""
+    q, k, v = (torch.randn(2, 12, 4, 8).transpose(1, 2).requires_grad_() for _ in range(3))
+    out = local_attention(q, [k], [v], grids=[(3, 4)], kernels=[3], backend="native")
+    assert out.stride() == q.stride()
+    out = local_attention(q.contiguous(), [k], [v], grids=[(3, 4)], kernels=[3], backend="native")
+    assert out.is_contiguous()
+
+
 def test_bits_do_not_depend_on_threads_or_batch():
     grids, kernels = [(16, 33), (32, 66)], [3, 5]
     inputs, flat = leaves(

@@ -80,9 +80,7 @@ def test_agrees_with_the_reference(grids, kernels, options):
     compare(inputs, grids, kernels, options)
 
 
-@pytest.mark.parametrize(
-    ("grids", "kernels", "options"), [CASES[0], CASES[2], CASES[4], CASES[12], CASES[18]]
-)
+@pytest.mark.parametrize(("grids", "kernels", "options"), [CASES[i] for i in (0, 2, 3, 4, 12, 18)])
 def test_bias(grids, kernels, options):
     sizes = bias_sizes(kernels, options, True)
     inputs = make_inputs(grids, heads=2, kv_heads=1, dtype=torch.float32, bias_sizes=sizes)

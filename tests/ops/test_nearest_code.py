@@ -177,6 +177,15 @@ def test_rows_between_two_codes(monkeypatch):
 
 
 @pytest.mark.skipif(not COMPILED, reason="only the reference is available")
+@pytest.mark.parametrize("k", (5, 24, 60, 300))
+def test_ties_of_different_codes(k, monkeypatch):
+    # Small integers: many codes are exactly as far, in any lanes and vectors of a kernel.
+    z, codebook = torch.randint(-1, 2, (500, 6)).float(), torch.randint(-1, 2, (k, 6)).float()
+    assert_codes_exact(z, codebook, monkeypatch)
+    assert_codes_exact(torch.zeros(3, 6), codebook * 2.0**-60, monkeypatch)
+
+
+@pytest.mark.skipif(not COMPILED, reason="only the reference is available")
 @pytest.mark.parametrize("d", (2, 64))
 def test_lengths_of_every_size(d, monkeypatch):
     # Rows and codes each from far shorter to far longer than the others.
