@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.export import register_dataclass
 from torch.nn import functional as F
 from typing_extensions import Self
 
@@ -74,6 +75,10 @@ class MSVQVAEOutput:
     def perplexity(self) -> Tensor:
         """``(M,)`` exp of the entropy of this batch's codes, in [1, K]."""
         return torch.stack([_perplexity(n) for n in self.code_counts])
+
+
+# DistributedDataParallel(static_graph=True), FSDP and torch.export find tensors in nothing else.
+register_dataclass(MSVQVAEOutput, serialized_type_name="msvq_fast.MSVQVAEOutput")
 
 
 def sum_contributions(contributions: Sequence[Tensor], upto: int | None = None) -> Tensor:
@@ -337,7 +342,8 @@ class Autoencoder(nn.Module, ABC):
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """The encoder's feature maps ``(B, width, h_m, w_m)``, coarsest first."""
-        return self.encoder.coarser(self._replayed(self.encoder.finest, x))
+        features: list[Tensor] = self.encoder(x, run=self._replayed)
+        return features
 
     def _replayed(self, part: nn.Module, x: Tensor) -> Tensor:
         """``part(x)``, kept for the backward or run again, as the memory mode says."""

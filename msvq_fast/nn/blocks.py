@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -102,18 +103,15 @@ class Encoder(nn.Module):
             scales.append(Chain(halve, *residual_stack(width, num_residual_blocks)))
         self.scales = nn.ModuleList(scales)  # finest first, as the data flow
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Map ``(B, 3, H, W)`` to M feature maps ``(B, width, h_m, w_m)``, coarsest first."""
-        return self.coarser(self.finest(x))
+    def forward(
+        self, x: Tensor, *, run: Callable[[nn.Module, Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
+        """Map ``(B, 3, H, W)`` to M feature maps ``(B, width, h_m, w_m)``, coarsest first.
 
-    @property
-    def finest(self) -> nn.Module:
-        """The part from images ``(B, 3, H, W)`` to the finest features ``(B, width, h, w)``."""
-        return self.scales[0]
-
-    def coarser(self, feature: Tensor) -> list[Tensor]:
-        """All M feature maps, coarsest first, of the finest."""
-        features = [feature]
+        ``run(part, x)`` runs the part down to the finest features in place of ``part(x)``.
+        """
+        finest = self.scales[0]
+        features = [finest(x) if run is None else run(finest, x)]
         for scale in self.scales[1:]:
             features.append(scale(features[-1]))
         return features[::-1]

@@ -252,4 +252,7 @@ class VectorQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        for name, buffer in self._buffers.items():  # ``assign=True`` takes them as they are
+            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = buffer.float()
         self._pending = None  # statistics of another codebook
