@@ -170,6 +170,14 @@ def test_a_run_before_its_first_checkpoint_is_not_overwritten(
     assert train(tmp_path, "--steps=3", "--resume=auto") == 0
 
 
+def test_what_a_power_cut_leaves_in_the_metrics_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"kind": "train", "step": 1}\n', b'{"kind": "train", "step": 2}\n'
+    path.write_bytes(good[0] + b"\xff\xfe\x00\n" + good[1] + bytes(9))
+    MetricsFile(tmp_path, step=2, tensorboard=False).close()
+    assert path.read_bytes() == b"".join(good)
+
+
 def test_the_best_is_that_of_the_same_tiles(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
