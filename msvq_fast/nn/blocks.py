@@ -19,10 +19,33 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> n
     away, and gradients fall below Adam's ε.
     """
     layer = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2)
-    assert layer.bias is not None
-    nn.init.normal_(layer.weight, std=(in_channels * kernel * kernel) ** -0.5)
-    nn.init.zeros_(layer.bias)
+    _start(layer)
     return layer
+
+
+def _start(layer: nn.Conv2d) -> None:
+    assert layer.bias is not None
+    nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+    nn.init.zeros_(layer.bias)
+
+
+class JoinedConv(nn.Conv2d):
+    """1x1 `conv` of two maps joined, without a joined copy that its backward would keep."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+        _start(self)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map ``(B, C, h, w)`` and ``(B, in_channels - C, h, w)`` to ``(B, out_channels, h, w)``.
+
+        Without ``context`` C is all of ``in_channels``.
+        """
+        if context is None:
+            return F.conv2d(x, self.weight, self.bias)
+        width = x.shape[1]
+        out = F.conv2d(x, self.weight[:, :width], self.bias)
+        return out + F.conv2d(context, self.weight[:, width:])
 
 
 def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:

@@ -64,9 +64,19 @@ def test_a_whole_model_exports(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(out.codes, model.encode(x), strict=True))
 
 
-@pytest.mark.parametrize("memory", ["default", "sequential", "strips"])
 @pytest.mark.parametrize("name", TINY)
-def test_a_hook_on_the_encoder_runs(name: str, memory: str) -> None:
+def test_hooks_run_on_every_part(name: str) -> None:
+    model, seen = models.from_preset(name), set()
+    parts = {key: part for key, part in model.named_modules() if type(part) is not nn.ModuleList}
+    for key, part in parts.items():
+        part.register_forward_hook(lambda *_, key=key: seen.add(key))
+    model(images())
+    assert parts.keys() == seen
+
+
+@pytest.mark.parametrize("memory", ["sequential", "strips"])
+@pytest.mark.parametrize("name", TINY)
+def test_hooks_run_on_what_a_memory_mode_leaves_whole(name: str, memory: str) -> None:
     model = models.from_preset(name)
     model.set_memory(memory)
     seen: list[list[tuple[int, ...]]] = []
