@@ -249,6 +249,20 @@ def test_a_corrupt_checkpoint_is_named_and_auto_takes_the_one_before(
     assert "going on after step 3" in capsys.readouterr().out
 
 
+def test_auto_does_not_start_anew_where_every_checkpoint_is_corrupt(
+    run: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, lines = list_checkpoints(run), (run / "metrics.jsonl").read_text()
+    for path in before:
+        truncate(path / "model.safetensors")
+    for _ in range(2):  # as a scheduler that starts it again would
+        assert train(run, "--steps=6", "--validate_every=0", "--resume=auto") == 2
+        error = capsys.readouterr().err
+        assert f"no checkpoint of {run} can be used: {before[-1]}" in error
+    assert list_checkpoints(run) == before
+    assert (run / "metrics.jsonl").read_text() == lines
+
+
 def test_a_full_disk_leaves_the_older_checkpoints(
     tmp_path: Path,
     train: Train,
