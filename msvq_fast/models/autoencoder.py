@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.export import register_dataclass
 from typing_extensions import Self
 
 from msvq_fast.models.checks import check_hierarchy, check_images
@@ -31,7 +31,7 @@ from msvq_fast.models.hub import (
 )
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
-from msvq_fast.nn.blocks import Chain, Encoder, conv
+from msvq_fast.nn.blocks import Chain, Encoder, JoinedConv
 from msvq_fast.nn.replay import replay
 from msvq_fast.ops.checks import InputError, check_choice
 
@@ -74,6 +74,10 @@ class MSVQVAEOutput:
     def perplexity(self) -> Tensor:
         """``(M,)`` exp of the entropy of this batch's codes, in [1, K]."""
         return torch.stack([_perplexity(n) for n in self.code_counts])
+
+
+# DistributedDataParallel(static_graph=True), FSDP and torch.export find tensors in nothing else.
+register_dataclass(MSVQVAEOutput, serialized_type_name="msvq_fast.MSVQVAEOutput")
 
 
 def sum_contributions(contributions: Sequence[Tensor], upto: int | None = None) -> Tensor:
@@ -154,7 +158,7 @@ class Autoencoder(nn.Module, ABC):
         """1x1 convolutions to the latents and codebooks; ``context[m]`` channels join scale m."""
         config = self.config
         self.to_latent = nn.ModuleList(
-            conv(config.width + channels, config.code_dim, 1) for channels in context
+            JoinedConv(config.width + channels, config.code_dim) for channels in context
         )
         self.quantizers = nn.ModuleList(
             VectorQuantizer(
@@ -337,7 +341,8 @@ class Autoencoder(nn.Module, ABC):
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """The encoder's feature maps ``(B, width, h_m, w_m)``, coarsest first."""
-        return self.encoder.coarser(self._replayed(self.encoder.finest, x))
+        features: list[Tensor] = self.encoder(x, run=self._replayed)
+        return features
 
     def _replayed(self, part: nn.Module, x: Tensor) -> Tensor:
         """``part(x)``, kept for the backward or run again, as the memory mode says."""
@@ -347,17 +352,9 @@ class Autoencoder(nn.Module, ABC):
         return replay(part, x, strips=self.strips if self.memory == "strips" else 1)
 
     def _latent(self, m: int, feature: Tensor, z_d: Tensor | None) -> Tensor:
-        """z_e,m ``(B, D, h_m, w_m)`` of the encoder's features and the coarser scale's z_d.
-
-        The 1x1 convolution of both joined, without a joined copy that its backward would keep.
-        """
-        layer = self.to_latent[m]
-        assert isinstance(layer, nn.Conv2d)
-        if z_d is None:
-            return F.conv2d(feature, layer.weight, layer.bias)
-        width = feature.shape[1]
-        z = F.conv2d(feature, layer.weight[:, :width], layer.bias)
-        return z + F.conv2d(z_d, layer.weight[:, width:])
+        """z_e,m ``(B, D, h_m, w_m)`` of the encoder's features and the coarser scale's z_d."""
+        z: Tensor = self.to_latent[m](feature, z_d)
+        return z
 
     def _lookup(self, m: int, codes: Tensor) -> Tensor:
         """z_q,m ``(B, D, h_m, w_m)`` of codes, in the dtype of the weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,33 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> n
     away, and gradients fall below Adam's ε.
     """
     layer = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2)
-    assert layer.bias is not None
-    nn.init.normal_(layer.weight, std=(in_channels * kernel * kernel) ** -0.5)
-    nn.init.zeros_(layer.bias)
+    _start(layer)
     return layer
+
+
+def _start(layer: nn.Conv2d) -> None:
+    assert layer.bias is not None
+    nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+    nn.init.zeros_(layer.bias)
+
+
+class JoinedConv(nn.Conv2d):
+    """1x1 `conv` of two maps joined, without a joined copy that its backward would keep."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+        _start(self)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map ``(B, C, h, w)`` and ``(B, in_channels - C, h, w)`` to ``(B, out_channels, h, w)``.
+
+        Without ``context`` C is all of ``in_channels``.
+        """
+        if context is None:
+            return F.conv2d(x, self.weight, self.bias)
+        width = x.shape[1]
+        out = F.conv2d(x, self.weight[:, :width], self.bias)
+        return out + F.conv2d(context, self.weight[:, width:])
 
 
 def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
@@ -102,18 +126,15 @@ class Encoder(nn.Module):
             scales.append(Chain(halve, *residual_stack(width, num_residual_blocks)))
         self.scales = nn.ModuleList(scales)  # finest first, as the data flow
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Map ``(B, 3, H, W)`` to M feature maps ``(B, width, h_m, w_m)``, coarsest first."""
-        return self.coarser(self.finest(x))
+    def forward(
+        self, x: Tensor, *, run: Callable[[nn.Module, Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
+        """Map ``(B, 3, H, W)`` to M feature maps ``(B, width, h_m, w_m)``, coarsest first.
 
-    @property
-    def finest(self) -> nn.Module:
-        """The part from images ``(B, 3, H, W)`` to the finest features ``(B, width, h, w)``."""
-        return self.scales[0]
-
-    def coarser(self, feature: Tensor) -> list[Tensor]:
-        """All M feature maps, coarsest first, of the finest."""
-        features = [feature]
+        ``run(part, x)`` runs the part down to the finest features in place of ``part(x)``.
+        """
+        finest = self.scales[0]
+        features = [finest(x) if run is None else run(finest, x)]
         for scale in self.scales[1:]:
             features.append(scale(features[-1]))
         return features[::-1]

@@ -34,6 +34,10 @@ class VectorQuantizer(nn.Module):
     again in the backward it counts its latents twice, and finds codes in the codebook that has
     moved. The models' ``set_memory`` keeps the quantizers out of what it runs again.
 
+    Of several processes each moves its codebook by its own latents, and DistributedDataParallel
+    hands out that of the first: set ``defer_updates``, and in every step sum `code_statistics` over
+    the processes before `update_codebook`.
+
     Args:
         num_codes: K, the number of codes.
         code_dim: D, the width of a code.
@@ -252,4 +256,7 @@ class VectorQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        for name, buffer in self._buffers.items():  # ``assign=True`` takes them as they are
+            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = buffer.float()
         self._pending = None  # statistics of another codebook

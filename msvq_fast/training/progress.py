@@ -267,12 +267,12 @@ def _lock(file: IO[str]) -> None:
 
 def _lines_upto(path: Path, step: int) -> list[str]:
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                kept.append(line.decode())
         except (ValueError, KeyError, TypeError):
-            continue  # half a line, from a crash in the middle of writing it
+            continue  # half a line or no text, from a crash in the middle of writing it
     return kept
 
 

@@ -71,18 +71,21 @@ def choose_checkpoint(
 
 
 def _newest_good(run: Path, say: Callable[[str], None]) -> Path:
-    problem = None
+    corrupt: dict[Path, CorruptCheckpointError] = {}
     for path in checkpoints_to_resume(run):
         try:
             verify(path, read_state(path))
         except CorruptCheckpointError as error:
-            problem = problem or error
-            aside = path.with_name(f"{path.name}.corrupt")
+            corrupt[path] = error
+            continue
+        # Only now: a run without any would look like a new one to the next resume=auto.
+        for bad, problem in corrupt.items():
+            aside = bad.with_name(f"{bad.name}.corrupt")
             shutil.rmtree(aside, ignore_errors=True)  # of the same step, corrupt before
-            say(f"warning: {error}; trying the checkpoint before it, this one is kept as {aside}")
-            path.rename(aside)
-        else:
-            return path
+            say(f"warning: {problem}; trying the checkpoint before it, this one is kept as {aside}")
+            bad.rename(aside)
+        return path
+    problem = next(iter(corrupt.values()))
     raise InputError(f"no checkpoint of {run} can be used: {problem}")
 
 

@@ -258,6 +258,17 @@ def test_casts_leave_the_codebook_exact() -> None:
     assert quantizer.double().codebook.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_states_that_are_assigned_leave_exact_averages(dtype: torch.dtype) -> None:
+    start = VectorQuantizer(8, 4).state_dict()
+    with torch.device("meta"):
+        quantizer = VectorQuantizer(8, 4)
+    quantizer.load_state_dict({key: value.to(dtype) for key, value in start.items()}, assign=True)
+    assert {buffer.dtype for buffer in quantizer.buffers()} == {torch.float32}
+    assert torch.equal(quantizer.codebook, start["codebook"].to(dtype).float())
+    quantizer(torch.randn(2, 4, 5, 6, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_default_dtype_rounds_no_codebook(dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)

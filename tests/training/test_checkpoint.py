@@ -170,6 +170,14 @@ def test_a_run_before_its_first_checkpoint_is_not_overwritten(
     assert train(tmp_path, "--steps=3", "--resume=auto") == 0
 
 
+def test_what_a_power_cut_leaves_in_the_metrics_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"kind": "train", "step": 1}\n', b'{"kind": "train", "step": 2}\n'
+    path.write_bytes(good[0] + b"\xff\xfe\x00\n" + good[1] + bytes(9))
+    MetricsFile(tmp_path, step=2, tensorboard=False).close()
+    assert path.read_bytes() == b"".join(good)
+
+
 def test_the_best_is_that_of_the_same_tiles(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +247,20 @@ def test_a_corrupt_checkpoint_is_named_and_auto_takes_the_one_before(
     damage(newest / name)  # a bad disk does it again
     assert train(run, *options) == 0
     assert "going on after step 3" in capsys.readouterr().out
+
+
+def test_auto_does_not_start_anew_where_every_checkpoint_is_corrupt(
+    run: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, lines = list_checkpoints(run), (run / "metrics.jsonl").read_text()
+    for path in before:
+        truncate(path / "model.safetensors")
+    for _ in range(2):  # as a scheduler that starts it again would
+        assert train(run, "--steps=6", "--validate_every=0", "--resume=auto") == 2
+        error = capsys.readouterr().err
+        assert f"no checkpoint of {run} can be used: {before[-1]}" in error
+    assert list_checkpoints(run) == before
+    assert (run / "metrics.jsonl").read_text() == lines
 
 
 def test_a_full_disk_leaves_the_older_checkpoints(

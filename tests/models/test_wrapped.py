@@ -1,0 +1,91 @@
+"""Models inside what PyTorch wraps around them: parallel training, export, hooks."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from msvq_fast import models
+from msvq_fast.models.autoencoder import MSVQVAEOutput
+from msvq_fast.training.distributed import leave
+
+TINY = ("tiny", "vqvae2-tiny")
+
+
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, 64, 64) * 2 - 1
+
+
+def tripled(gradients: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(3 * gradients)
+    return done
+
+
+def train_static_graph(folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
+    model = models.from_preset("tiny")
+    model.defer_codebook_updates()
+    wrapped = DistributedDataParallel(model, static_graph=True)
+    wrapped.register_comm_hook(None, lambda _, bucket: tripled(bucket.buffer()))
+    x = images()
+    want = torch.autograd.grad(model(x).loss, list(model.parameters()))
+    for _ in range(2):  # the first step of a static graph is reduced at its end
+        wrapped(x).loss.backward()
+        for parameter, grad in zip(model.parameters(), want, strict=True):
+            torch.testing.assert_close(parameter.grad, 3 * grad)
+        model.zero_grad()
+    leave()
+
+
+def test_gradients_of_a_static_graph_are_reduced(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_static_graph, args=(str(tmp_path),)
+    )
+    process.start()
+    process.join(100)
+    process.kill()  # if it hangs
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_whole_model_exports(name: str, tmp_path: Path) -> None:
+    model, x = models.from_preset(name).eval(), images()
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    out = torch.export.load(tmp_path / "model.pt2").module()(x)
+    assert isinstance(out, MSVQVAEOutput)
+    torch.testing.assert_close(out.loss, model(x).loss)
+    assert all(torch.equal(a, b) for a, b in zip(out.codes, model.encode(x), strict=True))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_hooks_run_on_every_part(name: str) -> None:
+    model, seen = models.from_preset(name), set()
+    parts = {key: part for key, part in model.named_modules() if type(part) is not nn.ModuleList}
+    for key, part in parts.items():
+        part.register_forward_hook(lambda *_, key=key: seen.add(key))
+    model(images())
+    assert parts.keys() == seen
+
+
+@pytest.mark.parametrize("memory", ["sequential", "strips"])
+@pytest.mark.parametrize("name", TINY)
+def test_hooks_run_on_what_a_memory_mode_leaves_whole(name: str, memory: str) -> None:
+    model = models.from_preset(name)
+    model.set_memory(memory)
+    seen: list[list[tuple[int, ...]]] = []
+
+    def note(_: nn.Module, inputs: tuple[torch.Tensor], features: list[torch.Tensor]) -> None:
+        assert len(inputs) == 1
+        seen.append([tuple(feature.shape[2:]) for feature in features])
+
+    model.encoder.register_forward_hook(note)
+    model(images())
+    model.encode(images())
+    assert seen == [[(8, 8), (16, 16)]] * 2
