@@ -1,5 +1,4 @@
 // The blur for Hopper run on the host, for tests without a GPU: see cuda/block_on_host.h.
-#include <cmath>
 #include <cstring>
 
 #if defined(__GLIBC__)  // for its fibers
