@@ -106,23 +106,6 @@ class AutoregressivePrior(Prior):
         h, w = model.grids[-1]
         return decoder.codes[:, : h * w].unflatten(1, (h, w)).contiguous()
 
-    @torch.no_grad()
-    def cached_logits(
-        self, codes: Sequence[Tensor], labels: Tensor | None = None, *, decoding: str = "wavefront"
-    ) -> list[Tensor]:
-        """What `logits` returns, computed step by step as `draw_scale` does."""
-        self.check_codes(codes, labels)
-        result = []
-        for m, grid in enumerate(codes):
-            model = self.scale_model(m)
-            decoder = _Decoder(model, model.context(codes[:m], labels), len(grid), labels)
-            decoder.codes[:, :-1] = grid.flatten(1)
-            logits = decoder.memory[0][0].new_zeros(len(grid), model.tokens + 1, model.num_codes)
-            for cells in fronts(model, decoding == "wavefront").to(logits.device):
-                logits[:, cells] = decoder.step(cells)
-            result.append(logits[:, :-1])
-        return result
-
 
 def fronts(model: ScaleTransformer, wavefront: bool) -> Tensor:
     """Cells drawn in every step ``(steps, slots)``, ``h * w`` where a slot is idle.

@@ -229,8 +229,7 @@ def _inpainting(
 ) -> tuple[Tensor, list[Tensor]]:
     """The image with a grey hole, and its codes ``(1, h_m, w_m)``, -1 where they are drawn."""
     assert config.inpaint is not None
-    stride = model.config.resolution // model.config.latents[0]
-    height, width = (side * stride for side in prior.config.grids[0])
+    height, width = (side * model.stride for side in prior.config.grids[0])
     image = read_image(config.inpaint)
     short = max(height, width)
     image = resize_short_side(image, short)

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from msvq_fast.ops.checks import accumulation_dtype
-from msvq_fast.ops.local_attention.op import OP, check_bias, check_scale, check_windows
+from msvq_fast.ops.local_attention.op import OP, Kernel, check_bias, check_scale, check_windows
 from msvq_fast.ops.local_attention.windows import Windows, bias_size
-
-Kernel = int | str
 
 
 def local_attention_at(
