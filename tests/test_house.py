@@ -47,6 +47,12 @@ def test_every_op_has_reference_and_test(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_references_are_plain(op: str) -> None:
+    text = (PACKAGE / "ops" / op / "reference.py").read_text(encoding="utf-8")
+    assert not re.search(r"autograd|def backward|native|triton|\b_C\b", text)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_every_kernel_has_a_benchmark(op: str) -> None:
     folder = PACKAGE / "ops" / op
     if (folder / "native.py").exists() or (folder / "triton_kernels.py").exists():
@@ -71,6 +77,13 @@ def test_only_native_kernels_call_the_extension() -> None:
         if re.search(r"\b_C\b", text.replace('find_spec("msvq_fast._C")', "")):
             inside = path.relative_to(PACKAGE).as_posix()
             assert re.fullmatch(r"ops/\w+/native(_\w+)?\.py|training/info\.py", inside), inside
+
+
+def test_the_extension_knows_nothing_of_torch_or_of_the_machine_it_is_built_on() -> None:
+    for path in SOURCES:
+        if path.suffix != ".py":
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10)", path.read_text("utf-8")), path
+    assert "=native" not in (ROOT / "CMakeLists.txt").read_text("utf-8")
 
 
 def test_works_without_triton_and_extension() -> None:
