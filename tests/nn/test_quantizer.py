@@ -33,6 +33,14 @@ def test_one_step_is_the_batch_mean_then_the_moving_average() -> None:
         torch.testing.assert_close(quantizer.codebook[k], m / n)
 
 
+def test_starts_between_plus_and_minus_one_over_k_without_mass() -> None:
+    quantizer = VectorQuantizer(50, 64)
+    scaled = quantizer.codebook * 50
+    assert scaled.abs().max() <= 1
+    assert abs(scaled.mean()) < 0.05 and abs(scaled.std() - 3**-0.5) < 0.05
+    assert not quantizer.cluster_size.any() and not quantizer.code_sums.any()
+
+
 def test_values_are_of_the_codebook_before_the_move() -> None:
     quantizer = VectorQuantizer(8, 4)
     before = quantizer.codebook.clone()
