@@ -350,6 +350,8 @@ def test_learns_and_saves(kind: type, tmp_path: Path) -> None:
 
 def test_parameters_beside_table_4() -> None:
     config = {"grids": GRIDS, "num_codes": 512}
+    sizes = PriorConfig(**config)
+    assert (sizes.depth, sizes.heads, sizes.width) == (8, 8, 256)
     masked = MaskGITPrior(PriorConfig(**config, kernels=(3, 5)))
     count = sum(p.numel() for p in masked.parameters())
     assert count == 13_318_656  # 14.7 M less VQ-VAE 2's 1.39 M

@@ -4,7 +4,13 @@ import itertools
 
 import pytest
 
-from msvq_fast.training.optimizer import Schedule, default_epochs, warmup_steps
+from msvq_fast.models import PRESETS
+from msvq_fast.training.optimizer import (
+    Schedule,
+    default_epochs,
+    optimizer_settings,
+    warmup_steps,
+)
 
 
 def test_warm_up_rises_linearly_to_the_peak() -> None:
@@ -48,3 +54,10 @@ def test_warm_up_in_steps(asked: float | None, kind: str, total: int, expected: 
 
 def test_epochs_of_the_paper() -> None:
     assert [default_epochs(name) for name in ("imagenet256-s", "vqvae2-ffhq128")] == [250, 200]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_adam_of_the_paper(preset: str) -> None:
+    expected = (1e-3, (0.5, 0.9)) if preset.endswith("tiny") else (3e-4, (0.9, 0.5))
+    assert optimizer_settings(preset, None, None) == expected
+    assert optimizer_settings(preset, 0.1, (0.2, 0.3)) == (0.1, (0.2, 0.3))
