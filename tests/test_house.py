@@ -29,6 +29,7 @@ def run(code: str, *flags: str) -> str:
         capture_output=True,
         text=True,
         env=environment,
+        cwd=ROOT,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -53,10 +54,12 @@ def test_references_are_plain(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_kernel_has_a_benchmark(op: str) -> None:
-    folder = PACKAGE / "ops" / op
+def test_every_kernel_has_a_benchmark_and_its_results(op: str) -> None:
+    folder, benchmarks = PACKAGE / "ops" / op, ROOT / "benchmarks"
     if (folder / "native.py").exists() or (folder / "triton_kernels.py").exists():
-        assert (ROOT / "benchmarks" / "ops" / f"bench_{op}.py").exists()
+        assert (benchmarks / "ops" / f"bench_{op}.py").exists()
+        for device in ("cpu", "cuda"):
+            assert list((benchmarks / "results").rglob(f"{op}--*--{device}.json")), device
 
 
 def test_package_reads_no_environment_of_its_own() -> None:
@@ -86,14 +89,17 @@ def test_the_extension_knows_nothing_of_torch_or_of_the_machine_it_is_built_on()
     assert "=native" not in (ROOT / "CMakeLists.txt").read_text("utf-8")
 
 
-def test_works_without_triton_and_extension() -> None:
+def test_works_with_torch_alone() -> None:
+    saving = ("safetensors", "huggingface_hub", "PIL", "yaml", "rich", "jsonargparse")
+    missing = dict.fromkeys(("triton", "msvq_fast._C", *saving))
     out = run(
-        "import sys; sys.modules['triton'] = None; sys.modules['msvq_fast._C'] = None\n"
+        f"import sys; sys.modules.update({missing}); sys.path[:0] = ['tests', 'benchmarks']\n"
         "import torch, msvq_fast\n"
         "model = msvq_fast.MSVQVAE.from_preset('tiny')\n"
         "model(torch.rand(1, 3, 64, 64)).loss.backward()\n"
         "from msvq_fast.ops.gaussian_blur.op import OP\n"
         "print(OP.why_not('native', torch.zeros(1)))\n"
+        "import device.suites, tests.gpu.test_training_cuda  # make bench-gpu, make test-gpu\n"
     )
     assert "native is not available" in out
 

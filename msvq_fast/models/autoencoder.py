@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export import register_dataclass
 from typing_extensions import Self
@@ -280,6 +279,8 @@ class Autoencoder(nn.Module, ABC):
         Raises:
             InputError: If ``results`` cannot be read or is of other weights.
         """
+        from safetensors.torch import save_file  # here: models run and are measured without it
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -297,6 +298,8 @@ class Autoencoder(nn.Module, ABC):
         Raises:
             InputError: If a file is missing or corrupt, or holds another model.
         """
+        from safetensors.torch import load_file
+
         folder = local_folder(source)
         values = read_config(folder)
         name = values.pop("model")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -84,6 +83,8 @@ class Prior(nn.Module, ABC):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if missing."""
+        from safetensors.torch import save_file  # here: priors run and are measured without it
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -98,6 +99,8 @@ class Prior(nn.Module, ABC):
         Raises:
             InputError: If a file is missing or corrupt, or holds another model.
         """
+        from safetensors.torch import load_file
+
         path = Path(folder) / CONFIG_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
