@@ -45,7 +45,12 @@ def test_schema(path: Path) -> None:
             assert missing["group"] and missing["name"] and missing["reason"]
             assert "\n" not in missing["reason"]
         for result in record["results"]:
-            assert result["extra"]["peak_bytes"] >= 0 and result["extra"]["wall_s"] > 0
+            extra = result["extra"]
+            assert extra["peak_bytes"] >= 0 and extra["wall_s"] > 0
+            if result["name"].startswith("msvq_fast"):
+                assert extra["floor_s"] > 0 and extra["percent_of_floor"] > 0
+                assert "reference" not in extra["backends"].values()
+                assert extra.get("wrong_codes", 0) == 0
     assert record["results"] or record["missing"]
     for result in record["results"]:
         for key, kind in RESULT.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +109,18 @@ def test_faults_are_reported(fixture_module: Path, name: str, complaint: str) ->
     done = check(fixture_module, "--match", name, "--arch", 80)
     assert done.returncode == 1, done.stdout + done.stderr
     assert any(f"{name} on sm_80 {complaint}" in line for line in faults(done)), done.stdout
+
+
+@needs_triton
+def test_the_table_names_every_kernel() -> None:
+    text = (ROOT / "benchmarks" / "KERNELS.md").read_text(encoding="utf-8")
+    parts = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    for path in (ROOT / "msvq_fast" / "ops").glob("*/triton_kernels.py"):
+        module = importlib.import_module(f"msvq_fast.ops.{path.parent.name}.triton_kernels")
+        named = re.findall(r"^\| `(.+?)` \|", parts[str(path.relative_to(ROOT))], flags=re.M)
+        assert named == [variant.name for variant in module.variants()], "run make kernels-check"
+    for path in (ROOT / "csrc").glob("*/*.cu"):
+        assert str(path.relative_to(ROOT)) in parts, "run make kernels-check"
 
 
 @needs_triton

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from msvq_fast.cli import main
 from msvq_fast.data import StoredImage, list_named_images
 from msvq_fast.models import MEMORY_MODES, from_pretrained
+from msvq_fast.models.autoencoder import Autoencoder
 from msvq_fast.training import loop
 from msvq_fast.training.checkpoint import checkpoint_path, find_model, list_checkpoints, read_state
 from msvq_fast.training.interrupt import StopSignals
@@ -123,9 +124,22 @@ def test_compiled_is_the_same_training(
     ids=["bf16", "kmeans", "center", "strips"],
 )
 def test_every_option_trains(
-    tmp_path: Path, train: Train, read_metrics: ReadMetrics, preset: str, options: tuple[str, ...]
+    tmp_path: Path,
+    train: Train,
+    read_metrics: ReadMetrics,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    options: tuple[str, ...],
 ) -> None:
+    starts, initialise = [], Autoencoder.initialise_codebooks
+
+    def counted(model: Autoencoder, x: torch.Tensor) -> None:
+        starts.append(x.shape)
+        initialise(model, x)
+
+    monkeypatch.setattr(Autoencoder, "initialise_codebooks", counted)
     assert train(tmp_path, f"--preset={preset}", "--steps=3", *options) == 0
+    assert starts == [(4, 3, 16, 16)] * ("--model.codebook_init=kmeans" in options)
     records = read_metrics(tmp_path)
     # The second of three steps: MS-VQVAE is half-way down a cosine, VQ-VAE 2 at a constant rate.
     rate = 5.5e-4 if preset == "tiny" else 1e-3
