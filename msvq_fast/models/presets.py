@@ -25,8 +25,9 @@ class AutoencoderConfig:
         latents: Side of every latent grid at ``resolution``, coarse to fine, each double the last.
         num_codes: K, codes of every codebook.
         code_dim: D, width of a code.
-        width: Channels of the encoder's feature maps.
-        num_residual_blocks: Residual blocks in a row.
+        width: Channels of the encoder's feature maps and of VQ-VAE 2's decoder; of MS-VQVAE's
+            decoders next to the image, doubled by every block towards the latents.
+        num_residual_blocks: Residual blocks of the encoder's scales and of every decoder block.
         commitment_weight: β of Eq. 6.
         decay: γ of Eq. 4.
         codebook_init: ``"uniform"`` is U(-1/K, 1/K); ``"kmeans"`` asks the trainer to call

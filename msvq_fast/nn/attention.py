@@ -34,7 +34,8 @@ class LocalAttention(nn.Module):
             channels by the row, half by the column. A coarse cell sits at its centre in fine cells,
             so scales share one geometry. Needs a head width that is a multiple of 4.
         bias: Whether the projections have a bias.
-        backend: As in `msvq_fast.ops.local_attention`.
+        backend: As in `msvq_fast.ops.local_attention`. `step` takes ``"native"`` as None, since the
+            C++ kernel takes whole grids.
 
     Raises:
         InputError: For widths or heads that do not divide.
@@ -211,7 +212,7 @@ class LocalAttention(nn.Module):
             kernels=self.kernels,
             include_self=self.include_self,
             bias=self._bias(query.dtype),
-            backend=None if self.backend == "native" else self.backend,  # C++ takes whole grids
+            backend=None if self.backend == "native" else self.backend,
         )
         result: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
         return result

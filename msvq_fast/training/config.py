@@ -16,7 +16,8 @@ class ModelOverrides:
         latents: Side of each scale's latent grid, coarse to fine, such as ``[8, 16, 32]``.
         num_codes: K, vectors in each scale's codebook.
         code_dim: D, width of a codebook vector.
-        width: Channels next to the image; doubled by every block below.
+        width: Channels of the encoder's feature maps, and of MS-VQVAE's decoders next to the image,
+            doubled by every block towards the latents.
         num_residual_blocks: Residual blocks of every encoder and decoder block.
         block_factor: Up-sampling of a decoder block, 2 or 4; VQ-VAE 2 has none.
         commitment_weight: β of the commitment loss.
