@@ -113,6 +113,7 @@ def test_losses_of_float64_are_float64(kind: type, monkeypatch: pytest.MonkeyPat
     model, codes = prior(kind, kernels=(3, 5)).double(), random_codes(GRIDS)
     out = model(codes)
     assert out.loss.dtype == out.nll.dtype == torch.float64
+    torch.testing.assert_close(out.loss.detach(), out.nll.sum(), rtol=1e-12, atol=0)
     for m, grid in enumerate(codes):
         own = grid.flatten(1)
         if kind is AutoregressivePrior:

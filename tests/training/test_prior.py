@@ -71,6 +71,26 @@ def records(out: Path) -> list[dict[str, Any]]:
 KINDS = [(kind, how) for kind in ("autoregressive", "maskgit") for how in ("dense", "windowed")]
 
 
+def test_settings_reach_the_optimiser(
+    tokens: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+
+    class Spied(torch.optim.AdamW):
+        def step(self) -> None:
+            (group,) = self.param_groups
+            given.update({name: group[name] for name in ("lr", "betas", "weight_decay")})
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in group["params"]])))
+            super().step()
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch.optim, "AdamW", Spied)
+    options = ["--lr=0.5", "--betas=[0.8,0.7]", "--weight_decay=0.2", "--grad_clip=0.125"]
+    assert train(tokens, tmp_path, "--steps=1", "--warmup_epochs=0", *options) == 0
+    assert given == {"lr": 0.5, "betas": (0.8, 0.7), "weight_decay": 0.2}
+    assert norms == pytest.approx([0.125], rel=1e-4)
+
+
 def test_the_best_is_that_of_the_same_validation(
     tokens: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from msvq_fast.models import PRESETS
+from msvq_fast.training import prior
 from msvq_fast.training.optimizer import (
     Schedule,
     default_epochs,
@@ -54,6 +59,7 @@ def test_warm_up_in_steps(asked: float | None, kind: str, total: int, expected: 
 
 def test_epochs_of_the_paper() -> None:
     assert [default_epochs(name) for name in ("imagenet256-s", "vqvae2-ffhq128")] == [250, 200]
+    assert prior.DEFAULT_EPOCHS == 50
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -61,3 +67,23 @@ def test_adam_of_the_paper(preset: str) -> None:
     expected = (1e-3, (0.5, 0.9)) if preset.endswith("tiny") else (3e-4, (0.9, 0.5))
     assert optimizer_settings(preset, None, None) == expected
     assert optimizer_settings(preset, 0.1, (0.2, 0.3)) == (0.1, (0.2, 0.3))
+
+
+def test_settings_reach_the_optimiser(
+    tmp_path: Path, train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+
+    class Spied(torch.optim.Adam):
+        def step(self) -> None:
+            (group,) = self.param_groups
+            given.update({name: group[name] for name in ("lr", "betas")})
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in group["params"]])))
+            super().step()
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch.optim, "Adam", Spied)
+    options = ("--lr=0.5", "--betas=[0.8,0.7]", "--grad_clip=0.125", "--validate_every=0")
+    assert train(tmp_path, "--steps=1", "--warmup_epochs=0", *options) == 0
+    assert given == {"lr": 0.5, "betas": (0.8, 0.7)}
+    assert norms == pytest.approx([0.125], rel=1e-4)
