@@ -57,7 +57,7 @@ def build_prior(config: TrainPriorConfig, tokens: Tokens) -> AutoregressivePrior
     """The prior of a configuration for the grids of ``tokens``, with fresh weights."""
     kernels = config.kernels
     if config.attention == "windowed" and kernels is None:
-        kernels = (3, *(5 for _ in tokens.grids[1:]))  # Fig. 3
+        kernels = (3, *(5 for _ in tokens.grids[1:]))  # §4, of two scales
     sizes = PriorConfig(
         grids=tokens.grids,
         num_codes=tokens.num_codes,

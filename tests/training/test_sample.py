@@ -133,6 +133,25 @@ def test_variations_depend_on_the_image_alone(
 
 
 @pytest.mark.parametrize("kind", ["autoregressive", "maskgit"])
+def test_settings_reach_the_draws(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    settings = {"temperature": 0.5, "top_k": 3, "top_p": 0.75}
+    if kind == "maskgit":
+        settings |= {"steps": 2, "choice_temperature": 1.5, "order": "halton"}
+    calls, draw = [], priors.sample
+
+    def spy(*args: Any, **options: Any) -> list[torch.Tensor]:
+        calls.append((options["seed"], options["settings"]))
+        return draw(*args, **options)
+
+    monkeypatch.setattr(priors, "sample", spy)
+    options = [f"--{name}={value}" for name, value in {**settings, "seed": 3}.items()]
+    assert run(folders, tmp_path / "grid.png", kind, "--images=2", *options) == 0
+    assert calls == [(3, settings)] * 2  # coarse, then the rest
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "maskgit"])
 def test_codes_that_cannot_be_scored(folders: dict[str, Path], kind: str) -> None:
     _, prior = load(folders, kind)
     for codes, message in (
