@@ -9,6 +9,7 @@ from typing import Any
 
 from msvq_fast.nn import GRADIENTS
 from msvq_fast.ops.checks import InputError, check_choice
+from msvq_fast.ops.gaussian_blur.op import SIGMA_RULES
 
 
 def _is_count(value: object) -> bool:
@@ -61,8 +62,7 @@ class AutoencoderConfig:
             raise InputError(f"width={self.width}; expected at least 2: residual blocks halve it")
         if not 0 <= self.decay < 1:
             raise InputError(f"decay={self.decay}; expected 0 <= decay < 1")
-        if self.codebook_init not in ("uniform", "kmeans"):
-            raise InputError(f"codebook_init={self.codebook_init!r}; expected uniform or kmeans")
+        check_choice("codebook_init", self.codebook_init, ("uniform", "kmeans"))
         check_choice("gradient", self.gradient, GRADIENTS)
         for name in ("commitment_weight", "restart_below"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -112,14 +112,12 @@ class MSVQVAEConfig(AutoencoderConfig):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        if self.block_factor not in (2, 4):
-            raise InputError(f"block_factor={self.block_factor}; expected 2 or 4")
+        check_choice("block_factor", self.block_factor, (2, 4))
         if self.kernel_size is not None and not (
             _is_count(self.kernel_size) and self.kernel_size % 2 == 1
         ):
             raise InputError(f"kernel_size={self.kernel_size}; expected an odd positive int")
-        if self.sigma_rule not in ("paper", "opencv"):
-            raise InputError(f"sigma_rule={self.sigma_rule!r}; expected 'paper' or 'opencv'")
+        check_choice("sigma_rule", self.sigma_rule, SIGMA_RULES)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msvq_fast.ops.checks import InputError, accumulation_dtype
+from msvq_fast.ops.checks import accumulation_dtype, check_choice
 from msvq_fast.priors.prior import Prior, PriorOutput
 from msvq_fast.priors.sampling import check_sampling, draw_codes, uniforms
 from msvq_fast.priors.transformer import Memory, ScaleTransformer
@@ -85,8 +85,7 @@ class AutoregressivePrior(Prior):
             ``(B, h, w)`` int64.
         """
         check_sampling(temperature, top_k, top_p)
-        if decoding not in ("wavefront", "sequential"):
-            raise InputError(f"decoding={decoding!r}; expected 'wavefront' or 'sequential'")
+        check_choice("decoding", decoding, ("wavefront", "sequential"))
         self.check_draw(scale, coarser, batch, labels, fixed)
         model = self.scale_model(scale)
         decoder = _Decoder(model, model.context(coarser, labels), batch, labels)
