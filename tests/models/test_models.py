@@ -252,6 +252,8 @@ def test_loading_says_what_is_wrong(tmp_path) -> None:
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "x / 127.5 - 1"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int64), "dtype torch.int64"),
         (torch.full((1, 3, 64, 64), 255.0), r"expected values in \[-1, 1\]"),
+        (torch.full((1, 3, 64, 64), 1.02), r"expected values in \[-1, 1\]"),
+        (torch.full((1, 3, 64, 64), -1.02), r"expected values in \[-1, 1\]"),
         (torch.full((1, 3, 64, 64), torch.nan), r"expected values in \[-1, 1\]"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "x has dtype torch.float64; expected the"),
         (torch.zeros(1, 3, 64, 64, device="meta"), "the model is on cpu"),

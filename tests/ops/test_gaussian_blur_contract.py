@@ -134,6 +134,9 @@ def test_rules_of_kernel_size_and_sigma() -> None:
     assert sizes == {1: 1, 64: 7, 128: 11, 256: 15, 512: 21, 1024: 31, 2048: 45}
     assert default_sigma(31) == pytest.approx(5.4667, abs=1e-4)
     assert default_sigma(31, "opencv") == pytest.approx(5.0)
+    x = torch.rand(1, 1, 9, 11)
+    sigmas = (default_sigma(3), default_sigma(7))  # of each axis its own
+    assert torch.equal(gaussian_blur(x, (3, 7)), gaussian_blur(x, (3, 7), sigmas))
     with pytest.raises(InputError, match="sigma_rule"):
         default_sigma(31, "torch")
     with pytest.raises(InputError, match="num_scales"):
