@@ -102,6 +102,20 @@ MSVQ_DEVICE void narrow_quad(const float* from, T* to) {
     asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(words[0]) : "memory");
 }
 
+// Two likewise.
+MSVQ_DEVICE void narrow_pair(float first, float second, float* to) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second) : "memory");
+}
+template <class T>
+MSVQ_DEVICE void narrow_pair(float first, float second, T* to) {
+  static_assert(sizeof(T) == 2, "float32 has a form of its own");
+  T pair[2];
+  narrow(first, pair), narrow(second, pair + 1);
+  uint32_t word;
+  memcpy(&word, pair, sizeof word);
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+
 #else
 
 using on_host::bfloat16;
@@ -146,6 +160,12 @@ void narrow_quad(const float* from, T* to) {
   if (reinterpret_cast<uintptr_t>(to) % (4 * sizeof(T)) != 0)
     throw std::out_of_range("a kernel wrote four elements off their boundary");
   for (int k = 0; k < 4; ++k) narrow(from[k], to + k);
+}
+template <class T>
+void narrow_pair(float first, float second, T* to) {
+  if (reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) != 0)
+    throw std::out_of_range("a kernel wrote two elements off their boundary");
+  narrow(first, to), narrow(second, to + 1);
 }
 
 #endif

@@ -9,7 +9,7 @@ namespace {
 
 template <class T>
 __global__ void __launch_bounds__(kBandThreads, kBandHeld)
-    gaussian_blur_bands_kernel(const BandParams p) {
+    gaussian_blur_bands_kernel(const __grid_constant__ BandParams p) {
   __shared__ BandShared shared;
   BandBlur<T>(p, shared).run();
 }

@@ -19,25 +19,29 @@
 namespace msvq {
 namespace cuda {
 
-// Sums in shared memory, in bytes: of a row, 16 past a multiple of 32 so that 8 rows meet in no
-// bank; of 16 rows; of both parts.
+// Bytes of a row of sums in shared memory, 16 past a multiple of 32 so that 8 rows meet in no bank;
+// of 16 rows.
 constexpr int kBandPitch = 2 * kBandColumns + 16;
 constexpr int kBandPart = kBand * kBandPitch;
-constexpr int kBandSums = 2 * kBandPart;
 
 // What a thread has of a 16 x 16 left side of a product.
 struct alignas(16) Fragment {
   uint32_t words[4];
 };
 
+// What the warps have for each other in a step: both parts of their sums, and what every warp's are
+// multiplied by.
+struct alignas(16) BandStep {
+  char sums[2 * kBandPart];
+  float factors[kBandWarps];
+};
+
 struct alignas(16) BandShared {
-  char sums[2 * kBandSums];            // of two steps
+  BandStep steps[2];
   Fragment low_band[kBandBlocks][32];  // the second parts of the band
-  float factors[2][kBandWarps];        // what every warp's sums are multiplied by
   float taps[2 * kBandHalo + 1];
-  int units[2];  // the block's, from and to
-  uint64_t
-      bad[kBandWarps];  // bits of the steps of which every warp has to compute outputs once more
+  int units[2];              // the block's, from and to
+  uint64_t bad[kBandWarps];  // bits of the steps that every warp has to compute once more
 };
 
 // The parts of two numbers, the first in the low bits.
@@ -51,22 +55,23 @@ MSVQ_WARPS void split(float low, float high, uint32_t (&parts)[kParts]) {
   }
 }
 
-// A power of two by the bits of its exponent; of 255 Inf.
-MSVQ_WARPS float power_of_two(int bits) { return __int_as_float(bits << 23); }
-
-template <class T>
-struct alignas(2 * sizeof(T)) Pair {
-  T first, second;
-};
-template <class T>
-MSVQ_WARPS void read_pair(const T* from, uint32_t (&bits)[2]) {
-  const Pair<T> pair = *reinterpret_cast<const Pair<T>*>(from);
-  bits[0] = 0;
-  memcpy(bits, &pair, sizeof pair);
+// A power of two by the bits of its exponent; of 255 Inf, of -1 -Inf.
+MSVQ_WARPS float power_of_two(int bits) {
+  return __uint_as_float(static_cast<unsigned>(bits) << 23);
 }
 
-// Thread 4 g + q of a warp. Its warp's columns are `first` and 15 more, 16 to the left of its
-// pixels.
+// Two neighbouring elements at a multiple of their size: each, or in the first word both.
+MSVQ_WARPS void read_pair(const float* from, uint32_t (&bits)[2]) {
+  const uint2 pair = __ldg(reinterpret_cast<const uint2*>(from));
+  bits[0] = pair.x, bits[1] = pair.y;
+}
+template <class T>
+MSVQ_WARPS void read_pair(const T* from, uint32_t (&bits)[2]) {
+  static_assert(sizeof(T) == 2, "float32 has a form of its own");
+  bits[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
+}
+
+// Thread 4 g + q of a warp. Warp w has 16 columns, from 16 (w - 1) of the strip on.
 template <class T>
 struct BandBlur {
   static constexpr int kParts = sizeof(T) == 4 ? 2 : 1;  // that elements have
@@ -77,10 +82,12 @@ struct BandBlur {
   uint32_t rows[kBandBlocks][kParts][4];  // [2 j + h]: column 2 g + j, rows 2 q and on, 8 h further
   unsigned scales;                        // of these blocks, exponents of a byte each
   uint32_t next[4][2];                    // rows 2 q, 2 q + 1, 8 further: elements, or pairs in [0]
-  int first;
+  int64_t next_at;                        // in p.x, where they were or will be read from in pairs
+  int strip;                              // its first pixel
+  bool inside;  // the warp's columns are inside the image and can be read in pairs
   const T* plane;
   T* out;
-  int sums;  // of this step, in shared.sums
+  int turn;  // of shared.steps
 
   MSVQ_WARPS BandBlur(const BandParams& params, BandShared& memory) : p(params), shared(memory) {}
 
@@ -94,6 +101,7 @@ struct BandBlur {
     if (thread < 2)
       shared.units[thread] =
           static_cast<int>(int64_t{block / p.count_x + thread} * p.units / p.groups);
+    if (thread < kBandWarps) shared.bad[thread] = 0;
     __syncthreads();
     const int g = thread % 32 / 4, q = thread % 4;
     MSVQ_UNROLL
@@ -108,67 +116,75 @@ struct BandBlur {
         shared.low_band[k][thread % 32].words[i] = parts[1];  // the same from every warp
       }
     }
-    first = block % p.count_x * kBandPixels + thread / 32 * kBand - kBandHalo;
-    sums = 0, scales = 0;
+    strip = block % p.count_x * kBandPixels;
+    inside = p.pairs && first() >= 0 && first() + kBand <= p.width;
+    turn = 0, scales = 0;
+    MSVQ_UNROLL
+    for (int r = 0; r < 4; ++r) next[r][0] = next[r][1] = 0;
     MSVQ_NO_UNROLL
     for (int unit = shared.units[0]; unit < shared.units[1];) {
       const int number = unit / p.steps, step = unit % p.steps;
       const int count = min(min(shared.units[1] - unit, p.steps - step), kBandSteps);
-      const int64_t begin = number * p.height * p.pitch;
+      const int64_t begin = int64_t{number * p.height} * p.width;
       plane = static_cast<const T*>(p.x) + begin;
       out = static_cast<T*>(p.out) + begin;
-      stream(kBand * step, count);
       unit += count;
+      stream(kBand * step, count);
     }
   }
 
-  // `left` steps of outputs, up to 32, from row `row` on.
+  // `left` steps of outputs, up to kBandSteps, from row `row` on.
   MSVQ_WARPS void stream(int row, int left) {
     // The first outputs need all blocks of rows, and a block is asked for a turn ahead.
+    next_at = plane - static_cast<const T*>(p.x) + corner(row - kBandHalo - kBand);
     row -= kBand * kBandBlocks;
     int missing = kBandBlocks;
-    unsigned bad = 0;  // bits of the steps that this warp has to compute once more
     MSVQ_NO_UNROLL
     while (left > 0) {
       const int newest = row + kBand * (kBandBlocks - 1) - kBandHalo;
-      if (missing < kBandBlocks) take(newest);
-      if (missing == 0) blur_down();
+      next_at += kBand * p.width;
+      take(newest);  // in the first turn what nobody needs: a condition would keep copies of rows
       if (left > 1 || missing > 0) fetch(newest + kBand);
-      if (missing == 0) {
+      if (missing > 0) {
+        --missing;
+      } else {
+        blur_down();
         __syncthreads();
         --left;
-        if (thread_again() < kBandPixels / kBand * 32) bad |= blur_along(row) << left;
-        sums = kBandSums - sums;
-      } else {
-        --missing;
+        if (thread_again() < kBandPixels / kBand * 32) blur_along(row, left);
+        turn ^= 1;
       }
       row += kBand;
     }
-    if (bad) write_again(bad, row - kBand);
+    uint64_t& bad = shared.bad[thread_again() / 32];
+    __syncwarp();
+    if (bad) {
+      write_again(bad, row - kBand);
+      __syncwarp();
+      bad = 0;
+    }
   }
+
+  // The warp's first column.
+  MSVQ_WARPS int first() const { return strip + thread_again() / 32 * kBand - kBandHalo; }
 
   // From the first element of row y to row 2 q further, column 2 g of the warp's.
   MSVQ_WARPS int corner(int y) const {
     const int lane = thread_again() % 32;
-    return (y + lane % 4 * 2) * p.width + first + lane / 4 * 2;
+    return (y + lane % 4 * 2) * p.width + first() + lane / 4 * 2;
   }
 
   // Whether the block of 16 rows from y on is read in pairs.
-  MSVQ_WARPS bool is_paired(int y) const {
-    return p.pairs && first >= 0 && first + kBand <= p.width && y >= 0 && y + kBand <= p.height;
-  }
+  MSVQ_WARPS bool is_paired(int y) const { return inside && y >= 0 && y + kBand <= p.height; }
 
   // Asks for that block.
   MSVQ_WARPS void fetch(int y) {
     if (is_paired(y)) {
-      const T* from = plane + corner(y);
+      const T* const from = static_cast<const T*>(p.x) + next_at;
       MSVQ_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        read_pair(from, next[r]);
-        from += r == 1 ? 7 * p.pitch : p.pitch;
-      }
+      for (int r = 0; r < 4; ++r) read_pair(from + (r % 2 + r / 2 * 8) * p.width, next[r]);
     } else {
-      const int lane = thread_again() % 32, column = first + lane / 4 * 2;
+      const int lane = thread_again() % 32, column = first() + lane / 4 * 2;
       const int named = walked_source(p.border, y + lane % kBand, p.height);
       const int columns[2] = {walked_source(p.border, column, p.width),
                               walked_source(p.border, column + 1, p.width)};
@@ -252,10 +268,10 @@ struct BandBlur {
     }
     const int thread = thread_again(), row = thread % 32 / 4 * 2;
     if (thread % 32 == 0)
-      shared.factors[sums != 0][thread / 32] =
+      shared.steps[turn].factors[thread / 32] =
           power_of_two(254 - scale) * (1.0f / (1 << kBandTapScale));
     char* const to =
-        shared.sums + sums + row * kBandPitch + thread / 32 * (2 * kBand) + thread % 4 * 8;
+        shared.steps[turn].sums + row * kBandPitch + thread / 32 * (2 * kBand) + thread % 4 * 8;
     MSVQ_UNROLL
     for (int h = 0; h < 2; ++h) {
       uint32_t left[2], right[2];
@@ -268,65 +284,75 @@ struct BandBlur {
     }
   }
 
-  // The outputs of rows y to y + 15 and the warp's pixels; whether any is not finite. Column n of
-  // product j is row 8 j + n.
-  MSVQ_WARPS unsigned blur_along(int y) const {
-    const int thread = thread_again();
+  // Of 16 rows and 32 pixels warp 2 i has the first 8 rows, warp 2 i + 1 the others: this thread
+  // rows 2 q and 2 q + 1, pixels 2 g, 2 g + 1 and both 16 further.
+  MSVQ_WARPS int odd() const { return thread_again() / 32 % 2; }
+  MSVQ_WARPS int own_row(int y) const { return y + odd() * 8 + thread_again() % 4 * 2; }
+  MSVQ_WARPS int own_pixel() const {
+    return strip + thread_again() / 64 * (2 * kBand) + thread_again() % 32 / 4 * 2;
+  }
+
+  // The outputs of the step of rows y to y + 15, after which there are `left`. Row n of product j
+  // is pixel n of the 16 from 16 j on, column n is row n.
+  MSVQ_WARPS void blur_along(int y, int left) const {
+    const int thread = thread_again(), column = thread / 64 * (2 * kBand);
+    BandStep& step = shared.steps[turn];
     const uint32_t from =
-        shared_address(shared.sums + sums + (thread % 8 + thread % 32 / 16 * 8) * kBandPitch +
-                       thread / 32 * (2 * kBand) + thread % 16 / 8 * 16);
+        shared_address(step.sums + (odd() * 8 + thread % 8) * kBandPitch + 2 * column +
+                       thread % 16 / 8 * 16 + thread % 32 / 16 * kBandPart);
+    const float* const factors = step.factors + column / kBand;
+    uint32_t right[2][4];  // of 16 columns and the next 16, in turns: both halves of both parts
+    float factor[2];
+    load_blocks(from, right[0]);
+    factor[0] = factors[0];
     float sum[2][4] = {};
     MSVQ_UNROLL
     for (int k = 0; k < kBandBlocks; ++k) {
-      uint32_t right[2][4];
-      MSVQ_UNROLL
-      for (int part = 0; part < 2; ++part)
-        load_blocks(from + static_cast<uint32_t>(part * kBandPart + 2 * kBand * k), right[part]);
+      const int next_16 = (k + 1) % 2;
+      load_blocks(from + static_cast<uint32_t>(2 * kBand * (k + 1)), right[next_16]);
+      factor[next_16] = factors[k + 1];
       const Fragment low_band = shared.low_band[k][thread % 32];
-      const float factor = shared.factors[sums != 0][thread / 32 + k];
       MSVQ_UNROLL
-      for (int j = 0; j < 2; ++j)
-        add_product<2>(k, low_band, {right[0][2 * j], right[1][2 * j]},
-                       {right[0][2 * j + 1], right[1][2 * j + 1]}, factor, sum[j]);
-    }
-    float total = 0;
-    MSVQ_UNROLL
-    for (int i = 0; i < 8; ++i) total += sum[i / 4][i % 4];
-    const bool bad = __any_sync(~0u, !(fabsf(total) <= 3.4028234663852886e38f));
-    if (p.out_pairs && y + kBand <= p.height && first + kBandHalo + kBand <= p.width) {
-      T* to = out + (corner(y) + kBandHalo);
-      MSVQ_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        Pair<T> pair;
-        narrow(sum[i / 2][i % 2], &pair.first), narrow(sum[i / 2][i % 2 + 2], &pair.second);
-        *reinterpret_cast<Pair<T>*>(to) = pair;
-        to += i == 1 ? 7 * p.pitch : p.pitch;
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t (&of)[4] = right[(k + j) % 2];
+        add_product<2>(k, low_band, {of[0], of[2]}, {of[1], of[3]}, factor[(k + j) % 2], sum[j]);
       }
+    }
+    float total = sum[0][0];
+    MSVQ_UNROLL
+    for (int i = 1; i < 8; ++i) total += sum[i / 4][i % 4];
+    if (__any_sync(~0u, !(fabsf(total) <= 3.4028234663852886e38f)) && thread % 32 == 0)
+      shared.bad[thread / 32] |= uint64_t{1} << left;
+    if (p.out_pairs && y + kBand <= p.height && strip + column + 2 * kBand <= p.width) {
+      const int back = 2 * kBand * p.width - kBandHalo - odd() * (8 * p.width - kBand);
+      T* const to = static_cast<T*>(p.out) + (next_at - back);
+      MSVQ_UNROLL
+      for (int i = 0; i < 4; ++i)
+        narrow_pair(sum[i / 2][i % 2], sum[i / 2][i % 2 + 2],
+                    to + (i % 2 * p.width + i / 2 * kBand));
     } else {
       MSVQ_UNROLL
       for (int i = 0; i < 8; ++i)
-        write(y + i / 4 * 8 + thread % 4 * 2 + i % 2, i / 2 % 2, sum[i / 4][i % 4]);
+        write(own_row(y) + i % 2, own_pixel() + i / 4 * kBand + i / 2 % 2, sum[i / 4][i % 4]);
     }
-    return bad;
   }
 
-  // An output of row y and pixel 2 g of the warp's or the next, if there is one.
-  MSVQ_WARPS void write(int y, int next_pixel, float sum) const {
-    const int x = first + kBandHalo + thread_again() % 32 / 4 * 2 + next_pixel;
+  // An output, if there is one.
+  MSVQ_WARPS void write(int y, int x, float sum) const {
     if (y < p.height && x < p.width) narrow(sum, out + (y * p.width + x));
   }
 
   // The outputs of blur_along in steps of `bad`, from memory; bit 0 is that of row `last`.
-  MSVQ_WARPS void write_again(unsigned bad, int last) const {
-    const int x = first + kBandHalo + thread_again() % 32 / 4 * 2;
+  MSVQ_WARPS void write_again(uint64_t bad, int last) const {
     MSVQ_NO_UNROLL
     for (int i = 0; i < 8 * kBandSteps; ++i) {
       if (!(bad >> i / 8 & 1)) continue;
-      const int y = last - i / 8 * kBand + i / 4 % 2 * 8 + thread_again() % 4 * 2 + i / 2 % 2;
+      const int y = own_row(last - i / 8 * kBand) + i % 2;
+      const int x = own_pixel() + i / 4 % 2 * kBand + i / 2 % 2;
       float sum = 0;
       MSVQ_NO_UNROLL
       for (int j = 0; j <= 2 * p.radius; ++j) {
-        const int column = walked_source(p.border, x + i % 2 + j - p.radius, p.width);
+        const int column = walked_source(p.border, x + j - p.radius, p.width);
         float down = 0;
         MSVQ_NO_UNROLL
         for (int k = 0; column >= 0 && k <= 2 * p.radius; ++k) {
@@ -335,7 +361,7 @@ struct BandBlur {
         }
         sum += shared.taps[j] * down;
       }
-      write(y, i % 2, sum);
+      write(y, x, sum);
     }
   }
 };

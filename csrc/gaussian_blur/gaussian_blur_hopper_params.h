@@ -15,7 +15,7 @@ constexpr int kBandColumns = kBandPixels + 2 * kBandHalo;
 constexpr int kBandWarps = kBandColumns / kBand;
 constexpr int kBandThreads = 32 * kBandWarps;
 constexpr int kBandHeld = 2;       // thread blocks that share a multiprocessor
-constexpr int kBandSteps = 32;     // of 16 rows that a block computes in one go
+constexpr int kBandSteps = 64;     // of 16 rows that a block computes in one go
 constexpr int kBandTapScale = 12;  // taps are multiplied by 2^12
 
 struct BandParams {
@@ -24,7 +24,6 @@ struct BandParams {
   Border border;
   bool pairs, out_pairs;  // two columns can be read, written at a time
   int height, width, radius;
-  int64_t pitch;              // width
   int count_x, groups;        // strips of a plane; blocks that share the units of one strip
   int steps, units;           // of 16 rows: of a plane, of all planes
   float half[kBandHalo + 1];  // taps by their distance from the middle
@@ -36,8 +35,7 @@ inline bool is_banded(const GaussianBlurParams& g) {
   const bool apart = g.adjoint && (g.border == Border::reflect || g.border == Border::replicate);
   bool fits = g.radius_y == g.radius_x && g.radius_x >= 10 && g.radius_x <= kBandHalo && !apart &&
               g.inner == 1 && g.type != ImageType::uint8 && g.width >= kBandPixels / 4 * 3 &&
-              (g.height + 256) * (g.width + 256) < INT32_MAX &&
-              g.planes * (g.height / kBand + 1) < INT32_MAX;
+              (g.height + 256) * (g.width + 256) < INT32_MAX && g.planes * g.height < INT32_MAX;
   for (int64_t j = 0; fits && j <= 2 * g.radius_x; ++j) fits = g.taps_x[j] == g.taps_y[j];
   return fits;
 }
@@ -45,7 +43,7 @@ inline bool is_banded(const GaussianBlurParams& g) {
 inline BandParams band_params(const GaussianBlurParams& g, int64_t processors) {
   BandParams p{};
   p.x = g.x, p.out = g.out, p.border = g.border;
-  p.height = static_cast<int>(g.height), p.width = static_cast<int>(g.width), p.pitch = g.width;
+  p.height = static_cast<int>(g.height), p.width = static_cast<int>(g.width);
   p.radius = static_cast<int>(g.radius_x);
   const uintptr_t pair = g.type == ImageType::float32 ? 8 : 4;
   p.pairs = g.width % 2 == 0 && reinterpret_cast<uintptr_t>(g.x) % pair == 0;

@@ -178,6 +178,8 @@ def test_blur_on_tensor_cores(
     others = []
     for shape, size in (((2, 3, 1024, 1024), 31), ((1, 2, 75, 141), 21), ((3, 1, 9, 130), 33)):
         x = torch.rand(shape).to(device, dtype)
+        if size == 33:  # off a boundary of pairs
+            x = x.new_zeros(x.numel() + 1)[1:].view(shape).copy_(x)
         x[-1, 0, 3, 70] = float("inf")
         monkeypatch.setattr(native, "TENSOR_CORES", True)
         out = gaussian_blur(x, size, border=border, backend="native")
