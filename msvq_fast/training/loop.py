@@ -229,7 +229,7 @@ class _Run:
                     left = min(self.steps_per_epoch - done, self.total_steps - self.step)
                     for _ in range(left):
                         self._optimizer_step(stream)
-                        stop = distributed.agree(signals.received, self.world)
+                        stop = distributed.agree(signals.received or self.display.lost, self.world)
                         self._after_step(stop)
                         if stop:
                             # The first process has saved: torchrun ends it as soon as one has left.

@@ -246,7 +246,7 @@ class _Run:
                 first = self.step % self.steps_per_epoch * self.group
                 first += self.world.rank * self.config.batch_size
                 self._optimizer_step(order[first : first + self.config.batch_size])
-                stop = distributed.agree(signals.received, self.world)
+                stop = distributed.agree(signals.received or self.display.lost, self.world)
                 self._after_step(stop)
                 if stop:
                     # The first process has saved: torchrun ends it as soon as one has left.
