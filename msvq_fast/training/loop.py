@@ -29,6 +29,7 @@ from msvq_fast.training.optimizer import (
     build_adam,
     default_epochs,
     is_unstable,
+    load_moments,
     optimizer_settings,
     warmup_steps,
 )
@@ -165,7 +166,7 @@ class _Run:
         self.losses = ImageLosses(config, self.model, world, self.total_steps, self.autocast_dtype)
         if start is not None:
             saved = checkpoint.load_optimizer(start)
-            self.optimizer.load_state_dict(saved["optimizer"])
+            load_moments(self.optimizer, saved["optimizer"], betas=self.betas)
             self.window.load_state_dict(saved["window"])
             self.losses.load_state_dict(saved.get("image_losses", {}))
         elif model_config.codebook_init == "kmeans":
@@ -346,6 +347,7 @@ class _Run:
 
     def _validate(self, tiles: Tensor) -> bool:
         """Record the held-out figures; return whether they are the best so far."""
+        check_weights(self.model, self.optimizer, self.step)  # NaN latents have codes and images
         errors, psnr = validate(
             self.model, tiles, batch_size=self.config.batch_size, world=self.world
         )
@@ -365,7 +367,7 @@ class _Run:
 
     def _save(self) -> None:
         self.window.check()
-        check_weights(self.model, self.step)
+        check_weights(self.model, self.optimizer, self.step)
         self.losses.check(self.step)
         self.window.reduce()
         self.losses.reduce()

@@ -22,7 +22,7 @@ from msvq_fast.training.config import how_computed
 from msvq_fast.training.distributed import World
 from msvq_fast.training.failure import explain
 from msvq_fast.training.interrupt import StopSignals
-from msvq_fast.training.optimizer import Schedule, warmup_steps
+from msvq_fast.training.optimizer import Schedule, load_moments, warmup_steps
 from msvq_fast.training.prior_config import PRIOR_FREE_ON_RESUME, TrainPriorConfig
 from msvq_fast.training.progress import PRIOR_COLUMNS, MetricsFile, open_display
 from msvq_fast.training.results import write_text
@@ -143,7 +143,7 @@ class _Run:
                 start,
                 {**defaults, **state["config"], **state["model_config"]},
                 {**config.to_dict(), **self.description},
-                PRIOR_FREE_ON_RESUME,
+                PRIOR_FREE_ON_RESUME | resume.free_rates(config),
             )
             self.prior = priors.from_pretrained(start, backend=config.backend)
         self.step: int = state["step"]
@@ -160,7 +160,8 @@ class _Run:
         self.sums = torch.zeros(len(self.tokens.grids) + 2, device=device)
         if start is not None:
             saved = checkpoint.load_optimizer(start)
-            self.optimizer.load_state_dict(saved["optimizer"])
+            rates = {"betas": config.betas, "weight_decay": config.weight_decay}
+            load_moments(self.optimizer, saved["optimizer"], **rates)
             if world.leads:
                 self.sums.copy_(saved["window"])
         self.wrapped = distributed.wrap(self.prior, world)
@@ -225,7 +226,9 @@ class _Run:
         if self.step:
             done = "; nothing is left to train" if self.step >= self.total_steps else ""
             self.display.message(f"going on after step {self.step}{done}")
-            for change in resume.describe_computation(state, self.config, self.device.type):
+            changes = resume.describe_rates(state, self.config)
+            changes += resume.describe_computation(state, self.config, self.device.type)
+            for change in changes:
                 self.display.message(f"warning: {change}")
 
     def close(self) -> None:
@@ -347,6 +350,7 @@ class _Run:
 
     def _validate(self, held_out: Tokens) -> bool:
         """Record the held-out figures; return whether they are the best so far."""
+        check_weights(self.prior, self.optimizer, self.step)
         config = self.config
         limit = min(config.validation_images, len(held_out))
         nll = validate_prior(
@@ -369,7 +373,7 @@ class _Run:
         self.display.log(record)
 
     def _save(self) -> None:
-        check_weights(self.prior, self.step)
+        check_weights(self.prior, self.optimizer, self.step)
         self._reduce()
         if not self.world.leads:
             return

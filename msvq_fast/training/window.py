@@ -22,11 +22,18 @@ class TrainingError(WorkError):
     """Training cannot go on."""
 
 
-def check_weights(model: nn.Module, step: int) -> None:
-    """Raise `TrainingError` rather than save what a last bad gradient may have left."""
+def check_weights(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raise `TrainingError` rather than save what a last bad gradient may have left.
+
+    The square of a finite gradient may be infinite: that weight would never move again.
+    """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise TrainingError(f"{name} is not finite after step {step}")
+    for name, parameter in model.named_parameters():
+        for tensor in optimizer.state.get(parameter, {}).values():
+            if not bool(tensor.isfinite().all()):
+                raise TrainingError(f"the gradient of {name} had no finite square by step {step}")
 
 
 @dataclass(frozen=True)
