@@ -258,16 +258,12 @@ class _Run:
         )
 
     def _optimizer_step(self, stream: Iterator[Tensor]) -> None:
-        accumulate = self.config.accumulate
+        accumulate, mixed = self.config.accumulate, self.autocast_dtype is not None
         for micro in range(accumulate):
             x = self._to_device(next(stream))
             last = micro == accumulate - 1
             with distributed.gradient_sync(self.wrapped, last):
-                with torch.autocast(
-                    self.world.device.type,
-                    dtype=self.autocast_dtype,
-                    enabled=self.autocast_dtype is not None,
-                ):
+                with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=mixed):
                     out = self.wrapped(x)
                 if last:  # all codes are found: their statistics travel during the backward
                     finish = distributed.start_reducing(self.model.code_statistics(), self.world)
@@ -347,6 +343,7 @@ class _Run:
 
     def _validate(self, tiles: Tensor) -> bool:
         """Record the held-out figures; return whether they are the best so far."""
+        self.window.check()
         check_weights(self.model, self.optimizer, self.step)  # NaN latents have codes and images
         errors, psnr = validate(
             self.model, tiles, batch_size=self.config.batch_size, world=self.world

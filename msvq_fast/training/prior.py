@@ -27,7 +27,7 @@ from msvq_fast.training.prior_config import PRIOR_FREE_ON_RESUME, TrainPriorConf
 from msvq_fast.training.progress import PRIOR_COLUMNS, MetricsFile, open_display
 from msvq_fast.training.results import write_text
 from msvq_fast.training.tokens import Tokens, load_tokens
-from msvq_fast.training.window import TrainingError, check_weights
+from msvq_fast.training.window import FirstBad, check_weights
 
 DEFAULT_EPOCHS = 50  # §4.3 of the paper
 
@@ -158,6 +158,8 @@ class _Run:
         )
         # Sums since the last log line: the loss, the NLL of every scale, the steps.
         self.sums = torch.zeros(len(self.tokens.grids) + 2, device=device)
+        scales = range(len(self.tokens.grids))
+        self.first_bad = FirstBad([f"NLL of scale {m}" for m in scales], world)
         if start is not None:
             saved = checkpoint.load_optimizer(start)
             rates = {"betas": config.betas, "weight_decay": config.weight_decay}
@@ -271,17 +273,11 @@ class _Run:
         number = self.step * self.world.size + self.world.rank
         torch.manual_seed((config.seed << 32) + number + 1)
         labels = self._labels(rows)
+        how: dict[str, Any] = {}
+        if isinstance(self.prior, MaskGITPrior):
+            how = {"schedule": config.mask_schedule, "label_smoothing": config.label_smoothing}
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            out: PriorOutput
-            if isinstance(self.prior, MaskGITPrior):
-                out = self.wrapped(
-                    codes,
-                    labels,
-                    schedule=config.mask_schedule,
-                    label_smoothing=config.label_smoothing,
-                )
-            else:
-                out = self.wrapped(codes, labels)
+            out: PriorOutput = self.wrapped(codes, labels, **how)
         out.loss.backward()
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.prior.parameters(), config.grad_clip)
@@ -289,8 +285,10 @@ class _Run:
             group["lr"] = self.schedule(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.sums += torch.cat([out.loss.detach().reshape(1), out.nll, self.sums.new_ones(1)])
         self.step += 1
+        parts = torch.cat([out.loss.detach().reshape(1), out.nll])
+        self.first_bad.add(parts, self.step)
+        self.sums += torch.cat([parts, parts.new_ones(1)])
 
     def _labels(self, rows: Tensor) -> Tensor | None:
         """Classes ``(B,)`` of a batch, some of them replaced by "no label"."""
@@ -320,9 +318,8 @@ class _Run:
 
     def _reduce(self) -> None:
         """Bring the sums of all processes into rank 0's; the others' become zero."""
+        self.first_bad.check()
         distributed.all_reduce_(self.sums, self.world)
-        if not math.isfinite(float(self.sums[0])):
-            raise TrainingError(f"the loss is not finite at step {self.step}")
         if not self.world.leads:
             self.sums.zero_()
 
@@ -350,6 +347,7 @@ class _Run:
 
     def _validate(self, held_out: Tokens) -> bool:
         """Record the held-out figures; return whether they are the best so far."""
+        self.first_bad.check()
         check_weights(self.prior, self.optimizer, self.step)
         config = self.config
         limit = min(config.validation_images, len(held_out))
@@ -373,8 +371,8 @@ class _Run:
         self.display.log(record)
 
     def _save(self) -> None:
-        check_weights(self.prior, self.optimizer, self.step)
         self._reduce()
+        check_weights(self.prior, self.optimizer, self.step)
         if not self.world.leads:
             return
         checkpoint.save_checkpoint(
