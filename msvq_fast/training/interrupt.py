@@ -10,10 +10,11 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-# SIGUSR1 is what schedulers are asked to send before a job's time is up; Windows has none.
-_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)
+# SIGHUP comes when a terminal's connection is lost, SIGUSR1 is what schedulers are asked to send
+# before a job's time is up. Windows has neither.
+_HANGUP = 1  # SIGHUP, also where it is not known
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 # Launchers (torchrun, timeout) pass on a signal that the terminal or the scheduler has already sent
 # to all processes: what comes within this many seconds is the same request.
 _SAME_REQUEST = 1.0
@@ -34,12 +35,14 @@ class StopSignals:
     def received(self) -> int:
         """Number of the signal that asked to stop, 0 before."""
         if self._launcher is not None and os.getppid() != self._launcher and not self._received:
-            self._received = signal.SIGHUP
+            self._received = _HANGUP
             _say("torchrun is gone; stopping after this step and saving")
         return self._received
 
     def __enter__(self) -> StopSignals:
         for number in _SIGNALS:
+            if number == _HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started by nohup
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -54,14 +57,14 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        for each in _SIGNALS:
+        for each in self._before:
             signal.signal(each, signal.SIG_IGN)
         # A second signal leaves no chance to bring back a cursor that the progress bar hides.
         cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         _say(f"{cursor}\nstopping after this step and saving; once more stops at once")
         time.sleep(_SAME_REQUEST)
         # Not a handler of our own: that would wait for a step that hangs.
-        for each in _SIGNALS:
+        for each in self._before:
             signal.signal(each, signal.SIG_DFL)
 
 

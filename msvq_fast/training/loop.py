@@ -45,7 +45,7 @@ def run_train(config: TrainConfig) -> int:
     """Train a model.
 
     Returns:
-        Exit code: 0 at the end, 128 plus the signal's number after Ctrl-C or SIGTERM.
+        Exit code: 0 at the end, 128 plus the signal's number after one that asks to stop.
 
     Raises:
         InputError: For settings that cannot work, before anything is written.

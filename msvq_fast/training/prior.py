@@ -36,7 +36,7 @@ def run_train_prior(config: TrainPriorConfig) -> int:
     """``msvq train-prior``: learn the codes of a folder of tokens.
 
     Returns:
-        Exit code: 0 at the end, 128 plus the signal's number after Ctrl-C or SIGTERM.
+        Exit code: 0 at the end, 128 plus the signal's number after one that asks to stop.
 
     Raises:
         InputError: For settings that cannot work, before anything is written.

@@ -27,7 +27,8 @@ def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
 )
 def test_a_signal_saves_and_the_run_can_go_on(
     tmp_path: Path,
@@ -66,12 +67,26 @@ def test_a_second_signal_is_not_held_back() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_hangup_that_nohup_ignores_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # The second signal comes while the first one's step is saved; the third one when people wait.
 PASSED_ON = """
 import os, signal, threading
 from msvq_fast.training.interrupt import StopSignals
 with StopSignals() as signals:
-    again = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    again = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     again.start()
     os.kill(os.getpid(), signal.SIGTERM)
     again.join()
