@@ -37,7 +37,7 @@ class ImageDataset:
     least twice the wanted one. Thread-safe.
 
     A file that cannot be read is replaced by the next one of ``paths`` that can and is noted in
-    ``skipped``.
+    ``skipped``. Unless its content is at fault it is tried again the next time.
 
     Args:
         paths: files or stored images, as ``list_images`` gives them; sample ``index`` is a crop
@@ -83,6 +83,7 @@ class ImageDataset:
         self.repeat = repeat
         self.cache_bytes = cache_bytes
         self.skipped: dict[str, str] = {}
+        self._corrupt: set[str] = set()
         self._cache: dict[int, NDArray[np.uint8]] = {}
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -118,15 +119,22 @@ class ImageDataset:
 
     def _readable_image(self, first: int) -> NDArray[np.uint8]:
         count = len(self.paths)
-        for position in range(first, first + count):
-            path = str(self.paths[position % count])
-            if path in self.skipped:
-                continue
-            try:
-                return self._image(position % count)
-            except ImageReadError as error:
+        failed: dict[str, str] = {}
+        try:
+            for position in range(first, first + count):
+                path = str(self.paths[position % count])
+                if path in self._corrupt:
+                    continue
+                try:
+                    return self._image(position % count)
+                except ImageReadError as error:
+                    failed[path] = str(error)
+                    if not error.may_pass:
+                        self._corrupt.add(path)
+        finally:
+            if failed:
                 with self._lock:  # a new dict: the caller may be iterating over the old one
-                    self.skipped = {**self.skipped, path: str(error)}
+                    self.skipped = {**self.skipped, **failed}
         raise InputError(
             f"none of the {count} images can be read; {self.skipped[str(self.paths[first])]}"
         )

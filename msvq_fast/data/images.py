@@ -40,7 +40,15 @@ _UPRIGHT = {
 
 
 class ImageReadError(InputError):
-    """A file that cannot be read as an image; the message names the file and the reason."""
+    """A file that cannot be read as an image; the message names the file and the reason.
+
+    Attributes:
+        may_pass: whether that is not the content's fault but the disk's or memory's.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +154,7 @@ def decode(
 
     Loader threads use numpy only: with torch each of them would start an OpenMP pool of its own.
     """
+    may_pass = False
     try:
         if isinstance(path, StoredImage):
             source: io.BytesIO | str | os.PathLike[str] = io.BytesIO(path.read())
@@ -165,11 +174,14 @@ def decode(
         reason = "the file is empty" if empty else "not an image of a known format"
     except OSError as error:
         reason = error.strerror or str(error)
+        may_pass = error.errno is not None  # of the system: Pillow's own have no number
+    except MemoryError:
+        reason, may_pass = "out of memory", True
     except Exception as error:  # decoders meet corrupt bytes with exceptions of any kind
         reason = str(error) or type(error).__name__
     reason = " ".join(reason.split())
     place = str(path) if isinstance(path, StoredImage) else os.fspath(path)
-    raise ImageReadError(f"cannot read image {place!r}: {reason}")
+    raise ImageReadError(f"cannot read image {place!r}: {reason}", may_pass=may_pass)
 
 
 def lanczos(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

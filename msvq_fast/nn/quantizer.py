@@ -32,7 +32,8 @@ class VectorQuantizer(nn.Module):
 
     As with batch normalisation, `torch.utils.checkpoint` around a training forward is wrong: run
     again in the backward it counts its latents twice, and finds codes in the codebook that has
-    moved. The models' ``set_memory`` keeps the quantizers out of what it runs again.
+    moved. The models' ``set_memory`` keeps the quantizers out of what it runs again. A step that a
+    gradient scaler skips has moved the codebook too.
 
     Of several processes each moves its codebook by its own latents, and DistributedDataParallel
     hands out that of the first: set ``defer_updates``, and in every step sum `code_statistics` over

@@ -43,7 +43,9 @@ def checkpoint_path(out: Path, step: int) -> Path:
 def list_checkpoints(out: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first; they may still be corrupt."""
     found = (out / CHECKPOINTS).glob(f"{_PREFIX}*")
-    return sorted(path for path in found if path.name[len(_PREFIX) :].isdigit())
+    steps = {path: path.name[len(_PREFIX) :] for path in found}
+    # By number: the names of a hundred million steps and more are longer.
+    return sorted((p for p, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
 
 
 def name_last(out: Path) -> str:

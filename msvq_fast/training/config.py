@@ -122,7 +122,7 @@ class TrainConfig:
         log_every: Optimiser steps between log lines.
         tensorboard: Also write TensorBoard events into the run's folder.
         resume: auto goes on from the run's own last checkpoint (or starts); a path goes on from
-            that run or checkpoint.
+            that run or checkpoint, where the optimiser's settings may be others.
         model: Changes to the preset.
     """
 

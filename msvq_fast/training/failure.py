@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from msvq_fast.training.checkpoint import name_last
+from msvq_fast.training.checkpoint import list_checkpoints, name_last
 from msvq_fast.training.distributed import World, loss_of_process
 from msvq_fast.training.optimizer import Betas, is_unstable
 from msvq_fast.training.window import TrainingError
@@ -19,7 +19,9 @@ def explain(
     """
     if isinstance(error, TrainingError):
         remedy = "--betas=[0.5,0.9]" if is_unstable(betas) else "a lower lr"
-        return TrainingError(f"{error}; {name_last(out)}; try {remedy}")
+        found = list_checkpoints(out)
+        there = f" with resume={found[-1]}" if found else ""  # all else would end the same way
+        return TrainingError(f"{error}; {name_last(out)}; try {remedy}{there}")
     reason = loss_of_process(error)
     if reason is None:
         return None

@@ -154,7 +154,7 @@ class ImageLosses:
     def check(self, step: int) -> None:
         """Raise `TrainingError` rather than save a discriminator that broke down."""
         if self.discriminator is not None:
-            check_weights(self.discriminator, step)
+            check_weights(self.discriminator, self.optimizer, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything for a checkpoint, after `reduce`."""

@@ -29,6 +29,7 @@ from msvq_fast.training.optimizer import (
     build_adam,
     default_epochs,
     is_unstable,
+    load_moments,
     optimizer_settings,
     warmup_steps,
 )
@@ -44,7 +45,7 @@ def run_train(config: TrainConfig) -> int:
     """Train a model.
 
     Returns:
-        Exit code: 0 at the end, 128 plus the signal's number after Ctrl-C or SIGTERM.
+        Exit code: 0 at the end, 128 plus the signal's number after one that asks to stop.
 
     Raises:
         InputError: For settings that cannot work, before anything is written.
@@ -165,7 +166,7 @@ class _Run:
         self.losses = ImageLosses(config, self.model, world, self.total_steps, self.autocast_dtype)
         if start is not None:
             saved = checkpoint.load_optimizer(start)
-            self.optimizer.load_state_dict(saved["optimizer"])
+            load_moments(self.optimizer, saved["optimizer"], betas=self.betas)
             self.window.load_state_dict(saved["window"])
             self.losses.load_state_dict(saved.get("image_losses", {}))
         elif model_config.codebook_init == "kmeans":
@@ -229,7 +230,7 @@ class _Run:
                     left = min(self.steps_per_epoch - done, self.total_steps - self.step)
                     for _ in range(left):
                         self._optimizer_step(stream)
-                        stop = distributed.agree(signals.received, self.world)
+                        stop = distributed.agree(signals.received or self.display.lost, self.world)
                         self._after_step(stop)
                         if stop:
                             # The first process has saved: torchrun ends it as soon as one has left.
@@ -257,16 +258,12 @@ class _Run:
         )
 
     def _optimizer_step(self, stream: Iterator[Tensor]) -> None:
-        accumulate = self.config.accumulate
+        accumulate, mixed = self.config.accumulate, self.autocast_dtype is not None
         for micro in range(accumulate):
             x = self._to_device(next(stream))
             last = micro == accumulate - 1
             with distributed.gradient_sync(self.wrapped, last):
-                with torch.autocast(
-                    self.world.device.type,
-                    dtype=self.autocast_dtype,
-                    enabled=self.autocast_dtype is not None,
-                ):
+                with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=mixed):
                     out = self.wrapped(x)
                 if last:  # all codes are found: their statistics travel during the backward
                     finish = distributed.start_reducing(self.model.code_statistics(), self.world)
@@ -346,6 +343,8 @@ class _Run:
 
     def _validate(self, tiles: Tensor) -> bool:
         """Record the held-out figures; return whether they are the best so far."""
+        self.window.check()
+        check_weights(self.model, self.optimizer, self.step)  # NaN latents have codes and images
         errors, psnr = validate(
             self.model, tiles, batch_size=self.config.batch_size, world=self.world
         )
@@ -365,7 +364,7 @@ class _Run:
 
     def _save(self) -> None:
         self.window.check()
-        check_weights(self.model, self.step)
+        check_weights(self.model, self.optimizer, self.step)
         self.losses.check(self.step)
         self.window.reduce()
         self.losses.reduce()

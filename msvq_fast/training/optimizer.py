@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import Parameter
@@ -14,6 +14,19 @@ Betas = tuple[float, float]
 WHY_UNSTABLE = (
     "as the paper prints them can diverge, since Adam's steps grow where a gradient vanishes "
     "(β₁² > β₂); --betas=[0.5,0.9] does not"
+)
+
+# How the optimiser moves the weights: what a run may change that goes on from a named checkpoint.
+RATES = frozenset(
+    {
+        "lr",
+        "betas",
+        "schedule",
+        "warmup_epochs",
+        "min_lr_fraction",
+        "grad_clip",
+        "weight_decay",
+    }
 )
 
 
@@ -81,3 +94,10 @@ def warmup_steps(
 def build_adam(parameters: Iterable[Parameter], *, lr: float, betas: Betas) -> torch.optim.Adam:
     """Adam with eps 1e-8 and no decay, in one fused kernel where all parameters are floats."""
     return torch.optim.Adam(list(parameters), lr=lr, betas=betas, eps=1e-8, fused=True)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any], **settings: Any) -> None:
+    """Go on from the moments of a saved ``state``, with these ``settings`` whatever it says."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group.update(settings)

@@ -22,12 +22,12 @@ from msvq_fast.training.config import how_computed
 from msvq_fast.training.distributed import World
 from msvq_fast.training.failure import explain
 from msvq_fast.training.interrupt import StopSignals
-from msvq_fast.training.optimizer import Schedule, warmup_steps
+from msvq_fast.training.optimizer import Schedule, load_moments, warmup_steps
 from msvq_fast.training.prior_config import PRIOR_FREE_ON_RESUME, TrainPriorConfig
 from msvq_fast.training.progress import PRIOR_COLUMNS, MetricsFile, open_display
 from msvq_fast.training.results import write_text
 from msvq_fast.training.tokens import Tokens, load_tokens
-from msvq_fast.training.window import TrainingError, check_weights
+from msvq_fast.training.window import FirstBad, check_weights
 
 DEFAULT_EPOCHS = 50  # §4.3 of the paper
 
@@ -36,7 +36,7 @@ def run_train_prior(config: TrainPriorConfig) -> int:
     """``msvq train-prior``: learn the codes of a folder of tokens.
 
     Returns:
-        Exit code: 0 at the end, 128 plus the signal's number after Ctrl-C or SIGTERM.
+        Exit code: 0 at the end, 128 plus the signal's number after one that asks to stop.
 
     Raises:
         InputError: For settings that cannot work, before anything is written.
@@ -143,7 +143,7 @@ class _Run:
                 start,
                 {**defaults, **state["config"], **state["model_config"]},
                 {**config.to_dict(), **self.description},
-                PRIOR_FREE_ON_RESUME,
+                PRIOR_FREE_ON_RESUME | resume.free_rates(config),
             )
             self.prior = priors.from_pretrained(start, backend=config.backend)
         self.step: int = state["step"]
@@ -158,9 +158,12 @@ class _Run:
         )
         # Sums since the last log line: the loss, the NLL of every scale, the steps.
         self.sums = torch.zeros(len(self.tokens.grids) + 2, device=device)
+        scales = range(len(self.tokens.grids))
+        self.first_bad = FirstBad([f"NLL of scale {m}" for m in scales], world)
         if start is not None:
             saved = checkpoint.load_optimizer(start)
-            self.optimizer.load_state_dict(saved["optimizer"])
+            rates = {"betas": config.betas, "weight_decay": config.weight_decay}
+            load_moments(self.optimizer, saved["optimizer"], **rates)
             if world.leads:
                 self.sums.copy_(saved["window"])
         self.wrapped = distributed.wrap(self.prior, world)
@@ -225,7 +228,9 @@ class _Run:
         if self.step:
             done = "; nothing is left to train" if self.step >= self.total_steps else ""
             self.display.message(f"going on after step {self.step}{done}")
-            for change in resume.describe_computation(state, self.config, self.device.type):
+            changes = resume.describe_rates(state, self.config)
+            changes += resume.describe_computation(state, self.config, self.device.type)
+            for change in changes:
                 self.display.message(f"warning: {change}")
 
     def close(self) -> None:
@@ -246,7 +251,7 @@ class _Run:
                 first = self.step % self.steps_per_epoch * self.group
                 first += self.world.rank * self.config.batch_size
                 self._optimizer_step(order[first : first + self.config.batch_size])
-                stop = distributed.agree(signals.received, self.world)
+                stop = distributed.agree(signals.received or self.display.lost, self.world)
                 self._after_step(stop)
                 if stop:
                     # The first process has saved: torchrun ends it as soon as one has left.
@@ -268,17 +273,11 @@ class _Run:
         number = self.step * self.world.size + self.world.rank
         torch.manual_seed((config.seed << 32) + number + 1)
         labels = self._labels(rows)
+        how: dict[str, Any] = {}
+        if isinstance(self.prior, MaskGITPrior):
+            how = {"schedule": config.mask_schedule, "label_smoothing": config.label_smoothing}
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            out: PriorOutput
-            if isinstance(self.prior, MaskGITPrior):
-                out = self.wrapped(
-                    codes,
-                    labels,
-                    schedule=config.mask_schedule,
-                    label_smoothing=config.label_smoothing,
-                )
-            else:
-                out = self.wrapped(codes, labels)
+            out: PriorOutput = self.wrapped(codes, labels, **how)
         out.loss.backward()
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.prior.parameters(), config.grad_clip)
@@ -286,8 +285,10 @@ class _Run:
             group["lr"] = self.schedule(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.sums += torch.cat([out.loss.detach().reshape(1), out.nll, self.sums.new_ones(1)])
         self.step += 1
+        parts = torch.cat([out.loss.detach().reshape(1), out.nll])
+        self.first_bad.add(parts, self.step)
+        self.sums += torch.cat([parts, parts.new_ones(1)])
 
     def _labels(self, rows: Tensor) -> Tensor | None:
         """Classes ``(B,)`` of a batch, some of them replaced by "no label"."""
@@ -317,9 +318,8 @@ class _Run:
 
     def _reduce(self) -> None:
         """Bring the sums of all processes into rank 0's; the others' become zero."""
+        self.first_bad.check()
         distributed.all_reduce_(self.sums, self.world)
-        if not math.isfinite(float(self.sums[0])):
-            raise TrainingError(f"the loss is not finite at step {self.step}")
         if not self.world.leads:
             self.sums.zero_()
 
@@ -347,6 +347,8 @@ class _Run:
 
     def _validate(self, held_out: Tokens) -> bool:
         """Record the held-out figures; return whether they are the best so far."""
+        self.first_bad.check()
+        check_weights(self.prior, self.optimizer, self.step)
         config = self.config
         limit = min(config.validation_images, len(held_out))
         nll = validate_prior(
@@ -369,8 +371,8 @@ class _Run:
         self.display.log(record)
 
     def _save(self) -> None:
-        check_weights(self.prior, self.step)
         self._reduce()
+        check_weights(self.prior, self.optimizer, self.step)
         if not self.world.leads:
             return
         checkpoint.save_checkpoint(

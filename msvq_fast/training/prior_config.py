@@ -44,7 +44,7 @@ class TrainPriorConfig:
         keep_last: Checkpoints kept beside the best one.
         log_every: Optimiser steps between log lines.
         resume: auto goes on from the run's own last checkpoint (or starts); a path goes on from
-            that run or checkpoint.
+            that run or checkpoint, where the optimiser's settings may be others.
     """
 
     tokens: str

@@ -15,6 +15,7 @@ from msvq_fast.ops.checks import InputError
 from msvq_fast.training.results import writing
 
 METRICS = "metrics.jsonl"
+_SIGPIPE = 13  # also where the signal is not known
 
 
 class Column(NamedTuple):
@@ -38,7 +39,13 @@ PRIOR_COLUMNS = (
 
 
 class Display(Protocol):
-    """Where people watch a run."""
+    """Where people watch a run.
+
+    Attributes:
+        lost: SIGPIPE's number once nothing can be printed any more, 0 before.
+    """
+
+    lost: int
 
     def advance(self, step: int) -> None:
         """Take note of a finished optimiser step."""
@@ -56,6 +63,9 @@ class Display(Protocol):
 class PlainDisplay:
     """One line per record, for logs and pipes."""
 
+    def __init__(self) -> None:
+        self.lost = 0
+
     def advance(self, step: int) -> None:
         """Say nothing: only records make lines."""
 
@@ -65,7 +75,14 @@ class PlainDisplay:
 
     def message(self, text: str) -> None:
         """Print a line of text."""
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError as error:  # a reader that leaves or a full disk is no reason not to save
+            if not self.lost:
+                with contextlib.suppress(OSError):
+                    reason = f"cannot print: {error.strerror}"
+                    print(f"{reason}; stopping after this step and saving", file=sys.stderr)
+            self.lost = _SIGPIPE
 
     def close(self) -> None:
         """Do nothing: there is nothing to restore."""
@@ -84,6 +101,7 @@ class LiveDisplay:
     def __init__(
         self, *, step: int, total_steps: int, grids: list[str], columns: tuple[Column, ...]
     ) -> None:
+        self.lost = 0
         from rich.console import Console, Group
         from rich.live import Live
         from rich.progress import (

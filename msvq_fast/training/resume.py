@@ -23,7 +23,7 @@ from msvq_fast.training.checkpoint import (
     verify,
 )
 from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig, how_computed
-from msvq_fast.training.optimizer import optimizer_settings
+from msvq_fast.training.optimizer import RATES, optimizer_settings
 from msvq_fast.training.prior_config import TrainPriorConfig
 
 
@@ -143,7 +143,8 @@ def check_same_run(
 ) -> None:
     """Raise InputError naming every setting that may not change and does.
 
-    ``data`` may be another place with images of the same names.
+    ``data`` may be another place with images of the same names, and the optimiser's settings
+    others where ``resume`` names the checkpoint.
 
     Args:
         path: The checkpoint, for the message.
@@ -160,7 +161,7 @@ def check_same_run(
     before = {**_with_rates(state["config"]), **state["model_config"], **shares}
     now = {**_with_rates(config.to_dict()), **describe_model(model_config), **now_shares}
     # The model's own fields say more than the changes to its preset.
-    ignored = FREE_ON_RESUME | {"model"}
+    ignored = FREE_ON_RESUME | {"model"} | free_rates(config)
     if state.get("images_sha256") == images["images_sha256"]:
         ignored |= {"data"}
     there, here = math.prod(shares.values()), math.prod(now_shares.values())
@@ -189,7 +190,7 @@ def describe_changes(
         images: `describe_images` of the data now.
         processes: How many there are now.
     """
-    changes = []
+    changes = describe_rates(state, config)
     there, here = state.get("images", images["images"]), images["images"]
     if there != here:
         changes.append(
@@ -215,6 +216,28 @@ def describe_changes(
             f"before, but {effect}"
         )
     return changes
+
+
+def free_rates(config: TrainConfig | TrainPriorConfig) -> frozenset[str]:
+    """Which of the optimiser's settings may differ from the checkpoint's: all where it is named.
+
+    A script that calls ``resume=auto`` again and again should not change them unawares.
+    """
+    return frozenset() if config.resume == "auto" else RATES
+
+
+def describe_rates(state: dict[str, Any], config: TrainConfig | TrainPriorConfig) -> list[str]:
+    """Which of the optimiser's settings differ from those of ``state``: one line, or none."""
+    now = config.to_dict()
+    before = {**now, **state["config"]}
+    if isinstance(config, TrainConfig):
+        before, now = _with_rates(before), _with_rates(now)
+    changed = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in sorted(RATES & now.keys())
+        if before[name] != now[name]
+    ]
+    return [f"{', '.join(changed)}: from here on the run is another"] if changed else []
 
 
 def describe_computation(
@@ -267,7 +290,11 @@ def check_unchanged(
         if name not in ignored and before.get(name, missing) != now.get(name, missing)
     ]
     if changed:
-        raise InputError(f"{path / STATE} is of another run: {'; '.join(changed)}")
+        only_rates = {text.partition(" ")[0] for text in changed} <= RATES
+        hint = f"; to change that on the way name the checkpoint, resume={path}"
+        raise InputError(
+            f"{path / STATE} is of another run: {'; '.join(changed)}{hint if only_rates else ''}"
+        )
 
 
 def describe_model(config: MSVQVAEConfig | VQVAE2Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,46 @@ class TrainingError(WorkError):
     """Training cannot go on."""
 
 
-def check_weights(model: nn.Module, step: int) -> None:
-    """Raise `TrainingError` rather than save what a last bad gradient may have left."""
+def check_weights(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raise `TrainingError` rather than save what a last bad gradient may have left.
+
+    The square of a finite gradient may be infinite: that weight would never move again.
+    """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise TrainingError(f"{name} is not finite after step {step}")
+    for name, parameter in model.named_parameters():
+        for tensor in optimizer.state.get(parameter, {}).values():
+            if not bool(tensor.isfinite().all()):
+                raise TrainingError(f"the gradient of {name} had no finite square by step {step}")
+
+
+class FirstBad:
+    """Per part of a loss, the first step in which it was not finite, kept on the device.
+
+    Args:
+        names: Of the parts after the first, which is their sum.
+        world: The processes.
+    """
+
+    def __init__(self, names: Sequence[str], world: World) -> None:
+        self.names, self.world = names, world
+        size = (1 + len(names),)
+        self.steps = torch.full(size, _NEVER, dtype=torch.int64, device=world.device)
+
+    def add(self, parts: Tensor, step: int) -> None:
+        """Look at the parts ``(1 + len(names),)`` of ``step``; on a GPU this waits for nothing."""
+        bad = torch.where(parts.isfinite(), _NEVER, step)
+        self.steps = torch.minimum(self.steps, bad)
+
+    def check(self) -> None:
+        """Raise `TrainingError` on all processes if any of them saw a loss that is not finite."""
+        first = all_reduce_(self.steps.clone(), self.world, smallest=True).tolist()
+        step = min(first)
+        if step != _NEVER:
+            bad = [name for name, at in zip(self.names, first[1:], strict=True) if at == step]
+            what = ", ".join(bad) or "its sum"
+            raise TrainingError(f"the loss is not finite at step {step}: {what}")
 
 
 @dataclass(frozen=True)
@@ -78,8 +114,10 @@ class Window:
         self.totals = torch.zeros(parts, dtype=torch.float32, device=device)
         self.counts = torch.zeros(num_scales, num_codes, dtype=torch.int64, device=device)
         self.additions = torch.zeros((), dtype=torch.int64, device=device)
-        # Per part, the first step in which it was not finite.
-        self.first_bad = torch.full((parts,), _NEVER, dtype=torch.int64, device=device)
+        images = [f" of scale {m}" for m in range(num_losses)] if num_losses > 1 else [""]
+        names = [f"reconstruction loss{of}" for of in images]
+        names += [f"commitment loss of scale {m}" for m in range(num_scales)]
+        self.first_bad = FirstBad(names, world)
 
     @torch.no_grad()
     def add(self, out: MSVQVAEOutput, step: int) -> None:
@@ -88,18 +126,11 @@ class Window:
         self.totals += parts
         self.counts += torch.stack(out.code_counts)
         self.additions += 1
-        bad = torch.where(parts.isfinite(), _NEVER, step)
-        self.first_bad = torch.minimum(self.first_bad, bad)
+        self.first_bad.add(parts, step)
 
     def check(self) -> None:
         """Raise `TrainingError` on all processes if any of them saw a loss that is not finite."""
-        first = all_reduce_(self.first_bad.clone(), self.world, smallest=True).tolist()
-        step = min(first)
-        if step == _NEVER:
-            return
-        parts = [i for i, at in enumerate(first) if at == step and i > 0]
-        names = ", ".join(self._part_name(i) for i in parts) or "its sum"
-        raise TrainingError(f"the loss is not finite at step {step}: {names}")
+        self.first_bad.check()
 
     def reduce(self) -> None:
         """Bring the sums of all processes into rank 0's window; the others' become zero."""
@@ -136,10 +167,3 @@ class Window:
         if self.world.leads:
             for name, tensor in self.state_dict().items():
                 tensor.copy_(state[name])
-
-    def _part_name(self, index: int) -> str:
-        if index == self.num_losses == 1:
-            return "reconstruction loss"
-        if index <= self.num_losses:
-            return f"reconstruction loss of scale {index - 1}"
-        return f"commitment loss of scale {index - 1 - self.num_losses}"

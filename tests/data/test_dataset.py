@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import threading
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -323,6 +325,20 @@ def test_skipped_can_be_iterated_while_loading(images: list[Path]) -> None:
         images[6].write_bytes(b"")
         dataset.get(0, 6)
     assert len(dataset.skipped) == 3
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_an_image_is_tried_again_when_the_fault_may_pass(
+    images: list[Path], monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    """A disk that is away for a moment would take its images out of weeks of training."""
+    dataset = ImageDataset(images, size=16, cache_bytes=0)
+    expected = dataset.get(0, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", Mock(side_effect=[fault, Image.open(images[3])]))
+        assert not torch.equal(dataset.get(0, 2), expected)
+    assert "2.png': " in dataset.skipped[str(images[2])]
+    assert torch.equal(dataset.get(0, 2), expected)
 
 
 def test_an_image_too_narrow_to_enlarge_is_skipped(tmp_path: Path) -> None:

@@ -346,3 +346,10 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         checkpoint_path(tmp_path, step).mkdir(parents=True)
     prune_checkpoints(tmp_path, keep_last=1, best_step=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000004"]
+
+
+def test_the_newest_is_that_of_most_steps(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+    prune_checkpoints(tmp_path, keep_last=1, best_step=None)
+    assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 100_000_000)]

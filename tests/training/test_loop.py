@@ -3,11 +3,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +17,7 @@ from msvq_fast.cli import main
 from msvq_fast.data import StoredImage, list_named_images
 from msvq_fast.models import MEMORY_MODES, from_pretrained
 from msvq_fast.models.autoencoder import Autoencoder
-from msvq_fast.training import loop
-from msvq_fast.training.checkpoint import checkpoint_path, find_model, list_checkpoints, read_state
-from msvq_fast.training.interrupt import StopSignals
+from msvq_fast.training.checkpoint import checkpoint_path, find_model
 from msvq_fast.training.resume import describe_images
 
 Train = Callable[..., int]
@@ -148,112 +142,6 @@ def test_every_option_trains(
     assert [len(r["psnr"]) for r in records if r["kind"] == "validation"] == [outputs]
     model = from_pretrained(find_model(tmp_path))
     assert model.encode(torch.zeros(1, 3, 16, 16))[-1].shape == (1, 4, 4)
-
-
-def test_a_bad_loss_stops_and_keeps_the_last_good_checkpoint(
-    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
-) -> None:
-    schedule = ("--warmup_epochs=0", "--schedule=constant")
-    every = ("--steps=9", "--checkpoint_every=1", "--validate_every=0")
-    assert train(tmp_path, *schedule, *every, "--lr=1e37") == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "is not finite" in error and "try a lower lr" in error
-    kept = list_checkpoints(tmp_path)
-    assert (str(kept[-1]) if kept else "no checkpoint yet") in error
-    for path in kept:
-        assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
-
-
-@pytest.mark.parametrize(
-    ("part", "value", "message"),
-    [
-        ("reconstruction_loss", float("nan"), "step 4: reconstruction loss of scale 1;"),
-        ("commitment_loss", float("inf"), "step 4: commitment loss of scale 1;"),
-    ],
-)
-def test_a_bad_loss_is_named(
-    tmp_path: Path,
-    train: Train,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    part: str,
-    value: float,
-    message: str,
-) -> None:
-    add = loop.Window.add
-
-    def spoiled(window: loop.Window, out: Any, step: int) -> None:
-        if step == 4:
-            getattr(out, part)[1] = value
-        add(window, out, step)
-
-    monkeypatch.setattr(loop.Window, "add", spoiled)
-    assert train(tmp_path, "--steps=9", "--checkpoint_every=3", "--validate_every=0") == 1
-    error = capsys.readouterr().err
-    assert message in error and "the last good checkpoint is" in error
-    assert [read_state(path)["step"] for path in list_checkpoints(tmp_path)] == [3]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_run_can_go_on(
-    tmp_path: Path,
-    train: Train,
-    read_metrics: ReadMetrics,
-    monkeypatch: pytest.MonkeyPatch,
-    number: signal.Signals,
-    code: int,
-) -> None:
-    assert train(tmp_path / "whole", "--steps=8") == 0
-    before, step = signal.getsignal(number), loop._Run._optimizer_step
-
-    def interrupted(run: Any, stream: Any) -> None:
-        if run.step == 2:
-            os.kill(os.getpid(), number)
-        step(run, stream)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_optimizer_step", interrupted)
-        assert train(tmp_path / "stopped", "--steps=8") == code
-    assert [read_state(p)["step"] for p in list_checkpoints(tmp_path / "stopped")] == [3]
-    assert signal.getsignal(number) is before
-    assert train(tmp_path / "stopped", "--steps=8", "--resume=auto") == 0
-    assert read_metrics(tmp_path / "stopped") == read_metrics(tmp_path / "whole")
-    expected = weights(tmp_path / "whole", 8)
-    assert all(torch.equal(t, expected[n]) for n, t in weights(tmp_path / "stopped", 8).items())
-
-
-def test_a_second_signal_is_not_held_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-# The second signal comes while the first one's step is saved; the third one when people wait.
-PASSED_ON = """
-import os, signal, threading
-from msvq_fast.training.interrupt import StopSignals
-with StopSignals() as signals:
-    again = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
-    again.start()
-    os.kill(os.getpid(), signal.SIGTERM)
-    again.join()
-    print("saved", signals.received, flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("not stopped")
-"""
-
-
-def test_a_signal_that_a_launcher_passes_on_is_the_same_request() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", PASSED_ON]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout == f"saved {int(signal.SIGTERM)}\n"
-    assert done.returncode == -signal.SIGINT
 
 
 def test_metrics_of_steps_after_the_checkpoint_are_dropped(

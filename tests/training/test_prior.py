@@ -198,6 +198,36 @@ def test_a_bad_loss_stops(
     assert "is not finite" in error and "try a lower lr" in error and error.count("\n") == 1
 
 
+def test_a_bad_loss_is_named_and_the_run_goes_on_with_another_rate(
+    tokens: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("--steps=9", "--log_every=5", "--checkpoint_every=2", "--validate_every=0")
+    step = training._Run._optimizer_step
+
+    def spoiled(run: Any, rows: torch.Tensor) -> None:
+        if run.step == 2:
+            run.prior.scales[1].head.weight.data.fill_(math.nan)
+        step(run, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_optimizer_step", spoiled)
+        assert train(tokens, tmp_path, *options) == 1
+    last = checkpoint_path(tmp_path, 2)
+    error = capsys.readouterr().err
+    assert "the loss is not finite at step 3: NLL of scale 1; " in error
+    assert error.endswith(f"try a lower lr with resume={last}\n")
+    other = ("--betas=[0.8,0.9]", "--weight_decay=0")
+    assert train(tokens, tmp_path, *options, *other, "--resume=auto") == 2
+    assert train(tokens, tmp_path, *options, *other, f"--resume={last}") == 0
+    assert "weight_decay 0.03 -> 0.0: from here" in capsys.readouterr().out
+    saved = torch.load(checkpoint_path(tmp_path, 9) / "optimizer.pt", weights_only=True)
+    group = saved["optimizer"]["param_groups"][0]
+    assert tuple(group["betas"]) == (0.8, 0.9) and group["weight_decay"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
