@@ -105,6 +105,16 @@ def test_import_is_light() -> None:
     assert min(times) < max(0.3, 10 * bare)
 
 
+def test_models_leave_the_compiler_alone() -> None:
+    out = run(
+        "import sys, torch\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        "import msvq_fast.models, msvq_fast.priors\n"
+        "print(before, 'torch._dynamo' in sys.modules)\n"
+    )
+    assert len(set(out.split())) == 1
+
+
 def test_public_names_exist() -> None:
     out = run(
         "import msvq_fast\n"
