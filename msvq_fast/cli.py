@@ -151,7 +151,9 @@ def _run(command: Command, config: Any) -> int:
 
     from msvq_fast.ops.backend import NOT_BUILT, is_built
     from msvq_fast.ops.checks import InputError, WorkError
+    from msvq_fast.training.allocator import keep_freed_memory
 
+    keep_freed_memory()
     # Pillow warns of large images, which are read; twice as large ones are refused and named.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     if not is_built():

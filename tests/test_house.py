@@ -64,7 +64,8 @@ def test_every_kernel_has_a_benchmark_and_its_results(op: str) -> None:
 
 def test_package_reads_no_environment_of_its_own() -> None:
     torchrun = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"}
-    theirs = torchrun | {"CUBLAS_WORKSPACE_CONFIG", "CI"}
+    glibc = {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
+    theirs = torchrun | glibc | {"CUBLAS_WORKSPACE_CONFIG", "CI"}
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert "getenv" not in text, path
@@ -123,6 +124,16 @@ def test_import_is_light() -> None:
     bare = time.perf_counter() - bare
     # 0.3 s on a quiet machine; a loaded one starts the bare interpreter slowly too.
     assert min(times) < max(0.3, 10 * bare)
+
+
+def test_models_leave_the_compiler_alone() -> None:
+    out = run(
+        "import sys, torch\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        "import msvq_fast.models, msvq_fast.priors\n"
+        "print(before, 'torch._dynamo' in sys.modules)\n"
+    )
+    assert len(set(out.split())) == 1
 
 
 def test_public_names_exist() -> None:

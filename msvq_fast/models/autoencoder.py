@@ -31,7 +31,6 @@ from msvq_fast.models.hub import (
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
 from msvq_fast.nn.blocks import Chain, Encoder, JoinedConv
-from msvq_fast.nn.replay import replay
 from msvq_fast.ops.checks import InputError, check_choice
 
 MEMORY_MODES = ("default", "sequential", "strips")
@@ -352,6 +351,9 @@ class Autoencoder(nn.Module, ABC):
         if self.memory == "default":
             out: Tensor = part(x)
             return out
+        # Here, since it loads torch.compile: a second that no other mode has to wait for.
+        from msvq_fast.nn.replay import replay
+
         return replay(part, x, strips=self.strips if self.memory == "strips" else 1)
 
     def _latent(self, m: int, feature: Tensor, z_d: Tensor | None) -> Tensor:
