@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/demo
+JOBS ?= 2
 
 .PHONY: build demo docs test check test-ui test-gpu kernels-check bench bench-gpu format clean
 
@@ -32,8 +33,9 @@ demo: build
 	$(BIN)/msvq evaluate --checkpoint $(OUT) --data builtin:photos --resize 512 --out $(OUT)/evaluation
 	$(BIN)/msvq reconstruct --checkpoint $(OUT) --data builtin:photos --size 256 --out $(OUT)/reconstructions.png
 
+# In JOBS processes of two threads, which wait without taking the others' processors.
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) -p no:benchmark
 
 check: $(VENV)/.tools
 	$(BIN)/ruff check .

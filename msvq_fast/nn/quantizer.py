@@ -125,7 +125,9 @@ class VectorQuantizer(nn.Module):
             backend=self.backend,
         )
         if self.gradient == "rotation":
-            out = out._replace(z_q=rotate_to(z, out.z_q, dim=self.dim))
+            # Neither _replace nor a slice: torch.compile of PyTorch 2.8 traces neither.
+            z_q, *others = out
+            out = VectorQuantizeOutput(rotate_to(z, z_q, dim=self.dim), *others)
         if self.training:
             self._collect(out.code_counts, out.code_sums, z)
             if not self.defer_updates:

@@ -24,6 +24,7 @@ from msvq_fast.ops.local_attention.triton_calls import (
     vectors,
 )
 from msvq_fast.ops.local_attention.triton_shapes import DTYPES, WIDTHS, variants
+from msvq_fast.ops.local_attention.triton_windows import reciprocal
 from msvq_fast.ops.local_attention.windows import Windows
 
 __all__ = [
@@ -34,8 +35,8 @@ __all__ = [
     "variants",
 ]
 
-# Read once, as by the kernels; torch.compile cannot trace the reading.
-_INTERPRETED: bool = triton.knobs.runtime.interpret
+# By what triton.jit made of the kernels: Triton 3.3, of PyTorch 2.7, has no triton.knobs.
+_INTERPRETED = not isinstance(reciprocal, triton.JITFunction)
 
 
 def unsupported(

@@ -18,6 +18,7 @@ from msvq_fast.ops.vector_quantize.triton_calls import (
     search,
     uniform,
 )
+from msvq_fast.ops.vector_quantize.triton_codes import measure_codes
 from msvq_fast.ops.vector_quantize.triton_shapes import (
     DTYPES,
     block,
@@ -35,8 +36,8 @@ __all__ = [
     "vector_quantize_backward",
 ]
 
-# Read once, as by the kernels; torch.compile cannot trace the reading.
-_INTERPRETED: bool = triton.knobs.runtime.interpret
+# By what triton.jit made of the kernels: Triton 3.3, of PyTorch 2.7, has no triton.knobs.
+_INTERPRETED = not isinstance(measure_codes, triton.JITFunction)
 
 
 def unsupported(z: Tensor, codebook: Tensor) -> str | None:
