@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.torch_version import TorchVersion
 
 import msvq_fast
 from msvq_fast.data import list_images, read_image, resize_short_side, to_float
@@ -247,6 +248,11 @@ def _photographs(size: int) -> Tensor:
 
 
 def _need_onnx() -> None:
+    if TorchVersion(torch.__version__) < "2.8":
+        raise InputError(  # its exporter does not say that it exports, and cannot take our ops
+            f"format=onnx needs PyTorch 2.8 or newer, it is {torch.__version__}; "
+            "format=torch can do without"
+        )
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(name)

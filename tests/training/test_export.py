@@ -185,6 +185,16 @@ def test_a_missing_package_is_named(
     assert error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_an_exporter_that_cannot_take_our_ops_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cpu")
+    assert command(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "format=onnx needs PyTorch 2.8 or newer, it is 2.7.1+cpu" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_a_size_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_model("tiny").save_pretrained(tmp_path / "model")
     assert command(tmp_path, "--size=20", "--format=torch") == 2
