@@ -62,7 +62,8 @@ def test_steps_need_no_new_pages(mebibytes: int) -> None:
     if mebibytes >= 32 and version < (2, 35):
         pytest.skip("this glibc gives blocks of 32 MiB back at once")
     before, after = _faults(mebibytes)
-    assert before > 0.9
+    if mebibytes >= 32:  # of smaller blocks glibc gives back what lies at the heap's end just then
+        assert before > 0.9
     assert after < 0.1
 
 
