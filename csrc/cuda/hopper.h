@@ -140,6 +140,11 @@ MSVQ_WARPS void sync_part(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// Brings 32 bytes to the second-level cache.
+MSVQ_WARPS void prefetch_second(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // threadIdx.x, read again: what follows from it need not be kept in registers from before.
 MSVQ_WARPS int thread_again() {
   int thread;

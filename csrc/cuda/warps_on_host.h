@@ -360,6 +360,7 @@ template <class T>
 void __stcs(T* to, T value) {
   write_as(to, value);
 }
+inline void prefetch_second(const void*) {}
 inline int thread_again() { return static_cast<int>(threadIdx.x); }
 
 }  // namespace cuda

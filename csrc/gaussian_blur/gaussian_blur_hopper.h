@@ -36,8 +36,14 @@ struct alignas(16) BandStep {
   float factors[kBandWarps];
 };
 
+// A warp writes its sums of a step and then blurs the step before along, so that it waits for what
+// the others wrote a turn ago. Whoever writes step n has waited for step n - 2, and who wrote that
+// had read step n - 4: these two may share a place.
+constexpr int kBandPlaces = 4;
+
 struct alignas(16) BandShared {
-  BandStep steps[2];
+  BandStep steps[kBandPlaces];
+  uint64_t written[kBandPlaces];       // by all warps
   Fragment low_band[kBandBlocks][32];  // the second parts of the band
   float taps[2 * kBandHalo + 1];
   int units[2];              // the block's, from and to
@@ -71,7 +77,17 @@ MSVQ_WARPS void read_pair(const T* from, uint32_t (&bits)[2]) {
   bits[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
 }
 
-// Thread 4 g + q of a warp. Warp w has 16 columns, from 16 (w - 1) of the strip on.
+// The first unit of a group of blocks. Each group gets as much work as the others: a plane costs
+// its steps and kBandStart more, for the rows that are read before the first outputs.
+MSVQ_WARPS int first_unit(const BandParams& p, int group) {
+  const int plane = p.steps + kBandStart;
+  const auto at = static_cast<int>(int64_t{group} * (p.units / p.steps * plane) / p.groups);
+  const int past = at % plane - kBandStart;
+  return at / plane * p.steps + (max(past, 0));
+}
+
+// Thread 4 g + q of a warp. Warp w has 16 columns, from 16 w of the strip on, the last those before
+// the strip: the two whose columns can be outside of the image do not blur along.
 template <class T>
 struct BandBlur {
   static constexpr int kParts = sizeof(T) == 4 ? 2 : 1;  // that elements have
@@ -87,7 +103,7 @@ struct BandBlur {
   bool inside;  // the warp's columns are inside the image and can be read in pairs
   const T* plane;
   T* out;
-  int turn;  // of shared.steps
+  unsigned turn;  // number of the next step to be blurred along
 
   MSVQ_WARPS BandBlur(const BandParams& params, BandShared& memory) : p(params), shared(memory) {}
 
@@ -98,10 +114,9 @@ struct BandBlur {
   MSVQ_WARPS void run() {
     const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
     if (thread <= 2 * p.radius) shared.taps[thread] = tap_at(p.half, p.radius, thread);
-    if (thread < 2)
-      shared.units[thread] =
-          static_cast<int>(int64_t{block / p.count_x + thread} * p.units / p.groups);
+    if (thread < 2) shared.units[thread] = first_unit(p, block / p.count_x + thread);
     if (thread < kBandWarps) shared.bad[thread] = 0;
+    if (thread < kBandPlaces) init_barrier(&shared.written[thread], kBandWarps);
     __syncthreads();
     const int g = thread % 32 / 4, q = thread % 4;
     MSVQ_UNROLL
@@ -137,36 +152,51 @@ struct BandBlur {
   MSVQ_WARPS void stream(int row, int left) {
     // The first outputs need all blocks of rows, and a block is asked for a turn ahead.
     next_at = plane - static_cast<const T*>(p.x) + corner(row - kBandHalo - kBand);
+    // The blocks after the first, which would be waited for one after another.
+    MSVQ_UNROLL
+    for (int i = 2; i <= kBandBlocks; ++i)
+      if (is_paired(row - kBandHalo + kBand * (i - 1)))
+        prefetch(static_cast<const T*>(p.x) + next_at + i * kBand * p.width);
     row -= kBand * kBandBlocks;
-    int missing = kBandBlocks;
+    int missing = kBandBlocks + 1;  // turns before there is a step to blur along
     MSVQ_NO_UNROLL
     while (left > 0) {
       const int newest = row + kBand * (kBandBlocks - 1) - kBandHalo;
       next_at += kBand * p.width;
-      take(newest);  // in the first turn what nobody needs: a condition would keep copies of rows
-      if (left > 1 || missing > 0) fetch(newest + kBand);
+      take(newest);  // where nobody needs it too: a condition would keep copies of rows
+      if (left + missing > 2) fetch(newest + kBand);
+      if (missing < 2 && left + missing > 1) {
+        const unsigned number = turn + (missing == 0 ? 1 : 0);
+        blur_down(shared.steps[number % kBandPlaces]);
+        __syncwarp();
+        if (thread_again() % 32 == 0) arrive(&shared.written[number % kBandPlaces]);
+      }
       if (missing > 0) {
         --missing;
       } else {
-        blur_down();
-        __syncthreads();
         --left;
-        if (thread_again() < kBandPixels / kBand * 32) blur_along(row, left);
-        turn ^= 1;
+        wait(&shared.written[turn % kBandPlaces], turn / kBandPlaces % 2);
+        if (thread_again() < kBandPixels / kBand * 32)
+          blur_along(shared.steps[turn % kBandPlaces], row - kBand, left);
+        ++turn;
       }
       row += kBand;
     }
     uint64_t& bad = shared.bad[thread_again() / 32];
     __syncwarp();
     if (bad) {
-      write_again(bad, row - kBand);
+      write_again(bad, row - 2 * kBand);
       __syncwarp();
       bad = 0;
     }
   }
 
   // The warp's first column.
-  MSVQ_WARPS int first() const { return strip + thread_again() / 32 * kBand - kBandHalo; }
+  MSVQ_WARPS int first() const { return strip + block_of_columns() * kBand - kBandHalo; }
+  MSVQ_WARPS int block_of_columns() const {
+    const int after = thread_again() / 32 + 1;
+    return after < kBandWarps ? after : 0;
+  }
 
   // From the first element of row y to row 2 q further, column 2 g of the warp's.
   MSVQ_WARPS int corner(int y) const {
@@ -197,6 +227,12 @@ struct BandBlur {
               row < 0 || columns[j] < 0 ? 0 : read_bits(plane + (row * p.width + columns[j]));
       }
     }
+  }
+
+  // Brings that block's rows to the second-level cache, `from` being this thread's corner.
+  MSVQ_WARPS void prefetch(const T* from) const {
+    MSVQ_UNROLL
+    for (int r = 0; r < 4; ++r) prefetch_second(from + (r % 2 + r / 2 * 8) * p.width);
   }
 
   MSVQ_WARPS float element(int r, int j, bool paired) const {
@@ -248,7 +284,7 @@ struct BandBlur {
   }
 
   // Sums down the columns to shared memory. Column n of product j is the warp's column 2 n + j.
-  MSVQ_WARPS void blur_down() const {
+  MSVQ_WARPS void blur_down(BandStep& step) const {
     int scale = 255;
     MSVQ_UNROLL
     for (int k = 0; k < kBandBlocks; ++k) scale = min(scale, scale_of(k));
@@ -268,10 +304,9 @@ struct BandBlur {
     }
     const int thread = thread_again(), row = thread % 32 / 4 * 2;
     if (thread % 32 == 0)
-      shared.steps[turn].factors[thread / 32] =
-          power_of_two(254 - scale) * (1.0f / (1 << kBandTapScale));
+      step.factors[block_of_columns()] = power_of_two(254 - scale) * (1.0f / (1 << kBandTapScale));
     char* const to =
-        shared.steps[turn].sums + row * kBandPitch + thread / 32 * (2 * kBand) + thread % 4 * 8;
+        step.sums + row * kBandPitch + block_of_columns() * (2 * kBand) + thread % 4 * 8;
     MSVQ_UNROLL
     for (int h = 0; h < 2; ++h) {
       uint32_t left[2], right[2];
@@ -294,9 +329,8 @@ struct BandBlur {
 
   // The outputs of the step of rows y to y + 15, after which there are `left`. Row n of product j
   // is pixel n of the 16 from 16 j on, column n is row n.
-  MSVQ_WARPS void blur_along(int y, int left) const {
+  MSVQ_WARPS void blur_along(const BandStep& step, int y, int left) const {
     const int thread = thread_again(), column = thread / 64 * (2 * kBand);
-    BandStep& step = shared.steps[turn];
     const uint32_t from =
         shared_address(step.sums + (odd() * 8 + thread % 8) * kBandPitch + 2 * column +
                        thread % 16 / 8 * 16 + thread % 32 / 16 * kBandPart);
@@ -324,7 +358,7 @@ struct BandBlur {
     if (__any_sync(~0u, !(fabsf(total) <= 3.4028234663852886e38f)) && thread % 32 == 0)
       shared.bad[thread / 32] |= uint64_t{1} << left;
     if (p.out_pairs && y + kBand <= p.height && strip + column + 2 * kBand <= p.width) {
-      const int back = 2 * kBand * p.width - kBandHalo - odd() * (8 * p.width - kBand);
+      const int back = 3 * kBand * p.width - odd() * (8 * p.width - kBand);
       T* const to = static_cast<T*>(p.out) + (next_at - back);
       MSVQ_UNROLL
       for (int i = 0; i < 4; ++i)

@@ -16,6 +16,7 @@ constexpr int kBandWarps = kBandColumns / kBand;
 constexpr int kBandThreads = 32 * kBandWarps;
 constexpr int kBandHeld = 2;       // thread blocks that share a multiprocessor
 constexpr int kBandSteps = 64;     // of 16 rows that a block computes in one go
+constexpr int kBandStart = 4;      // more steps that a plane costs
 constexpr int kBandTapScale = 12;  // taps are multiplied by 2^12
 
 struct BandParams {
