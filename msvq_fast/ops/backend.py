@@ -22,7 +22,7 @@ from msvq_fast.ops.checks import InputError
 Backend = Literal["reference", "native", "triton"]
 BACKENDS: tuple[Backend, ...] = ("reference", "native", "triton")
 ORDER: dict[str, tuple[Backend, ...]] = {
-    "cuda": ("triton", "native", "reference"),
+    "cuda": ("native", "triton", "reference"),
     "cpu": ("native", "reference"),
 }
 NOT_BUILT = (

@@ -9,6 +9,10 @@ from latent_cases import KINDS, latents
 from msvq_fast.ops import nearest_code, vector_quantize
 from msvq_fast.ops.vector_quantize.op import OP
 
+native_hopper = pytest.importorskip(
+    "msvq_fast.ops.vector_quantize.native_hopper", exc_type=ImportError
+)
+
 
 @pytest.fixture(autouse=True)
 def supported(device: str) -> None:
@@ -17,6 +21,20 @@ def supported(device: str) -> None:
     reason = OP.why_not("native", torch.zeros(1, 64, device=device), torch.zeros(1, 64))
     if reason is not None:
         pytest.skip(reason)
+
+
+def test_what_is_picked(device: str) -> None:
+    codebook = torch.zeros(8, 64, device=device)
+    rows, apart = torch.zeros(65537, 64, device=device), torch.zeros(64, 65537, device=device)
+    assert OP.pick(rows, codebook, 1) == OP.pick(apart[:, 1:], codebook, 0) == "native"
+    assert OP.pick(apart, codebook, 0) == OP.pick(rows[:, :32], codebook[:, :32], 1) == "triton"
+
+
+@pytest.mark.parametrize("name", ["nearest_code", "vector_quantize"])
+def test_the_ops_are_registered_well(device: str, name: str) -> None:
+    z, codebook = (t.to(device) for t in latents("normal", 100, 8))
+    op = getattr(native_hopper, name)
+    torch.library.opcheck(op, (z, codebook, 1) + ((0.25,) if name == "vector_quantize" else ()))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -204,7 +204,8 @@ def test_the_op_around_the_kernel(
         torch.testing.assert_close(x, y, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_what_the_kernel_does_not_take_is_said() -> None:
+def test_what_the_kernel_does_not_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     native_hopper = pytest.importorskip(
         "msvq_fast.ops.vector_quantize.native_hopper", exc_type=ImportError
     )
@@ -214,5 +215,8 @@ def test_what_the_kernel_does_not_take_is_said() -> None:
         ((z, codebook.double()), "float32 codebook"),
         ((z[:, :32], codebook[:, :32]), "D = 64, it is 32"),
         ((z, torch.zeros(1025, 64)), "up to 1024 codes, there are 1025"),
+        ((torch.zeros(64, 65537), codebook, 0), "up to 65536 latents"),
     ):
         assert reason in str(native_hopper.unsupported(*args))
+    for args in ((torch.zeros(64, 65536), codebook, 0), (torch.zeros(65537, 64), codebook)):
+        assert "capability 9.0" in str(native_hopper.unsupported(*args))

@@ -15,10 +15,10 @@ from msvq_fast.ops.vector_quantize.layout import (
     outputs_like,
     row_strides,
 )
-from msvq_fast.ops.vector_quantize.reference import ema_update_
+from msvq_fast.ops.vector_quantize.reference import ema_update_ as plain_ema_update_
 
 __all__ = [
-    "ema_update_",  # K x D arithmetic beside the search's N x K x D: torch's loops are enough
+    "ema_update_",
     "nearest_code",
     "unsupported",
     "vector_quantize",
@@ -29,14 +29,14 @@ _MOST_CODES = 2**24  # a score's mantissa holds the number of a vector of four
 _PANEL = 32  # the sums' memory first holds the packed codes, a multiple of this many
 
 
-def unsupported(z: Tensor, codebook: Tensor) -> str | None:
+def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
     """Why this call cannot run here, or None."""
     if z.device.type == "cuda":
         try:
             from msvq_fast.ops.vector_quantize import native_hopper
         except ImportError as error:
             return f"beside the CUDA kernel it needs Triton: {error}"
-        return native_hopper.unsupported(z, codebook)
+        return native_hopper.unsupported(z, codebook, dim)
     if z.device.type != "cpu":
         return f"the C++ kernel runs on CPU and CUDA tensors, z is on {z.device}"
     if z.dtype not in LATENT_TYPES:
@@ -95,6 +95,16 @@ def vector_quantize_backward(
         backward = _backward
     grad_z = backward(grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight)
     return grad_z
+
+
+def ema_update_(codebook: Tensor, *settings: Any) -> None:
+    """As the reference's, in place; on CUDA tensors Triton's, one launch."""
+    if codebook.device.type == "cuda":
+        from msvq_fast.ops.vector_quantize import triton_kernels
+
+        triton_kernels.ema_update_(codebook, *settings)
+    else:  # K x D arithmetic beside the search's N x K x D: torch's loops are enough
+        plain_ema_update_(codebook, *settings)
 
 
 def _strides(dim: int, *tensors: Tensor) -> tuple[list[int], list[tuple[int, int, int]]] | None:

@@ -22,11 +22,12 @@ __all__ = ["MOST_CODES", "WIDTH", "nearest_code", "unsupported", "vector_quantiz
 WIDTH = 64
 MOST_CODES = 1024  # in half precision they stay in a multiprocessor's shared memory
 _MOST_SUMS: int = _C.hopper_most_sums  # and so do their sums
+_MOST_COPIED = 2**16  # latents; beyond, Triton's kernel, which reads any strides, is quicker
 _TILE = 64  # rows
 _PIECE: int = _C.hopper_piece  # sorted rows
 
 
-def unsupported(z: Tensor, codebook: Tensor) -> str | None:
+def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
     """Why this call cannot run here, or None."""
     if z.dtype not in LATENT_TYPES:
         return f"the CUDA kernel takes float32, float16 or bfloat16, z is {z.dtype}"
@@ -36,6 +37,11 @@ def unsupported(z: Tensor, codebook: Tensor) -> str | None:
         return f"the CUDA kernel takes D = {WIDTH}, it is {codebook.shape[1]}"
     if codebook.shape[0] > MOST_CODES:
         return f"the CUDA kernel takes up to {MOST_CODES} codes, there are {codebook.shape[0]}"
+    if z.stride(dim) != 1 and z.numel() // WIDTH > _MOST_COPIED:
+        return (
+            f"the CUDA kernel takes up to {_MOST_COPIED} latents whose {WIDTH} values are apart in "
+            f"memory, z is {tuple(z.shape)} with strides {tuple(z.stride())}"
+        )
     if z.numel() // WIDTH >= 2**30:
         return f"the CUDA kernel takes fewer than 2**30 latents, z is {tuple(z.shape)}"
     if not hasattr(_C, "vector_quantize_hopper"):

@@ -41,8 +41,8 @@ def nearest_code(
         codebook: ``(K, D)`` codes, float32 or float64.
         dim: Where D is.
         backend: ``None`` picks; ``"reference"``, ``"triton"`` or ``"native"`` runs or raises
-            (the last on CUDA tensors: a Hopper GPU, D = 64, K up to 1024; latents that are not
-            whole rows in memory are copied).
+            (the last on CUDA tensors: a Hopper GPU, D = 64, K up to 1024; up to 65536 latents
+            whose D values are apart in memory, as in NCHW, are copied, more are Triton's).
 
     Returns:
         int64 codes in [0, K): the shape of ``z`` without ``dim``.
@@ -60,7 +60,7 @@ def nearest_code(
         No N x K tensor is made.
     """
     dim = check_latents(z, codebook, dim)
-    chosen = OP.pick(z, codebook, backend=backend)
+    chosen = OP.pick(z, codebook, dim, backend=backend)
     z, codebook = z.detach(), codebook.detach()
     if chosen == "reference" or torch.onnx.is_in_onnx_export():
         return reference.nearest_code(z, codebook, dim)
@@ -112,7 +112,7 @@ def vector_quantize(
         )
     if not 0 <= commitment_weight < math.inf:
         raise InputError(f"commitment_weight={commitment_weight}; expected a finite number >= 0")
-    chosen = OP.pick(z, codebook, backend=backend)
+    chosen = OP.pick(z, codebook, dim, backend=backend)
     if chosen == "reference":
         out: tuple[Tensor, ...] = reference.vector_quantize(z, codebook, dim, commitment_weight)
     elif z.requires_grad and torch.is_grad_enabled():

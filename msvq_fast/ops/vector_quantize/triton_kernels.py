@@ -40,7 +40,7 @@ __all__ = [
 _INTERPRETED = not isinstance(measure_codes, triton.JITFunction)
 
 
-def unsupported(z: Tensor, codebook: Tensor) -> str | None:
+def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
     """Why this call cannot run here, or None."""
     if z.device.type != "cuda" and not (_INTERPRETED and z.device.type == "cpu"):
         return f"the Triton kernel runs on CUDA tensors, z is on {z.device}"
