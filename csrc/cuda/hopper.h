@@ -121,6 +121,10 @@ MSVQ_WARPS void copy_to_shared(void* to, const void* from, int bytes, uint64_t* 
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
+// Begin to bring what a later copy reads nearer: whole 16 bytes at multiples of 16.
+MSVQ_WARPS void prefetch_bytes(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+}
 // Until the phase of this parity is over; before the first ends, that of parity 1 is.
 MSVQ_WARPS void wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -138,6 +142,37 @@ MSVQ_WARPS void wait(uint64_t* barrier, uint32_t parity) {
 // A barrier of `threads` threads of the block, number 1 to 15.
 MSVQ_WARPS void sync_part(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Reads of memory that does not change, begun where they are written: ptxas moves others down to
+// where their outcome is first needed.
+MSVQ_WARPS float4 load_now(const float4* from) {
+  float4 x;
+  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(from));
+  return x;
+}
+// A write that is not read again here, made or not without a branch.
+MSVQ_WARPS void store_where(bool there, float4* to, const float4& x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %0, 0;\n"
+      "@p st.global.cs.v4.f32 [%1], {%2, %3, %4, %5};\n"
+      "}\n" ::"r"(static_cast<int>(there)),
+      "l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+      : "memory");
+}
+MSVQ_WARPS void store_where(bool there, uint2* to, const uint2& x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %0, 0;\n"
+      "@p st.global.cs.v2.b32 [%1], {%2, %3};\n"
+      "}\n" ::"r"(static_cast<int>(there)),
+      "l"(to), "r"(x.x), "r"(x.y)
+      : "memory");
 }
 
 // threadIdx.x, read again: what follows from it need not be kept in registers from before.

@@ -357,8 +357,16 @@ T __ldg(const T* from) {
   return read_as(from);
 }
 template <class T>
-void __stcs(T* to, T value) {
-  write_as(to, value);
+T load_now(const T* from) {
+  return read_as(from);
+}
+template <class T>
+void store_where(bool there, T* to, T value) {
+  if (there) write_as(to, value);
+}
+inline void prefetch_bytes(const void* from, int bytes) {
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    throw std::logic_error("what is brought nearer is whole 16 bytes at multiples of 16");
 }
 inline int thread_again() { return static_cast<int>(threadIdx.x); }
 

@@ -126,12 +126,16 @@ MSVQ_WARPS void copy_four(T* to, const T* from) {
   using Bits = typename Four<T>::Bits;
   *reinterpret_cast<Bits*>(to) = __ldg(reinterpret_cast<const Bits*>(from));
 }
-MSVQ_WARPS void store_four(float* to, const float4& x) { __stcs(reinterpret_cast<float4*>(to), x); }
-MSVQ_WARPS void store_four(Half* to, const float4& x) {
-  __stcs(reinterpret_cast<uint2*>(to), make_uint2(pack_halves(x.x, x.y), pack_halves(x.z, x.w)));
+MSVQ_WARPS void store_four(bool there, float* to, const float4& x) {
+  store_where(there, reinterpret_cast<float4*>(to), x);
 }
-MSVQ_WARPS void store_four(Bfloat* to, const float4& x) {
-  __stcs(reinterpret_cast<uint2*>(to), make_uint2(pack_bfloats(x.x, x.y), pack_bfloats(x.z, x.w)));
+MSVQ_WARPS void store_four(bool there, Half* to, const float4& x) {
+  const uint2 bits = make_uint2(pack_halves(x.x, x.y), pack_halves(x.z, x.w));
+  store_where(there, reinterpret_cast<uint2*>(to), bits);
+}
+MSVQ_WARPS void store_four(bool there, Bfloat* to, const float4& x) {
+  const uint2 bits = make_uint2(pack_bfloats(x.x, x.y), pack_bfloats(x.z, x.w));
+  store_where(there, reinterpret_cast<uint2*>(to), bits);
 }
 
 MSVQ_WARPS bool is_finite(float x) { return fabsf(x) <= 3.4028234663852886e38f; }

@@ -5,6 +5,15 @@
 namespace msvq {
 namespace cuda {
 
+// Begin to bring this warp's rows of a tile, if it is one, to where a copy finds them sooner.
+template <class T>
+MSVQ_WARPS void prefetch_rows(const QuantizeHopperParams& p, int tile) {
+  const int first = tile * kTile + thread_again() / 32 % 4 * kRows;
+  if (thread_again() % 32 != 0 || p.z_stride != kWidth || first + kRows > p.count) return;
+  prefetch_bytes(static_cast<const T*>(p.z) + int64_t{first} * kWidth,
+                 kRows * kWidth * static_cast<int>(sizeof(T)));
+}
+
 // Begin to copy this warp's rows of a tile.
 template <class T>
 MSVQ_WARPS void begin_rows(const QuantizeHopperParams& p, QuantizeShared& shared, int tile) {
