@@ -97,6 +97,15 @@ MSVQ_WARPS void multiply(float (&out)[4], const uint32_t (&a)[4], uint32_t b0, u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same of eight values a row: a[0] and a[1] of above, and b0.
+MSVQ_WARPS void multiply_eight(float (&out)[4], uint32_t upper, uint32_t lower, uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
+      : "r"(upper), "r"(lower), "r"(b));
+}
+
 // A barrier in shared memory: a phase ends when `count` arrivals have come.
 MSVQ_WARPS void init_barrier(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -182,10 +191,10 @@ MSVQ_WARPS int thread_again() {
   return thread & 1023;
 }
 
-// Within 2^-22 of the root.
+// Within 2^-22 of the root of a number that is not subnormal.
 MSVQ_WARPS float quick_root(float x) {
   float root;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
   return root;
 }
 

@@ -325,6 +325,10 @@ inline void multiply(float (&out)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     multiply_fragments(lanes, right);
   });
 }
+inline void multiply_eight(float (&out)[4], uint32_t upper, uint32_t lower, uint32_t b) {
+  const uint32_t a[4] = {upper, lower, 0, 0};
+  multiply(out, a, b, 0);
+}
 
 // No fiber can come between: they give way in collectives alone. Bytes are copied, since kernels
 // look at the same memory as more than one type.

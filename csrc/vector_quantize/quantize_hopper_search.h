@@ -31,13 +31,25 @@ MSVQ_WARPS void begin_rows(const QuantizeHopperParams& p, QuantizeShared& shared
                  whole ? kRows * kBytes : kBytes, loaded);
 }
 
-MSVQ_WARPS float sum_of_quad(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 MSVQ_WARPS float least_of_quad(float x) {
   x = fminf(x, __shfl_xor_sync(~0u, x, 1));
   return fminf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// The squared norms of a thread's two rows, `a` being a warp's 16 rows: the diagonals of two products
+// of them with themselves. Those of row g and of row g + 8 come out in lane 4 g + g / 2. What an
+// infinity or a NaN makes of the other products stays beside the diagonal.
+MSVQ_WARPS void squared_norms(const uint32_t (&a)[4][4], float (&squares)[2]) {
+  const int lane = thread_again() % 32, g = lane / 4, from = lane / 4 * 4 + g / 2;
+  float upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0};
+  MSVQ_UNROLL
+  for (int i = 0; i < 16; i += 2) {  // a right side of 16 values would not lie side by side
+    const uint32_t(&of)[4] = a[i / 4];
+    multiply_eight(upper, of[i % 4], of[i % 4 + 1], of[i % 4]);
+    multiply_eight(lower, of[i % 4], of[i % 4 + 1], of[i % 4 + 1]);
+  }
+  squares[0] = __shfl_sync(~0u, g % 2 ? upper[1] : upper[0], from);
+  squares[1] = __shfl_sync(~0u, g % 2 ? lower[3] : lower[2], from);
 }
 
 // A tile as the product's left side, and what separates the scores of a thread's two rows from
@@ -50,36 +62,37 @@ MSVQ_WARPS void load_tile(const QuantizeShared& shared, const T* rows, uint32_t 
   const float scale = shared.norms[3], code_norm = shared.norms[0], half_norm = shared.norms[1];
   const float code_error = shared.norms[2];
   MSVQ_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    float4 x[4];
+  for (int s = 0; s < 4; ++s) {
+    const float4 shift = *reinterpret_cast<const float4*>(shared.shift + 16 * s + 4 * q);
     MSVQ_UNROLL
-    for (int s = 0; s < 4; ++s)
-      x[s] = read_four(rows + (lane / 4 + 8 * h) * kWidth + 4 * q + 16 * s);
-    float square = 0, error = 0;
-    MSVQ_UNROLL
-    for (int s = 0; s < 4; ++s) {
-      const float4 shift = *reinterpret_cast<const float4*>(shared.shift + 16 * s + 4 * q);
+    for (int h = 0; h < 2; ++h) {
+      const float4 x = read_four(rows + (lane / 4 + 8 * h) * kWidth + 4 * q + 16 * s);
       // Exact but for the one rounding of a difference, the scale being a power of two. Where the
       // shift underflows it is off by less than the margin's last term; where it overflows, none
       // holds.
-      const float c[4] = {fmaf(x[s].x, scale, -shift.x), fmaf(x[s].y, scale, -shift.y),
-                          fmaf(x[s].z, scale, -shift.z), fmaf(x[s].w, scale, -shift.w)};
-      MSVQ_UNROLL
-      for (int pair = 0; pair < 2; ++pair) {
-        const float low = c[2 * pair], high = c[2 * pair + 1];
-        a[s][2 * pair + h] = pack_halves(low, high);
-        const float2 rounded = unpack_halves(a[s][2 * pair + h]);
-        square = fmaf(low, low, fmaf(high, high, square));
-        const float off = low - rounded.x, other = high - rounded.y;
-        error = fmaf(off, off, fmaf(other, other, error));
-      }
+      a[s][h] = pack_halves(fmaf(x.x, scale, -shift.x), fmaf(x.y, scale, -shift.y));
+      a[s][2 + h] = pack_halves(fmaf(x.z, scale, -shift.z), fmaf(x.w, scale, -shift.w));
     }
-    square = sum_of_quad(square);
-    const float row_norm = quick_root(square) * 1.001f + 1e-15f;
-    const float row_error = quick_root(sum_of_quad(error)) * 1.001f + 1e-15f;
-    const float both = row_norm + code_norm;
-    float m = row_error * code_norm + (row_norm + row_error) * code_error;
-    m += (kWidth + 32) * 1.2e-7f * (row_norm + row_error) * half_norm;
+  }
+  // A value whose half-precision form has the exponent's power p is off by 2^-11 p at most, p being
+  // that form's exponent bits alone, and by 2^-25 where it is subnormal and those bits are 0. Thus
+  // the error of a row is at most 2^-11 |p| + 8 2^-25, 1.7 times what it is on average, for half a
+  // mask a value. Products and squares are exact; sums of 64 that are not negative are within
+  // 64 2^-22 of themselves, however the tensor cores cut them off.
+  float squares[2], powers[2];
+  squared_norms(a, squares);
+  uint32_t exponents[4][4];
+  MSVQ_UNROLL
+  for (int i = 0; i < 16; ++i) exponents[i / 4][i % 4] = a[i / 4][i % 4] & 0x7C007C00u;
+  squared_norms(exponents, powers);
+  MSVQ_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    // Of the rounded row and of its error, that of the one rounding to float32 within its 1.002.
+    const float row_norm = quick_root(squares[h]) * 1.001f + 1e-15f;
+    const float row_error = quick_root(powers[h]) * (1.002f / 2048) + 2.5e-7f;
+    const float both = row_norm + row_error + code_norm;
+    float m = row_error * code_norm + row_norm * code_error;
+    m += (kWidth + 32) * 1.2e-7f * row_norm * half_norm;
     m += (2 * kNumberMask + 8) * 1.2e-7f * code_norm * both;
     // Beyond float16 the error is infinite, of NaN it is NaN: no bound then.
     margin[h] = 2.02f * m + (kWidth + 8) * 2.3e-16f * both * both + 1e-30f;
