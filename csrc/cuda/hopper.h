@@ -191,6 +191,12 @@ MSVQ_WARPS int thread_again() {
   return thread & 1023;
 }
 
+// A number, not known to be the one it was: what was worked out from that need not be kept either.
+MSVQ_WARPS float again(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
 // Within 2^-22 of the root of a number that is not subnormal.
 MSVQ_WARPS float quick_root(float x) {
   float root;

@@ -40,8 +40,7 @@ MSVQ_WARPS_HOST int columns_of(int num_codes) {
 constexpr int kGroupsOfChunk = 2;
 constexpr int kNumberMask = kMostCodes / kProductColumns * kGroupsOfChunk - 1;  // 31
 MSVQ_WARPS int group_column(int lane, int number) {
-  return number / kGroupsOfChunk * kProductColumns + lane / 4 * 32 + number % kGroupsOfChunk * 16 +
-         lane % 4 * 2;
+  return number * (kProductColumns / kGroupsOfChunk) + lane / 4 * 16 + lane % 4 * 2;
 }
 MSVQ_WARPS int code_of_group(int i) { return i / 2 * 8 + i % 2; }
 

@@ -101,7 +101,7 @@ MSVQ_WARPS void load_tile(const QuantizeShared& shared, const T* rows, uint32_t 
 
 // The lowest two scores of each lane of two rows, with the number of the group in the lowest bits.
 struct LowestScores {
-  float first[2][2], second[2][2];  // row, half of the 64 columns
+  float first[2][2], second[2][2];  // row, even or odd 16 of the columns
 
   MSVQ_WARPS LowestScores() {
     MSVQ_UNROLL
@@ -112,7 +112,7 @@ struct LowestScores {
   MSVQ_WARPS void add(const Accumulators& products, const float* seeds, int chunk) {
     MSVQ_UNROLL
     for (int i = 0; i < 2 * kGroupsOfChunk; ++i) {
-      const int part = i / kGroupsOfChunk, number = chunk * kGroupsOfChunk + i % kGroupsOfChunk;
+      const int part = i % 2, number = chunk * kGroupsOfChunk + i / 2;
       const float2 low = *reinterpret_cast<const float2*>(seeds + 16 * i);
       const float2 high = *reinterpret_cast<const float2*>(seeds + 16 * i + 8);
       MSVQ_UNROLL
@@ -145,48 +145,77 @@ MSVQ_WARPS void score_groups(const uint32_t (&a)[4][4], QuantizeShared& shared, 
   }
 }
 
-// Tells the codes of a group apart for every row: its first column in `column`, which all lanes of
-// the row know. `code` becomes the nearest if the next is further than the margin, or else kNone.
-// One product of a warp tells two rows; theirs are in quad g's lanes 2 (g % 2) and one further.
-MSVQ_WARPS void tell_codes(const uint32_t (&a)[4][4], QuantizeShared& shared,
-                           const int (&column)[2], const float (&margin)[2], int (&code)[2]) {
-  code[1] = kNone;
-  const int lane = thread_again() % 32, quad = lane / 4;
+// From here on a lane has one row of its quad's two, the upper one in half of them; lanes 2 i and
+// 2 i + 1 the same.
+MSVQ_WARPS bool has_upper(int lane) { return lane / 4 % 2 == lane % 4 / 2; }
+
+// Tells the codes of a group apart, its first column in `column`, which all lanes of a row know.
+// Returns for this lane's row the nearest if the next is further than the margin, or else kNone.
+// One product of a warp tells two rows: row i % 2 of a pair in columns 4 (i % 2) to 4 (i % 2) + 3,
+// of the lower rows the other way round, so that they come out in the lanes which have them.
+MSVQ_WARPS int tell_codes(const uint32_t (&a)[4][4], QuantizeShared& shared,
+                          const int (&column)[2], const float (&margin)[2]) {
+  const int lane = thread_again() % 32;
   const uint32_t from = shared_address(shared.codes()) + static_cast<uint32_t>(lane / 8 * kAlong);
+  float2 score = make_float2(0, 0);
   MSVQ_NO_UNROLL
   for (int h = 0; h < 2; ++h) {
-    const int of = h ? column[1] : column[0];
-    float2 score = make_float2(0, 0);
+    // Lane q of a quad works out where code q of its row's group lies; lane l then needs code l % 4
+    // of row 2 part + l / 4 % 2, or of its neighbour.
+    const auto code = static_cast<uint32_t>((h ? column[1] : column[0]) + code_of_group(lane % 4));
+    const uint32_t own = code / 8 * kAcross + code % 8 * 16;
     MSVQ_UNROLL
-    for (int part = 0; part < 4; ++part) {
-      // Lane l gives the address of code l % 4 of the group of row 2 part + l / 4 % 2.
-      const int at = __shfl_sync(~0u, of, 8 * part + (lane & 4)) + code_of_group(lane % 4);
-      const uint32_t address = from + static_cast<uint32_t>(at / 8 * kAcross + at % 8 * 16);
-      uint32_t low[4], high[4];
-      load_blocks(address, low);
-      load_blocks(address + 4 * kAlong, high);
-      float product[4] = {0, 0, 0, 0};
-      multiply(product, a[0], low[0], low[1]);
-      multiply(product, a[1], low[2], low[3]);
-      multiply(product, a[2], high[0], high[1]);
-      multiply(product, a[3], high[2], high[3]);
-      if (quad / 2 == part)
-        score = h ? make_float2(product[2], product[3]) : make_float2(product[0], product[1]);
+    for (int parts = 0; parts < 4; parts += 2) {  // two at once, since each waits for itself
+      uint32_t values[2][2][4];
+      float product[2][4] = {};
+      MSVQ_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t at = from + __shfl_sync(~0u, own, 8 * (parts + i) + (lane % 8 ^ 4 * h));
+        load_blocks(at, values[i][0]);
+        load_blocks(at + 4 * kAlong, values[i][1]);
+      }
+      MSVQ_UNROLL
+      for (int s = 0; s < 8; ++s) {
+        const uint32_t(&b)[4] = values[s % 2][s / 4];
+        multiply(product[s % 2], a[s / 2], b[s / 2 % 2 * 2], b[s / 2 % 2 * 2 + 1]);
+      }
+      MSVQ_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float(&of)[4] = product[i];
+        if (lane / 8 == parts + i && has_upper(lane) == (h == 0))
+          score = h ? make_float2(of[2], of[3]) : make_float2(of[0], of[1]);
+      }
     }
-    const int pair = of + code_of_group(lane % 2 * 2);
-    const float2 seed = *reinterpret_cast<const float2*>(shared.seeds + pair);
-    score.x = seed.x - score.x, score.y = seed.y - score.y;
-    const float low = fminf(score.x, score.y), high = fmaxf(score.x, score.y);
-    const float other_low = __shfl_xor_sync(~0u, low, 1);
-    const float other_high = __shfl_xor_sync(~0u, high, 1);
-    int lowest = pair + (score.y < score.x ? 1 : 0);
-    const int other = __shfl_xor_sync(~0u, lowest, 1);
-    lowest = other_low < low ? other : lowest;
-    const float next = fminf(fmaxf(low, other_low), fminf(high, other_high));
-    const bool clear = next - fminf(low, other_low) > (h ? margin[1] : margin[0]);
-    code[0] = code[1];
-    code[1] = __shfl_sync(~0u, clear ? lowest : kNone, (lane & ~3) + quad % 2 * 2);
   }
+  const bool upper = has_upper(lane);
+  const int pair = (upper ? column[0] : column[1]) + code_of_group(lane % 2 * 2);
+  const float2 seed = *reinterpret_cast<const float2*>(shared.seeds + pair);
+  score.x = seed.x - score.x, score.y = seed.y - score.y;
+  const float low = fminf(score.x, score.y), high = fmaxf(score.x, score.y);
+  const float other_low = __shfl_xor_sync(~0u, low, 1);
+  const float other_high = __shfl_xor_sync(~0u, high, 1);
+  const int lowest = pair + (score.y < score.x ? 1 : 0), other = __shfl_xor_sync(~0u, lowest, 1);
+  const float next = fminf(fmaxf(low, other_low), fminf(high, other_high));
+  const bool clear = next - fminf(low, other_low) > (upper ? margin[0] : margin[1]);
+  return clear ? (other_low < low ? other : lowest) : kNone;
+}
+
+// What an open row's lanes have left open.
+MSVQ_WARPS OpenRow open_row(const LowestScores& lowest, int h, float limit) {
+  const int lane = thread_again() % 32, q = lane % 4, first_of_quad = lane & ~3;
+  OpenRow open{};
+  uint32_t near = 0, any = 0;
+  MSVQ_UNROLL
+  for (int part = 0; part < 2; ++part) {
+    const float best = lowest.first[h][part], second = lowest.second[h][part];
+    near |= (__ballot_sync(~0u, best <= limit) >> first_of_quad & 15) << (4 * part);
+    any |= (__ballot_sync(~0u, second <= limit) >> first_of_quad & 15) << (4 * part);
+    uint32_t numbers = static_cast<uint32_t>(__float_as_int(best) & kNumberMask) << (8 * q);
+    numbers |= __shfl_xor_sync(~0u, numbers, 1);
+    open.numbers[part] = numbers | __shfl_xor_sync(~0u, numbers, 2);
+  }
+  open.near_any = limit < 1e29f ? near | any << 8 : 0xFFFF;
+  return open;
 }
 
 // The code of row lane % 16 of a warp's, the first of which is number `first`; kNone if there is no
@@ -195,56 +224,50 @@ MSVQ_WARPS int search_rows(const QuantizeHopperParams& p, QuantizeShared& shared
                            const uint32_t (&a)[4][4], const float (&margin)[2], int first) {
   LowestScores lowest;
   score_groups(a, shared, p.num_codes, lowest);
-  const int lane = thread_again() % 32, q = lane % 4, first_of_quad = lane & ~3;
-  int column[2], code[2];
-  uint32_t near_any[2], numbers[2];
+  const int lane = thread_again() % 32;
+  int column[2];
+  bool certain[2];
+  float limit[2];
   MSVQ_UNROLL
   for (int h = 0; h < 2; ++h) {
-    const float limit = least_of_quad(fminf(lowest.first[h][0], lowest.first[h][1])) + margin[h];
-    uint32_t near = 0, any = 0, number[2];
-    MSVQ_UNROLL
-    for (int part = 0; part < 2; ++part) {
-      const float best = lowest.first[h][part], second = lowest.second[h][part];
-      near |= (__ballot_sync(~0u, best <= limit) >> first_of_quad & 15) << (4 * part);
-      any |= (__ballot_sync(~0u, second <= limit) >> first_of_quad & 15) << (4 * part);
-      number[part] = static_cast<uint32_t>(__float_as_int(best) & kNumberMask);
-    }
-    if (!(limit < 1e29f)) near = any = 255;
-    numbers[h] = number[0] | number[1] << 8;
-    const int nearest = max(__ffs(static_cast<int>(near)) - 1, 0);
-    const uint32_t of = __shfl_sync(~0u, numbers[h], first_of_quad + nearest % 4);
-    column[h] = group_column(nearest, static_cast<int>(of >> (nearest / 4 * 8) & 255));
-    near_any[h] = near | any << 8;
+    const float(&best)[2] = lowest.first[h];
+    limit[h] = least_of_quad(fminf(best[0], best[1])) + margin[h];
+    const bool near[2] = {best[0] <= limit[h], best[1] <= limit[h]};
+    // Summed over the quad: how many groups are near the best, with a second one those lanes too,
+    // and 256 times the column of the group if it is one.
+    int found = near[0] + near[1] + (lowest.second[h][0] <= limit[h]) +
+                (lowest.second[h][1] <= limit[h]);
+    const int number = __float_as_int(near[1] ? best[1] : best[0]) & kNumberMask;
+    const int own = group_column(lane % 4 + (near[1] ? 4 : 0), number) << 8;
+    found += near[0] || near[1] ? own : 0;
+    found += __shfl_xor_sync(~0u, found, 1);
+    found += __shfl_xor_sync(~0u, found, 2);
+    certain[h] = (found & 255) == 1 && limit[h] < 1e29f;
+    column[h] = certain[h] ? found >> 8 : 0;
   }
-  tell_codes(a, shared, column, margin, code);
-  bool open[2];
-  MSVQ_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const bool there = first + lane / 4 + 8 * h < p.count;
-    if (__popc(near_any[h]) != 1 || near_any[h] > 255 || !there) code[h] = kNone;
-    open[h] = there && code[h] == kNone;
-  }
-  const uint32_t opens[2] = {__ballot_sync(~0u, open[0]), __ballot_sync(~0u, open[1])};
-  if (opens[0] | opens[1]) {
+  int code = tell_codes(a, shared, column, margin);
+  const bool upper = has_upper(lane);
+  const int row = first + lane / 4 + (upper ? 0 : 8);
+  const bool there = row < p.count;
+  if (!(upper ? certain[0] : certain[1]) || !there) code = kNone;
+  const bool open = lane % 2 == 0 && there && code == kNone;
+  const uint32_t opens = __ballot_sync(~0u, open);
+  if (opens) {
     int* const queued = &shared.queued[thread_again() / 32];
     OpenRow* queue = shared.open[thread_again() / 32] + *queued;
-    const int more = __popc(opens[0] & 0x11111111) + __popc(opens[1] & 0x11111111);
-    MSVQ_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      uint32_t low = (numbers[h] & 255) << (8 * q), high = numbers[h] >> 8 << (8 * q);
-      low |= __shfl_xor_sync(~0u, low, 1), high |= __shfl_xor_sync(~0u, high, 1);
-      low |= __shfl_xor_sync(~0u, low, 2), high |= __shfl_xor_sync(~0u, high, 2);
-      const uint32_t before = opens[h] & 0x11111111 & ((1u << first_of_quad) - 1);
-      if (open[h] && q == 0)
-        queue[__popc(before)] = {first + lane / 4 + 8 * h, near_any[h], {low, high}};
-      queue += __popc(opens[h] & 0x11111111);
+    const OpenRow of[2] = {open_row(lowest, 0, again(limit[0])),
+                           open_row(lowest, 1, again(limit[1]))};
+    if (open) {
+      OpenRow own = upper ? of[0] : of[1];
+      own.row = row;
+      queue[__popc(opens & ((1u << lane) - 1))] = own;
     }
     __syncwarp();
-    if (lane == 0) *queued += more;
+    if (lane == 0) *queued += __popc(opens);
   }
-  const int upper = __shfl_sync(~0u, code[0], lane % 8 * 4);
-  const int lower = __shfl_sync(~0u, code[1], lane % 8 * 4);
-  return lane % 16 < 8 ? upper : lower;
+  // The lane that has row lane % 16: the first of its quad that does.
+  const int quad = lane % 8, odd = quad % 2;
+  return __shfl_sync(~0u, code, 4 * quad + 2 * (lane % 16 < 8 ? odd : 1 - odd));
 }
 
 }  // namespace cuda
