@@ -45,6 +45,7 @@ MSVQ_WARPS int group_column(int lane, int number) {
 MSVQ_WARPS int code_of_group(int i) { return i / 2 * 8 + i % 2; }
 
 constexpr int kTable = 2048;  // entries of the one that finds repeated codes
+constexpr int kTries = 4;     // of other bits of a hash
 
 // A row whose code the search does not say.
 struct alignas(16) OpenRow {
@@ -82,7 +83,7 @@ struct alignas(128) QuantizeShared {
 template <class T>
 int quantize_shared_bytes(int num_codes, bool with_sums) {
   constexpr int kRowsBytes = kWarps * kRows * kWidth * static_cast<int>(sizeof(T));
-  static_assert(kRowsBytes >= 4 * (kMostCodes + kTable), "the tables of repeated codes fit there");
+  static_assert(kRowsBytes >= 4 * (kMostCodes + kTable + kTries), "the tables of repeated codes fit there");
   return static_cast<int>(sizeof(QuantizeShared)) + columns_of(num_codes) / 8 * kAcross +
          kRowsBytes + (with_sums ? (num_codes + 1) * kWidth * 4 : 0);
 }

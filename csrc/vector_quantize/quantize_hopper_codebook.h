@@ -69,7 +69,10 @@ MSVQ_WARPS void drop_duplicates(const QuantizeHopperParams& p, QuantizeShared& s
                                 const uint32_t* hashes, int* table) {
   constexpr int kEach = (kMostCodes + kThreads - 1) / kThreads;  // codes of a thread
   bool found[kEach] = {};
-  for (int shift = 0; shift < 32; shift += 10) {
+  int* left = table + kTable;  // codes that the tries so far did not find
+  if (threadIdx.x < kTries) left[threadIdx.x] = 0;
+  for (int again = 0; again < kTries; ++again) {
+    const int shift = again * 10;
     for (int i = threadIdx.x; i < kTable; i += kThreads) table[i] = 0;
     __syncthreads();
     MSVQ_UNROLL
@@ -84,6 +87,7 @@ MSVQ_WARPS void drop_duplicates(const QuantizeHopperParams& p, QuantizeShared& s
       const int code = thread_again() + i * kThreads;
       if (code >= p.num_codes || found[i]) continue;
       const int lowest = kMostCodes - table[hashes[code] >> shift & (kTable - 1)];
+      if (hashes[lowest] != hashes[code]) left[again] = 1;
       if (hashes[lowest] != hashes[code]) continue;
       found[i] = true;
       bool same = lowest != code;
@@ -92,6 +96,7 @@ MSVQ_WARPS void drop_duplicates(const QuantizeHopperParams& p, QuantizeShared& s
       if (same) shared.seeds[code] = 1e30f;
     }
     __syncthreads();
+    if (left[again] == 0) break;
   }
 }
 
