@@ -162,24 +162,24 @@ MSVQ_WARPS float4 load_now(const float4* from) {
                : "l"(from));
   return x;
 }
-// A write that is not read again here, made or not without a branch.
-MSVQ_WARPS void store_where(bool there, float4* to, const float4& x) {
+// A write that is not read again here, made where `sign` is not negative, without a branch.
+MSVQ_WARPS void store_where(int sign, float4* to, const float4& x) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.ne.b32 p, %0, 0;\n"
+      "setp.ge.s32 p, %0, 0;\n"
       "@p st.global.cs.v4.f32 [%1], {%2, %3, %4, %5};\n"
-      "}\n" ::"r"(static_cast<int>(there)),
+      "}\n" ::"r"(sign),
       "l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
       : "memory");
 }
-MSVQ_WARPS void store_where(bool there, uint2* to, const uint2& x) {
+MSVQ_WARPS void store_where(int sign, uint2* to, const uint2& x) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.ne.b32 p, %0, 0;\n"
+      "setp.ge.s32 p, %0, 0;\n"
       "@p st.global.cs.v2.b32 [%1], {%2, %3};\n"
-      "}\n" ::"r"(static_cast<int>(there)),
+      "}\n" ::"r"(sign),
       "l"(to), "r"(x.x), "r"(x.y)
       : "memory");
 }
@@ -191,9 +191,15 @@ MSVQ_WARPS int thread_again() {
   return thread & 1023;
 }
 
+MSVQ_WARPS int least_of_three(int a, int b, int c) { return __vimin3_s32(a, b, c); }
+
 // A number, not known to be the one it was: what was worked out from that need not be kept either.
 MSVQ_WARPS float again(float x) {
   asm volatile("" : "+f"(x));
+  return x;
+}
+MSVQ_WARPS uint32_t again(uint32_t x) {
+  asm volatile("" : "+r"(x));
   return x;
 }
 

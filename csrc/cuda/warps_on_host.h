@@ -365,14 +365,18 @@ T load_now(const T* from) {
   return read_as(from);
 }
 template <class T>
-void store_where(bool there, T* to, T value) {
-  if (there) write_as(to, value);
+void store_where(int sign, T* to, T value) {
+  if (sign >= 0) write_as(to, value);
 }
 inline void prefetch_bytes(const void* from, int bytes) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
     throw std::logic_error("what is brought nearer is whole 16 bytes at multiples of 16");
 }
-inline float again(float x) { return x; }
+inline int least_of_three(int a, int b, int c) { return min(min(a, b), c); }
+template <class T>
+T again(T x) {
+  return x;
+}
 inline int thread_again() { return static_cast<int>(threadIdx.x); }
 
 }  // namespace cuda

@@ -63,7 +63,7 @@ MSVQ_WARPS float write_rows(const QuantizeHopperParams& p, const T* rows, int fi
       own = read_four(from + 2 * (begin + i) * kWidth);
       const float square = square_of_difference(own, e[i]);
       error += of[i] >= 0 ? square : 0.0f;
-      store_four(of[i] >= 0, to, e[i]);
+      store_four(of[i], to, e[i]);
       to += step;
     }
   }
@@ -83,8 +83,9 @@ MSVQ_WARPS int combine_rows(const QuantizeHopperParams& p, const T* rows, WarpRo
   unsigned same = __ballot_sync(~0u, counts) & 0xFFFF;
   MSVQ_UNROLL
   for (int bit = 1; bit <= kMostSums; bit *= 2) {
-    const unsigned set = __ballot_sync(~0u, (code & bit) != 0);
-    same &= code & bit ? set : ~set;
+    const bool own = (code & bit) == bit;
+    const unsigned set = __ballot_sync(~0u, own);
+    same &= ~(set ^ (own ? ~0u : 0u));
   }
   const int first = __ffs(static_cast<int>(same)) - 1;
   const unsigned repeated = __ballot_sync(~0u, counts && first < lane) & 0xFFFF;
@@ -118,7 +119,7 @@ MSVQ_WARPS int finish_open(const QuantizeHopperParams& p, QuantizeShared& shared
         if (at >= lot) continue;
         const float4 x = read_four(rows + (first + at) * kWidth + lane % 16 * 4);
         const float4 e = code_vector(p, of);
-        store_four(true, place_of<T>(p, open[first + at].row), e);
+        store_four(0, place_of<T>(p, open[first + at].row), e);
         error += square_of_difference(x, e);
       }
       shared.errors[thread_again()] += error;
@@ -182,11 +183,11 @@ MSVQ_WARPS void quantize_tiles(const QuantizeHopperParams& p, QuantizeShared& sh
     if (there) {
       prefetch_rows<T>(p, tile_of(round + 1));
       wait(&shared.loaded[thread_again() / 32], round & 1);
-      uint32_t a[4][4];
+      uint32_t a[4][4], offset;
       float margin[2];
-      load_tile(shared, rows, a, margin);
+      load_tile(shared, rows, a, offset, margin);
       const int first = tile_of(round) * kTile + thread_again() / 32 % 4 * kRows;
-      const int code = search_rows(p, shared, a, margin, first);
+      const int code = search_rows(p, shared, a, offset, margin, first);
       const int lane = thread_again() % 32;
       if (lane < kRows && code >= 0) write_code<kSums>(p, shared, first + lane, code);
       if constexpr (kVectors) {
