@@ -97,6 +97,15 @@ MSVQ_WARPS void multiply(float (&out)[4], const uint32_t (&a)[4], uint32_t b0, u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same of eight values a row: a[0] and a[1] of above, and b0.
+MSVQ_WARPS void multiply_eight(float (&out)[4], uint32_t upper, uint32_t lower, uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
+      : "r"(upper), "r"(lower), "r"(b));
+}
+
 // A barrier in shared memory: a phase ends when `count` arrivals have come.
 MSVQ_WARPS void init_barrier(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -120,6 +129,10 @@ MSVQ_WARPS void copy_to_shared(void* to, const void* from, int bytes, uint64_t* 
           "r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
+}
+// Begin to bring what a later copy reads nearer: whole 16 bytes at multiples of 16.
+MSVQ_WARPS void prefetch_bytes(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 }
 // Until the phase of this parity is over; before the first ends, that of parity 1 is.
 MSVQ_WARPS void wait(uint64_t* barrier, uint32_t parity) {
@@ -145,6 +158,37 @@ MSVQ_WARPS void prefetch_second(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
+// Reads of memory that does not change, begun where they are written: ptxas moves others down to
+// where their outcome is first needed.
+MSVQ_WARPS float4 load_now(const float4* from) {
+  float4 x;
+  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(from));
+  return x;
+}
+// A write that is not read again here, made where `sign` is not negative, without a branch.
+MSVQ_WARPS void store_where(int sign, float4* to, const float4& x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ge.s32 p, %0, 0;\n"
+      "@p st.global.cs.v4.f32 [%1], {%2, %3, %4, %5};\n"
+      "}\n" ::"r"(sign),
+      "l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+      : "memory");
+}
+MSVQ_WARPS void store_where(int sign, uint2* to, const uint2& x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ge.s32 p, %0, 0;\n"
+      "@p st.global.cs.v2.b32 [%1], {%2, %3};\n"
+      "}\n" ::"r"(sign),
+      "l"(to), "r"(x.x), "r"(x.y)
+      : "memory");
+}
+
 // threadIdx.x, read again: what follows from it need not be kept in registers from before.
 MSVQ_WARPS int thread_again() {
   int thread;
@@ -152,10 +196,22 @@ MSVQ_WARPS int thread_again() {
   return thread & 1023;
 }
 
-// Within 2^-22 of the root.
+MSVQ_WARPS int least_of_three(int a, int b, int c) { return __vimin3_s32(a, b, c); }
+
+// A number, not known to be the one it was: what was worked out from that need not be kept either.
+MSVQ_WARPS float again(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+MSVQ_WARPS uint32_t again(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Within 2^-22 of the root of a number that is not subnormal.
 MSVQ_WARPS float quick_root(float x) {
   float root;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
   return root;
 }
 

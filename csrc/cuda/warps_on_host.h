@@ -325,6 +325,10 @@ inline void multiply(float (&out)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     multiply_fragments(lanes, right);
   });
 }
+inline void multiply_eight(float (&out)[4], uint32_t upper, uint32_t lower, uint32_t b) {
+  const uint32_t a[4] = {upper, lower, 0, 0};
+  multiply(out, a, b, 0);
+}
 
 // No fiber can come between: they give way in collectives alone. Bytes are copied, since kernels
 // look at the same memory as more than one type.
@@ -357,8 +361,21 @@ T __ldg(const T* from) {
   return read_as(from);
 }
 template <class T>
-void __stcs(T* to, T value) {
-  write_as(to, value);
+T load_now(const T* from) {
+  return read_as(from);
+}
+template <class T>
+void store_where(int sign, T* to, T value) {
+  if (sign >= 0) write_as(to, value);
+}
+inline void prefetch_bytes(const void* from, int bytes) {
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    throw std::logic_error("what is brought nearer is whole 16 bytes at multiples of 16");
+}
+inline int least_of_three(int a, int b, int c) { return min(min(a, b), c); }
+template <class T>
+T again(T x) {
+  return x;
 }
 inline void prefetch_second(const void*) {}
 inline int thread_again() { return static_cast<int>(threadIdx.x); }

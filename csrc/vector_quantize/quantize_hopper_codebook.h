@@ -19,6 +19,7 @@ MSVQ_WARPS void measure_codes(const QuantizeHopperParams& p, QuantizeShared& sha
   float* highs = lows + kWarps * kWidth;                           // (kWarps, D)
   int* numbers = reinterpret_cast<int*>(highs + kWarps * kWidth);  // (kWarps,)
   if (threadIdx.x < 4) shared.norms[threadIdx.x] = 0;
+  shared.clear_seeds();
   float2 sum = make_float2(0, 0), low = make_float2(INFINITY, INFINITY);
   float2 high = make_float2(-INFINITY, -INFINITY);
   int number = 0;
@@ -57,6 +58,9 @@ MSVQ_WARPS void measure_codes(const QuantizeHopperParams& p, QuantizeShared& sha
     const double reach =
         fmax(static_cast<double>(high) - centre, centre - static_cast<double>(low));
     shared.shift[threadIdx.x] = centre;
+    // Scores of codes that are not there are beyond all others; where there are no others, no
+    // bound.
+    if (number == 0) shared.norms[2] = INFINITY;
     raise_to(&shared.norms[3], number ? fminf(static_cast<float>(reach), 1e38f) : 0.0f);
   }
   __syncthreads();
@@ -69,7 +73,10 @@ MSVQ_WARPS void drop_duplicates(const QuantizeHopperParams& p, QuantizeShared& s
                                 const uint32_t* hashes, int* table) {
   constexpr int kEach = (kMostCodes + kThreads - 1) / kThreads;  // codes of a thread
   bool found[kEach] = {};
-  for (int shift = 0; shift < 32; shift += 10) {
+  int* left = table + kTable;  // codes that the tries so far did not find
+  if (threadIdx.x < kTries) left[threadIdx.x] = 0;
+  for (int again = 0; again < kTries; ++again) {
+    const int shift = again * 10;
     for (int i = threadIdx.x; i < kTable; i += kThreads) table[i] = 0;
     __syncthreads();
     MSVQ_UNROLL
@@ -84,14 +91,16 @@ MSVQ_WARPS void drop_duplicates(const QuantizeHopperParams& p, QuantizeShared& s
       const int code = thread_again() + i * kThreads;
       if (code >= p.num_codes || found[i]) continue;
       const int lowest = kMostCodes - table[hashes[code] >> shift & (kTable - 1)];
+      if (hashes[lowest] != hashes[code]) left[again] = 1;
       if (hashes[lowest] != hashes[code]) continue;
       found[i] = true;
       bool same = lowest != code;
       for (int d = 0; d < kWidth && same; ++d)
         same = p.codebook[code * kWidth + d] == p.codebook[lowest * kWidth + d];
-      if (same) shared.seeds[code] = 1e30f;
+      if (same) shared.set_seed(code, false, 0);
     }
     __syncthreads();
+    if (left[again] == 0) break;
   }
 }
 
@@ -158,14 +167,14 @@ MSVQ_WARPS void load_codebook(const QuantizeHopperParams& p, QuantizeShared& sha
       hash ^= __shfl_xor_sync(~0u, hash, step);
     }
     if (q == 0) {
-      shared.seeds[code] = there ? static_cast<float>(0.5 * square) : 1e30f;
+      shared.set_seed(code, there, static_cast<float>(0.5 * square));
       if (code < p.num_codes) hashes[code] = hash;
     }
     norm = fmaxf(norm, static_cast<float>(square));
     half_norm = fmaxf(half_norm, half_square);
     error = fmaxf(error, error_square);
   }
-  raise_to(&shared.norms[0], sqrtf(norm) * 1.00001f + 1e-30f);
+  raise_to(&shared.norms[0], sqrtf(norm) * 1.00001f + 3e-7f);  // nor below norms[1]'s
   raise_to(&shared.norms[1], sqrtf(half_norm) * 1.00001f + 1e-30f);
   // Of the rounding of the centred value to float32 too.
   raise_to(&shared.norms[2], sqrtf(error) * 1.00001f + 1e-7f * sqrtf(norm) + 1e-30f);

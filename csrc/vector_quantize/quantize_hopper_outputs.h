@@ -9,6 +9,7 @@ namespace cuda {
 
 // Rows of z as they lie in a warp's registers: 16 lanes a row, two rows a float4.
 using WarpRows = float4[kRows / 2];
+constexpr int kCodesAtOnce = 8;  // of those whose values are read together
 
 // The code of row `row`, marked if the row is not finite.
 template <bool kSums>
@@ -19,38 +20,51 @@ MSVQ_WARPS void write_code(const QuantizeHopperParams& p, QuantizeShared& shared
   if (kSums && code < kNotFinite) atomicAdd(&shared.counts[code], 1);
 }
 
-// z_q at row `row`, 16 lanes a row; returns this lane's part of the sum of (z - e)^2.
-template <class T>
-MSVQ_WARPS float write_row(const QuantizeHopperParams& p, int row, const float4& x,
-                           const float4& e) {
-  store_four(static_cast<T*>(p.z_q) + int64_t{row} * p.z_q_stride + thread_again() % 16 * 4, e);
+// This lane's part of the sum of (z - e)^2.
+MSVQ_WARPS float square_of_difference(const float4& x, const float4& e) {
   const float a = x.x - e.x, b = x.y - e.y, c = x.z - e.z, d = x.w - e.w;
   return fmaf(a, a, fmaf(b, b, fmaf(c, c, d * d)));
 }
 
-MSVQ_WARPS float4 code_vector(const QuantizeHopperParams& p, int code) {
-  return load_four(p.codebook + (code & (kNotFinite - 1)) * kWidth + thread_again() % 16 * 4);
+// Where this lane's part of row `row` of z_q lies, 16 lanes a row.
+template <class T>
+MSVQ_WARPS T* place_of(const QuantizeHopperParams& p, int row) {
+  return static_cast<T*>(p.z_q) + int64_t{row} * p.z_q_stride + thread_again() % 16 * 4;
 }
 
-// Reads this warp's rows, from `first` on, and writes those of z_q that have a code.
+// This lane's part of a code, begun at once.
+MSVQ_WARPS float4 code_vector(const QuantizeHopperParams& p, int code) {
+  const float* from = p.codebook + (code & (kNotFinite - 1)) * kWidth + thread_again() % 16 * 4;
+  return load_now(reinterpret_cast<const float4*>(from));
+}
+
+// Reads this warp's rows, from `first` on, and writes those of z_q that have a code. No branch: the
+// codes' values are all on their way before the first is needed.
 template <class T>
 MSVQ_WARPS float write_rows(const QuantizeHopperParams& p, const T* rows, int first, int code,
                             WarpRows& x) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = kCodesAtOnce;
   const int half = thread_again() % 32 / 16;
+  const T* from = rows + half * kWidth + thread_again() % 16 * 4;
+  T* to = place_of<T>(p, first + half);
+  const int64_t step = int64_t{p.z_q_stride} * 2;
   float error = 0;
   MSVQ_UNROLL
   for (int begin = 0; begin < kRows / 2; begin += kAtOnce) {
     float4 e[kAtOnce];
+    int of[kAtOnce];
     MSVQ_UNROLL
-    for (int i = 0; i < kAtOnce; ++i)
-      e[i] = code_vector(p, max(__shfl_sync(~0u, code, 2 * (begin + i) + half), 0));
+    for (int i = 0; i < kAtOnce; ++i) of[i] = __shfl_sync(~0u, code, 2 * (begin + i) + half);
+    MSVQ_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) e[i] = code_vector(p, max(of[i], 0));
     MSVQ_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-      const int at = 2 * (begin + i) + half;
       float4& own = x[begin + i];
-      own = read_four(rows + at * kWidth + thread_again() % 16 * 4);
-      if (__shfl_sync(~0u, code, at) >= 0) error += write_row<T>(p, first + at, own, e[i]);
+      own = read_four(from + 2 * (begin + i) * kWidth);
+      const float square = square_of_difference(own, e[i]);
+      error += of[i] >= 0 ? square : 0.0f;
+      store_four(of[i], to, e[i]);
+      to += step;
     }
   }
   return error;
@@ -69,8 +83,9 @@ MSVQ_WARPS int combine_rows(const QuantizeHopperParams& p, const T* rows, WarpRo
   unsigned same = __ballot_sync(~0u, counts) & 0xFFFF;
   MSVQ_UNROLL
   for (int bit = 1; bit <= kMostSums; bit *= 2) {
-    const unsigned set = __ballot_sync(~0u, (code & bit) != 0);
-    same &= code & bit ? set : ~set;
+    const bool own = (code & bit) == bit;
+    const unsigned set = __ballot_sync(~0u, own);
+    same &= ~(set ^ (own ? ~0u : 0u));
   }
   const int first = __ffs(static_cast<int>(same)) - 1;
   const unsigned repeated = __ballot_sync(~0u, counts && first < lane) & 0xFFFF;
@@ -103,7 +118,9 @@ MSVQ_WARPS int finish_open(const QuantizeHopperParams& p, QuantizeShared& shared
         const int at = i + lane / 16, of = __shfl_sync(~0u, settled, at);
         if (at >= lot) continue;
         const float4 x = read_four(rows + (first + at) * kWidth + lane % 16 * 4);
-        error += write_row<T>(p, open[first + at].row, x, code_vector(p, of));
+        const float4 e = code_vector(p, of);
+        store_four(0, place_of<T>(p, open[first + at].row), e);
+        error += square_of_difference(x, e);
       }
       shared.errors[thread_again()] += error;
     }
@@ -164,12 +181,13 @@ MSVQ_WARPS void quantize_tiles(const QuantizeHopperParams& p, QuantizeShared& sh
     WarpRows x;
     int to = p.num_codes, settled = 0;
     if (there) {
+      prefetch_rows<T>(p, tile_of(round + 1));
       wait(&shared.loaded[thread_again() / 32], round & 1);
-      uint32_t a[4][4];
+      uint32_t a[4][4], offset;
       float margin[2];
-      load_tile(shared, rows, a, margin);
+      load_tile(shared, rows, a, offset, margin);
       const int first = tile_of(round) * kTile + thread_again() / 32 % 4 * kRows;
-      const int code = search_rows(p, shared, a, margin, first);
+      const int code = search_rows(p, shared, a, offset, margin, first);
       const int lane = thread_again() % 32;
       if (lane < kRows && code >= 0) write_code<kSums>(p, shared, first + lane, code);
       if constexpr (kVectors) {
@@ -186,9 +204,13 @@ MSVQ_WARPS void quantize_tiles(const QuantizeHopperParams& p, QuantizeShared& sh
       settled = finish_open<T, kVectors, kSums>(p, shared, of, open, rows);
       if (thread_again() % 32 == 0) shared.queued[thread_again() / 32] = queued - open;
     }
+    // The next rows come while this warp waits for its turn, unless the turn reads open ones there.
+    const bool next = tile_of(round + 1) * kTile < p.count;
+    const bool early = kSums && next && !open;
+    if (early) begin_rows<T>(p, shared, tile_of(round + 1));
     if constexpr (kSums) add_rows(p, shared, round & 1, x, there, to, rows, settled, open);
     if (open) fence_shared_for_async();
-    if (tile_of(round + 1) * kTile < p.count) begin_rows<T>(p, shared, tile_of(round + 1));
+    if (next && !early) begin_rows<T>(p, shared, tile_of(round + 1));
   }
 }
 
@@ -216,6 +238,7 @@ MSVQ_WARPS void write_parts(const QuantizeHopperParams& p, QuantizeShared& share
 template <class T, bool kVectors, bool kSums>
 MSVQ_WARPS void quantize_block(const QuantizeHopperParams& p, char* memory) {
   QuantizeShared& shared = *reinterpret_cast<QuantizeShared*>(memory);
+  prefetch_rows<T>(p, tile_of(0));
   load_codebook(p, shared);
   if (threadIdx.x < kWarps) {
     init_barrier(&shared.loaded[threadIdx.x], 1);

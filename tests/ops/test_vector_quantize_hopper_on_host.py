@@ -144,6 +144,20 @@ def test_rows_and_codes_that_are_not_finite(num_codes: int) -> None:
 
 
 @needs_model
+@pytest.mark.parametrize("num_codes", [70, 400])
+def test_far_rows_beside_near_ones_and_codes_left_out(num_codes: int) -> None:
+    # rows share what keeps their scores positive; codes left out must be further than any margin
+    z, codebook = latents("normal", 300, num_codes)
+    z[::3] *= 300
+    z[1::5] -= 2e4
+    z[2::7] = codebook[2]
+    z[4::32] = 1e38
+    codebook[::4] = codebook[2]
+    codebook[3::8, 9] = float("inf")
+    check(z, codebook)
+
+
+@needs_model
 def test_no_finite_code() -> None:
     z, codebook = latents("normal", 10, 3)
     codebook[:, 7] = float("nan")
