@@ -58,6 +58,7 @@ inline float fmaxf(float a, float b) {
   if (a != a || b != b) return a != a ? b : a;
   return a > b || (a == b && __float_as_int(a) >= 0) ? a : b;
 }
+inline float larger_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float quick_root(float x) { return sqrtf(x); }

@@ -176,6 +176,28 @@ inline void copy_to_shared(void* to, const void* from, int bytes, uint64_t* barr
   left -= bytes;
   if (left == 0) arrive(barrier);
 }
+
+template <int kBytes>
+void copy_ahead(void* to, const void* from) {
+  if (shared_address(to) % kBytes != 0 || reinterpret_cast<uintptr_t>(from) % kBytes != 0)
+    throw std::logic_error("a copy is of 4 or 16 bytes at a multiple of that");
+  BlockModel::running().copies().copies.push_back({to, from, kBytes});
+}
+inline void end_copies() {
+  AskedCopies& asked = BlockModel::running().copies();
+  asked.groups.push_back(asked.copies.size());
+}
+template <int kLeft>
+void wait_copies() {
+  AskedCopies& asked = BlockModel::running().copies();
+  if (asked.groups.size() <= kLeft) return;
+  const size_t done = asked.groups[asked.groups.size() - 1 - kLeft];
+  for (size_t i = 0; i < done; ++i)
+    memcpy(asked.copies[i].to, asked.copies[i].from, asked.copies[i].bytes);
+  asked.copies.erase(asked.copies.begin(), asked.copies.begin() + static_cast<ptrdiff_t>(done));
+  asked.groups.erase(asked.groups.begin(), asked.groups.end() - kLeft);
+  for (size_t& end : asked.groups) end -= done;
+}
 inline void wait(uint64_t* barrier, uint32_t parity) {
   if (parity > 1) throw std::logic_error("a parity is 0 or 1");
   // Asked again once awake: as on the device, a thread that is two phases late waits on.
