@@ -165,6 +165,12 @@ MSVQ_WARPS int thread_again() {
   return thread & 1023;
 }
 
+// A number as it is: what follows from it need not be kept in registers from before.
+MSVQ_WARPS int used_late(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Within 2^-22 of the root.
 MSVQ_WARPS float quick_root(float x) {
   float root;

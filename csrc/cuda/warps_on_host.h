@@ -382,6 +382,7 @@ template <class T>
 void __stcs(T* to, T value) {
   write_as(to, value);
 }
+inline int used_late(int x) { return x; }
 inline int thread_again() { return static_cast<int>(threadIdx.x); }
 
 }  // namespace cuda

@@ -19,7 +19,8 @@ constexpr int kLossBandAround = 2;  // steps that the rows above a block's first
 struct LossBandParams {
   const float* x;
   const float* contributions[kLossBandScales];
-  float* grads[kLossBandScales];  // null: none
+  float* grads[kLossBandScales];
+  int wanted;  // bits of the gradients that are stored
   Border border;
   int height, width, radius;
   int strip_blocks, count_x;       // blocks of 16 pixels of a strip; strips of a plane
@@ -41,8 +42,8 @@ inline bool is_banded(const MultiscaleLossParams& g) {
   bool fits = g.num_scales == kLossBandScales && g.type == ImageType::float32 &&
               g.x_type == g.type && g.inner == 1 && folds && g.radius >= 10 &&
               g.radius <= kBandHalo && g.width % kBand == 0 && g.height % kBand == 0 &&
-              g.width >= kBandPixels / 4 * 3 && g.height > 0 && g.planes > 0 &&
-              g.height < (int64_t{1} << 30) / g.width &&
+              g.width >= kBandPixels / 4 * 3 && g.height > 0 && g.height < kBand << 14 &&
+              g.planes > 0 && g.height < (int64_t{1} << 30) / g.width &&
               g.planes < (int64_t{1} << 31) / (g.height * g.width);
   const auto check = [&](const void* tensor) {
     fits = fits && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
@@ -60,6 +61,7 @@ inline LossBandParams loss_band_params(const MultiscaleLossParams& g, int64_t pr
   for (int m = 0; m < kLossBandScales; ++m) {
     p.contributions[m] = static_cast<const float*>(g.contributions[m]);
     p.grads[m] = static_cast<float*>(g.grads[m]);
+    p.wanted |= g.grads[m] ? 1 << m : 0;
     p.factors[m] = static_cast<float>(2 * g.weights[m] * g.grad_factor);
   }
   const int wide = p.width / kBand;
