@@ -57,6 +57,7 @@ struct BandLoss : LossTiles {
       }
     }
     if (thread < 2 * kLossSums) init_barrier(&shared.ready[thread / 2][thread % 2], 1);
+    if (thread < kLossBandBlocks) shared.bad[thread] = 0;
     if (thread < kLossBandBlocks * kLossBandScales)
       shared.totals[thread / kLossBandScales][thread % kLossBandScales] = 0;
     if (thread == 0) {
@@ -65,30 +66,9 @@ struct BandLoss : LossTiles {
                                         p.factors[2] * upstream, 0.0f);
     }
     __syncthreads();
-    MSVQ_UNROLL
-    for (int i = 0; i < 32; ++i) open[i / 16][i / 8 % 2][i % 8] = 0;
-    scales = 127 * 0x01010101u;
     turn = 0;
     own_sums = threadIdx.x / 32 * kSumsTile + threadIdx.x % 32 * 16;
-    if (warp() <= last_warp()) {
-      const int cost = p.steps + kLossBandAround;
-      const int end = (block + 1) * p.share + min(block + 1, p.rest);
-      MSVQ_NO_UNROLL
-      for (int at = block * p.share + min(block, p.rest); at < end;) {
-        const int strip = at / cost, begin = strip * cost + kLossBandAround;
-        const int from = max(at - begin, 0);
-        at = min(begin + p.steps, end);
-        if (at <= begin + from) continue;
-        begin_strip(strip);
-        const int count = at - begin - from;
-        if (warp() == 0 || warp() == last_warp())
-          stream<LossRole::sums>(from, count);
-        else if (warp() == 1 || warp() == last_warp() - 1 || column() >= p.width)
-          stream<LossRole::blurs>(from, count);
-        else
-          stream<LossRole::compares>(from, count);
-      }
-    }
+    if (warp() <= last_warp()) run_share();
     __syncthreads();
     if (!p.partials || thread >= kLossBandScales) return;
     double sum = 0;
@@ -97,17 +77,45 @@ struct BandLoss : LossTiles {
     p.partials[block * kMaxScales + thread] = sum;
   }
 
-  // `count` blocks of rows of a strip from block `first` on.
+  // The block's share of the strips one after the other, each with what beginning inside it costs.
+  MSVQ_WARPS void run_share() {
+    MSVQ_NO_UNROLL
+    for (int at = share_from(0);;) {
+      const int cost = p.steps + kLossBandAround;
+      begin_strip(at / cost);
+      const int begin = strip * cost + kLossBandAround, from = max(at - begin, 0);
+      const int count = min(min(p.steps - from, kLossBandSteps), share_from(1) - begin - from);
+      if (count <= 0) return;
+      int end;
+      if (warp() == 0 || warp() == last_warp())
+        end = stream<LossRole::sums>(from, count);
+      else if (warp() == 1 || warp() == last_warp() - 1 || column() >= p.width)
+        end = stream<LossRole::blurs>(from, count);
+      else
+        end = stream<LossRole::compares>(from, count);
+      at = strip * (p.steps + kLossBandAround) + kLossBandAround + end;
+    }
+  }
+  // Where the share of this thread block, or of the next one, begins.
+  MSVQ_WARPS int share_from(int next) const {
+    const int block = used_late(static_cast<int>(blockIdx.x)) + next;
+    return block * p.share + min(block, p.rest);
+  }
+
+  // `count` blocks of rows of a strip from block `first` on. Returns where it ends.
   template <LossRole kRole>
-  MSVQ_WARPS void stream(int first, int count) {
+  MSVQ_WARPS int stream(int first, int count) {
     constexpr bool kCompares = kRole == LossRole::compares;
     constexpr int kRing = kCompares ? kLossRing : 1;  // tiles of x
     float total[kLossBandScales] = {};
+    MSVQ_UNROLL
+    for (int i = 0; i < 32; ++i) open[i / 16][i / 8 % 2][i % 8] = 0;
+    scales = 127 * 0x01010101u;
     int y = (first - kLossBandAhead / 2) * kBand;  // the first row of step t's block
     fetch_x(y, static_cast<int>(turn >> 30) % kRing, kCompares);
     end_copies();
     if (kCompares) fetch_contributions(first * kBand), end_copies();
-    turn = turn & 3u << 30 | static_cast<unsigned>(count + kLossBandAhead) << 15;
+    turn = (turn & 3u << 30) | static_cast<unsigned>(count + kLossBandAhead) << 15;
     MSVQ_NO_UNROLL
     for (;; turn += kNextTurn + 1, y += kBand) {
       const unsigned t = turn & 0x7fff, read = turn >> 15 & 0x7fff;
@@ -121,10 +129,13 @@ struct BandLoss : LossTiles {
         float coarsest[2][4];
         const unsigned before = turn - kNextTurn;
         meet<kRole>(1, before);
-        blur_along(1, before, y - 3 * kBand, coarsest);
+        const bool good = blur_along(1, before, coarsest);
         wait_copies<0>();
         __syncwarp();
-        compare(coarsest, y - 3 * kBand, total);
+        if (good)
+          compare(coarsest, y - 3 * kBand, total);
+        else if (is_first())
+          shared.bad[warp() - 2] |= uint64_t{1} << (t - kLossBandAhead - 1);
       }
       if (t == read) break;
       __syncwarp();
@@ -136,9 +147,16 @@ struct BandLoss : LossTiles {
         end_copies();
       }
       meet<kRole>(0, turn);
-      if (kRole != LossRole::sums) t >= 2 ? blur_again(y - kBand, kCompares) : say_left(1);
+      if (kRole != LossRole::sums) t >= 2 ? blur_again(kCompares) : say_left(1);
     }
-    if (kCompares) add_totals(total);
+    const int end = y / kBand - kLossBandAhead / 2;
+    if (kCompares) {
+      __syncwarp();
+      if (shared.bad[warp() - 2])
+        compare_again(end - static_cast<int>(turn >> 15 & 0x7fff) + kLossBandAhead, total);
+      add_totals(total);
+    }
+    return end;
   }
 
   // The scale of 16 x 16 numbers, at most 12 if they are not all finite; nothing is then that
@@ -249,11 +267,12 @@ struct BandLoss : LossTiles {
     __syncwarp();
   }
 
-  // The blur of the warp's pixels from row y on: [j][2 i + h] is row 4 q + 2 h + j, column 2 g + i.
-  MSVQ_WARPS void blur_along(int blur, unsigned of_turn, int y, float (&sum)[2][4]) const {
+  // The blur of the warp's pixels: [j][2 i + h] is row 4 q + 2 h + j, column 2 g + i. False if it
+  // is of what is not finite, which the zeros of a band then carry too far.
+  MSVQ_WARPS bool blur_along(int blur, unsigned of_turn, float (&sum)[2][4]) const {
     const Fragment* const from = reinterpret_cast<const Fragment*>(sums_of(blur, of_turn));
     const float* const factors = shared.factors[own_tile(blur)] + (of_turn >> 30 & 1);
-    float all = 0;  // not a number if the zeros of a band met what is not finite
+    float all = 0;
     MSVQ_UNROLL
     for (int k = 0; k < kBandBlocks; ++k) {
       const Parts parts = {from[128 * (k - 1)], from[128 * (k - 1) + 32]};
@@ -267,14 +286,7 @@ struct BandLoss : LossTiles {
         own = k == 0 ? factor * products[i / 4][i % 4] : own + factor * products[i / 4][i % 4];
       }
     }
-    if (all == all) return;
-    MSVQ_NO_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const float exact = blurred(blur + 1, y + lane() % 4 * 4 + i % 2 * 2 + i / 4,
-                                  column() + lane() / 4 * 2 + i / 2 % 2);
-      MSVQ_UNROLL
-      for (int k = 0; k < 8; ++k) sum[k / 4][k % 4] = i == k ? exact : sum[k / 4][k % 4];
-    }
+    return all == all;
   }
 
   // A block of x, as it was copied.
@@ -288,10 +300,10 @@ struct BandLoss : LossTiles {
     blur_down<0>(value);
   }
 
-  // The first blur of the block of rows from row y on, and the sums down of the second.
-  MSVQ_WARPS void blur_again(int y, bool compares) {
+  // The first blur of a block of rows, and the sums down of the second.
+  MSVQ_WARPS void blur_again(bool compares) {
     float sum[2][4];
-    blur_along(0, turn, y, sum);
+    blur_along(0, turn, sum);
     if (compares) {
       MSVQ_UNROLL
       for (int r = 0; r < 4; ++r)
@@ -338,6 +350,32 @@ struct BandLoss : LossTiles {
                  make_float2(grad[0], grad[1]));
       }
     }
+  }
+
+  // Compares the blocks of rows that could not be, tap by tap, and leaves their gradients.
+  MSVQ_WARPS void compare_again(int first, float (&total)[kLossBandScales]) const {
+    const float4 factors = shared.grad_factors;
+    MSVQ_NO_UNROLL
+    for (int i = 0; i < 8 * kLossBandSteps; ++i) {
+      if (!(shared.bad[warp() - 2] >> i / 8 & 1)) continue;
+      const int y = (first + i / 8) * kBand + lane() % 4 * 4 + i / 2 % 4;
+      const int x = column() + lane() / 4 * 2 + i % 2;
+      const unsigned at = origin() + index(y, x);
+      const float first_sum = __ldg(p.contributions[0] + at);
+      const float second_sum = first_sum + __ldg(p.contributions[1] + at);
+      const float difference[kLossBandScales] = {
+          first_sum - blurred(2, y, x), second_sum - blurred(1, y, x),
+          second_sum + __ldg(p.contributions[2] + at) - __ldg(p.x + at)};
+      float grad = 0;
+      MSVQ_UNROLL
+      for (int m = kLossBandScales - 1; m >= 0; --m) {
+        total[m] += difference[m] * difference[m];
+        grad += (m == 2 ? factors.z : m == 1 ? factors.y : factors.x) * difference[m];
+        if (p.wanted >> m & 1) p.grads[m][at] = grad;
+      }
+    }
+    __syncwarp();
+    if (is_first()) shared.bad[warp() - 2] = 0;
   }
 
   // The warp's squares of a stream, in a fixed order.

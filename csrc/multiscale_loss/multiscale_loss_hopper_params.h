@@ -14,6 +14,7 @@ constexpr int kLossBandBlocks = 16;  // of 16 pixels, of a strip
 constexpr int kLossBandWarps = kLossBandBlocks + 4;
 constexpr int kLossBandThreads = 32 * kLossBandWarps;
 constexpr int kLossBandAhead = 4;   // blocks of rows read before the first is compared
+constexpr int kLossBandSteps = 64;  // compared in one go
 constexpr int kLossBandAround = 2;  // steps that the rows above a block's first cost it
 
 struct LossBandParams {

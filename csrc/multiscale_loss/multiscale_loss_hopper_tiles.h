@@ -23,6 +23,7 @@ struct alignas(128) LossBandShared {
   uint64_t ready[kLossSums][2];        // barriers: the sums of a turn are there
   float factors[kLossSums][2];         // what sums are multiplied by
   float4 grad_factors;
+  uint64_t bad[kLossBandBlocks];  // of these: bits of a stream's steps that they compare again
   double totals[kLossBandBlocks][kLossBandScales];  // squares, of the warps that compare
 };
 static_assert(sizeof(LossBandShared) <= 227 << 10, "more than a multiprocessor has");
