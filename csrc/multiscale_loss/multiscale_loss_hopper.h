@@ -83,7 +83,7 @@ struct BandLoss : LossTiles {
     for (int at = share_from(0);;) {
       const int cost = p.steps + kLossBandAround;
       begin_strip(at / cost);
-      const int begin = strip * cost + kLossBandAround, from = max(at - begin, 0);
+      const int begin = strip() * cost + kLossBandAround, from = max(at - begin, 0);
       const int count = min(min(p.steps - from, kLossBandSteps), share_from(1) - begin - from);
       if (count <= 0) return;
       int end;
@@ -93,7 +93,7 @@ struct BandLoss : LossTiles {
         end = stream<LossRole::blurs>(from, count);
       else
         end = stream<LossRole::compares>(from, count);
-      at = strip * (p.steps + kLossBandAround) + kLossBandAround + end;
+      at = strip() * (p.steps + kLossBandAround) + kLossBandAround + end;
     }
   }
   // Where the share of this thread block, or of the next one, begins.
@@ -102,17 +102,22 @@ struct BandLoss : LossTiles {
     return block * p.share + min(block, p.rest);
   }
 
+  // Where a turn's block of x is kept: a warp that compares nothing needs it once.
+  template <LossRole kRole>
+  static MSVQ_WARPS int x_tile(unsigned of_turn) {
+    return kRole == LossRole::compares ? static_cast<int>(of_turn >> 30) : used_late(0);
+  }
+
   // `count` blocks of rows of a strip from block `first` on. Returns where it ends.
   template <LossRole kRole>
   MSVQ_WARPS int stream(int first, int count) {
     constexpr bool kCompares = kRole == LossRole::compares;
-    constexpr int kRing = kCompares ? kLossRing : 1;  // tiles of x
     float total[kLossBandScales] = {};
     MSVQ_UNROLL
     for (int i = 0; i < 32; ++i) open[i / 16][i / 8 % 2][i % 8] = 0;
     scales = 127 * 0x01010101u;
     int y = (first - kLossBandAhead / 2) * kBand;  // the first row of step t's block
-    fetch_x(y, static_cast<int>(turn >> 30) % kRing, kCompares);
+    fetch_x(y, x_tile<kRole>(turn), kCompares);
     end_copies();
     if (kCompares) fetch_contributions(first * kBand), end_copies();
     turn = (turn & 3u << 30) | static_cast<unsigned>(count + kLossBandAhead) << 15;
@@ -122,7 +127,7 @@ struct BandLoss : LossTiles {
       if (t < read) {
         wait_copies<kCompares ? 1 : 0>();  // contributions may be on their way
         __syncwarp();
-        blur_x_down(static_cast<int>(turn >> 30) % kRing);
+        blur_x_down(x_tile<kRole>(turn));
       }
       const bool ends = kCompares && t > static_cast<unsigned>(kLossBandAhead);
       if (ends) {
@@ -139,14 +144,16 @@ struct BandLoss : LossTiles {
       }
       if (t == read) break;
       __syncwarp();
-      if (t + 1 < read)
-        fetch_x(y + kBand, static_cast<int>((turn + kNextTurn) >> 30) % kRing, kCompares);
+      if (t + 1 < read) fetch_x(y + kBand, x_tile<kRole>(turn + kNextTurn), kCompares);
       end_copies();
       if (kCompares) {
         if (ends) fetch_contributions(y - 2 * kBand);
         end_copies();
       }
       meet<kRole>(0, turn);
+      // What follows from it would take registers that the sums need.
+      if (kRole == LossRole::blurs)
+        own_sums = static_cast<unsigned>(used_late(static_cast<int>(own_sums)));
       if (kRole != LossRole::sums) t >= 2 ? blur_again(kCompares) : say_left(1);
     }
     const int end = y / kBand - kLossBandAhead / 2;
@@ -310,6 +317,7 @@ struct BandLoss : LossTiles {
         pair(kLossBlurred + static_cast<int>(turn >> 30 & 1), r) =
             make_float2(sum[r % 2][r / 2], sum[r % 2][2 + r / 2]);
     }
+    if (!compares) __syncwarp();  // so that what follows takes no registers before
     const float value[8] = {sum[0][0], sum[0][1], sum[1][0], sum[1][1],
                             sum[0][2], sum[0][3], sum[1][2], sum[1][3]};
     blur_down<1>(value);

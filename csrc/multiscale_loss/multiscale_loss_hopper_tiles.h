@@ -23,6 +23,7 @@ struct alignas(128) LossBandShared {
   uint64_t ready[kLossSums][2];        // barriers: the sums of a turn are there
   float factors[kLossSums][2];         // what sums are multiplied by
   float4 grad_factors;
+  int strips[kLossBandWarps];     // that the warps are in
   uint64_t bad[kLossBandBlocks];  // of these: bits of a stream's steps that they compare again
   double totals[kLossBandBlocks][kLossBandScales];  // squares, of the warps that compare
 };
@@ -33,10 +34,13 @@ enum class LossRole { sums, blurs, compares };
 
 // Thread 4 g + q of a warp has columns 2 g and 2 g + 1 of 16 and rows 4 q to 4 q + 3.
 struct LossTiles {
+  static constexpr int kOutside = 1;
+
   const LossBandParams& p;
   LossBandShared& shared;
-  int strip;
-  unsigned own_copy;  // the first element that this thread copies of the block of rows from 0 on
+  // The first element that this thread copies of the block of rows from 0 on: of a warp outside of
+  // the image of a column in turn, else of four columns.
+  unsigned own_copy;
   // In bytes from shared.tiles: what it copies to, and what it reads.
   unsigned to_copy, to_read;
 
@@ -47,12 +51,13 @@ struct LossTiles {
   static MSVQ_WARPS int warp() { return thread_again() >> 5; }
   MSVQ_WARPS int last_warp() const { return p.strip_blocks + 3; }
 
+  MSVQ_WARPS int strip() const { return shared.strips[warp()]; }
   // The warp's first column; the plane's first element.
   MSVQ_WARPS int column() const {
-    return (strip % p.count_x * p.strip_blocks + warp() - 2) * kBand;
+    return (strip() % p.count_x * p.strip_blocks + warp() - 2) * kBand;
   }
   MSVQ_WARPS unsigned origin() const {
-    return static_cast<unsigned>(strip / p.count_x * p.height * p.width);
+    return static_cast<unsigned>(strip() / p.count_x * p.height * p.width);
   }
   // The first that it compares.
   MSVQ_WARPS unsigned own_pair() const {
@@ -65,13 +70,18 @@ struct LossTiles {
   }
 
   MSVQ_WARPS void begin_strip(int at) {
-    strip = at;
+    __syncwarp();
+    if (lane() == 0) shared.strips[warp()] = at;
+    __syncwarp();
     const int l = lane(), own = warp();
-    own_copy = origin() + index(l / 4, column() + l % 4 * 4);
+    const bool outside = column() < 0 || column() >= p.width;
+    own_copy = origin() + (outside ? static_cast<unsigned>(source_column(column() + l % kBand))
+                                   : index(l / 4, column() + l % 4 * 4));
     const bool inner = own > 1 && own < last_warp() - 1;
     const int tile =
         inner ? kLossTiles * (own - 2) : kOuterTile + (own < 2 ? own : own - p.strip_blocks);
-    to_copy = static_cast<unsigned>(tile * kLossTile + quad_place(l / 4, l % 4));
+    to_copy =
+        static_cast<unsigned>(tile * kLossTile + (outside ? kOutside : quad_place(l / 4, l % 4)));
     to_read = static_cast<unsigned>(tile * kLossTile + l % 4 * 256 + (l / 8 ^ l % 4 * 2) * 16 +
                                     l / 4 % 2 * 8);
   }
@@ -95,7 +105,7 @@ struct LossTiles {
 
   // Asks for 16 rows of x from row y on, tile i. The columns of a warp that compares are inside.
   MSVQ_WARPS void fetch_x(int y, int i, bool compares) const {
-    if (compares || (column() >= 0 && column() < p.width)) {
+    if (compares || to_copy % kLossTile != kOutside) {
       unsigned from = own_copy + index(y, 0), next = from + static_cast<unsigned>(8 * p.width);
       if (y < 0 || y >= p.height) {
         const int row = lane() / 4;
@@ -106,12 +116,11 @@ struct LossTiles {
       copy_ahead<16>(quad(i, 1), p.x + next);
     } else {
       const int at = lane() % kBand;
-      const unsigned from = origin() + static_cast<unsigned>(source_column(column() + at));
-      char* const to = shared.tiles[to_copy / kLossTile] + i * kLossTile;
       MSVQ_NO_UNROLL
       for (int row = lane() / kBand; row < kBand; row += 2)
-        copy_ahead<4>(to + quad_place(row, at / 4) + at % 4 * 4,
-                      p.x + (from + index(source_row(y + row), 0)));
+        copy_ahead<4>(shared.tiles[0] + (to_copy - kOutside) + i * kLossTile +
+                          quad_place(row, at / 4) + at % 4 * 4,
+                      p.x + (own_copy + index(source_row(y + row), 0)));
     }
   }
 
