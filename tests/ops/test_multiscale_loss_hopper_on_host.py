@@ -1,4 +1,4 @@
-"""The multi-scale loss for Hopper run on the host over a model of the block and its tensor cores."""
+"""The multi-scale loss for Hopper run on the host over a model of block and tensor cores."""
 
 from __future__ import annotations
 
@@ -134,7 +134,8 @@ def test_a_bad_pixel_stays_in_its_windows(bad: float) -> None:
     for grad, want_grad, reach in zip(got.grads, want, (2 * radius, radius, 0), strict=True):
         inside = torch.zeros(x.shape, dtype=torch.bool)
         for y, column in ((60, 150), (3, 3)):
-            inside[..., max(y - reach, 0) : y + reach + 1, max(column - reach, 0) : column + reach + 1] = True  # noqa: E501
+            rows = slice(max(y - reach, 0), y + reach + 1)
+            inside[..., rows, max(column - reach, 0) : column + reach + 1] = True
         assert grad is not None and torch.equal(~grad.isfinite(), inside)
         if not math.isnan(bad):
             assert bool((grad[inside] == -bad).all())
@@ -158,9 +159,7 @@ def test_no_scale_loses_digits(scale: float) -> None:
     x = (torch.rand(x.shape) + 0.1) * scale
     got = on_host([0 * c for c in contributions], x)
     assert got is not None
-    _, want = closed_form(
-        [0 * c for c in contributions], x, list(WEIGHTS[:SCALES]), "reflect", 15
-    )
+    _, want = closed_form([0 * c for c in contributions], x, list(WEIGHTS[:SCALES]), "reflect", 15)
     for grad, want_grad in zip(got.grads, want, strict=True):
         assert_close("gradient", grad, want_grad, ulps=16)
 
