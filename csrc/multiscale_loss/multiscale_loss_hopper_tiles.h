@@ -151,6 +151,32 @@ struct LossTiles {
     }
     return sum;
   }
+
+  // Compares the blocks of rows that could not be, tap by tap, and leaves their gradients.
+  MSVQ_WARPS void compare_again(int first, float (&total)[kLossBandScales]) const {
+    const float4 factors = shared.grad_factors;
+    MSVQ_NO_UNROLL
+    for (int i = 0; i < 8 * kLossBandSteps; ++i) {
+      if (!(shared.bad[warp() - 2] >> i / 8 & 1)) continue;
+      const int y = (first + i / 8) * kBand + lane() % 4 * 4 + i / 2 % 4;
+      const int x = column() + lane() / 4 * 2 + i % 2;
+      const unsigned at = origin() + index(y, x);
+      const float first_sum = __ldg(p.contributions[0] + at);
+      const float second_sum = first_sum + __ldg(p.contributions[1] + at);
+      const float difference[kLossBandScales] = {
+          first_sum - blurred(2, y, x), second_sum - blurred(1, y, x),
+          second_sum + __ldg(p.contributions[2] + at) - __ldg(p.x + at)};
+      float grad = 0;
+      MSVQ_UNROLL
+      for (int m = kLossBandScales - 1; m >= 0; --m) {
+        total[m] += difference[m] * difference[m];
+        grad += (m == 2 ? factors.z : m == 1 ? factors.y : factors.x) * difference[m];
+        if (p.wanted >> m & 1) p.grads[m][at] = grad;
+      }
+    }
+    __syncwarp();
+    if (lane() == 0) shared.bad[warp() - 2] = 0;
+  }
 };
 
 }  // namespace cuda
