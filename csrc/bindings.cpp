@@ -14,6 +14,7 @@
 #include "memory.h"
 #include "multiscale_loss/multiscale_loss.h"
 #include "multiscale_loss/multiscale_loss_cuda.h"
+#include "multiscale_loss/multiscale_loss_hopper_params.h"
 #include "vector_quantize/vector_quantize.h"
 
 namespace py = pybind11;
@@ -177,6 +178,16 @@ bool multiscale_loss_cuda_on_host(const LossArguments& arguments, int64_t blocks
                                             reversed);
 }
 
+#ifdef __GLIBC__
+// False where the kernel does not take these images.
+bool multiscale_loss_hopper_on_host(const LossArguments& arguments, int64_t processors, int order) {
+  const msvq::MultiscaleLossParams params = multiscale_loss_params(arguments);
+  if (!msvq::cuda::is_banded(params)) return false;
+  msvq::multiscale_loss_hopper_on_host(params, processors, order);
+  return true;
+}
+#endif
+
 void multiscale_loss_scale_cuda_on_host(const LossArguments& arguments) {
   msvq::multiscale_loss_scale_cuda_on_host(multiscale_loss_params(arguments));
 }
@@ -188,9 +199,14 @@ void throw_on(int error) {
                              std::string(msvq::cuda_error_text(error)));
 }
 
-void multiscale_loss_cuda(const LossArguments& arguments, int device, Pointer stream) {
-  throw_on(msvq::multiscale_loss_cuda(multiscale_loss_params(arguments), device,
-                                      reinterpret_cast<void*>(stream)));
+void multiscale_loss_cuda(const LossArguments& arguments, int device, Pointer stream,
+                          [[maybe_unused]] bool tensor_cores) {
+  const msvq::MultiscaleLossParams params = multiscale_loss_params(arguments);
+  auto* run = &msvq::multiscale_loss_cuda;
+#ifdef MSVQ_HOPPER
+  if (tensor_cores && msvq::cuda::is_banded(params)) run = &msvq::multiscale_loss_hopper;
+#endif
+  throw_on(run(params, device, reinterpret_cast<void*>(stream)));
 }
 
 void multiscale_loss_scale_cuda(const LossArguments& arguments, int device, Pointer stream) {
@@ -347,9 +363,14 @@ PYBIND11_MODULE(_C, m) {
         py::arg("blocks"), py::arg("room"), py::arg("reversed"));
   m.def("multiscale_loss_scale_cuda_on_host", &multiscale_loss_scale_cuda_on_host,
         py::arg("arguments"));
+#ifdef __GLIBC__
+  m.def("multiscale_loss_hopper_on_host", &multiscale_loss_hopper_on_host, py::arg("arguments"),
+        py::arg("processors"), py::arg("order"));
+#endif
 #ifdef MSVQ_CUDA
   m.def("multiscale_loss_cuda", &multiscale_loss_cuda, py::arg("arguments"), py::arg("device"),
-        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+        py::arg("stream"), py::arg("tensor_cores") = false,
+        py::call_guard<py::gil_scoped_release>());
   m.def("multiscale_loss_scale_cuda", &multiscale_loss_scale_cuda, py::arg("arguments"),
         py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 #endif

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from msvq_fast.ops import default_sigma, gaussian_pyramid, multiscale_loss
 from msvq_fast.ops.gaussian_blur.op import OP
+from msvq_fast.ops.multiscale_loss.op import OP as LOSS_OP
 
 TAPS = 31
 SCALES = 3
@@ -42,22 +43,22 @@ def blur_operations(x: Tensor) -> float:
     return (SCALES - 1) * x.numel() * 2 * TAPS * 2
 
 
-def tensor_core_pyramid(x: Tensor) -> Callable[[], list[Tensor]]:
-    """Blurs by the kernel for Hopper, which no call takes by default."""
-    native = OP.kernels.get("native")
+def on_tensor_cores(op: Any, x: Tensor, run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` with an op's kernel for Hopper, which no call takes by default."""
+    native = op.kernels.get("native")
     if x.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for Hopper")
     if not hasattr(getattr(native, "_C", None), "vector_quantize_hopper"):
         pytest.skip("no extension with kernels for Hopper")
 
-    def pyramid() -> list[Tensor]:
-        native.TENSOR_CORES = True  # type: ignore[union-attr]
+    def on() -> Any:
+        native.TENSOR_CORES = True
         try:
-            return gaussian_pyramid(x, SCALES, kernel_size=TAPS, backend="native")
+            return run()
         finally:
-            native.TENSOR_CORES = False  # type: ignore[union-attr]
+            native.TENSOR_CORES = False
 
-    return pyramid
+    return on
 
 
 def peer_pyramid(x: Tensor, name: str) -> Callable[[], list[Tensor]]:
@@ -76,10 +77,10 @@ def peer_pyramid(x: Tensor, name: str) -> Callable[[], list[Tensor]]:
 def pyramid(bench: Bench, dtype: str, layout: str, name: str) -> Case:
     (x,) = images(bench, dtype, layout, 1)
     ours = name in (OURS, TENSOR_CORES)
-    if name == TENSOR_CORES:
-        run = tensor_core_pyramid(x)
-    elif ours:
+    if ours:
         run = lambda: gaussian_pyramid(x, SCALES, kernel_size=TAPS)  # noqa: E731
+        if name == TENSOR_CORES:
+            run = on_tensor_cores(OP, x, run)
     elif name in PEER_BLUR:
         run = peer_pyramid(x, name)
     else:
@@ -107,7 +108,7 @@ def loss(bench: Bench, dtype: str, layout: str, name: str) -> Case:
     x, *contributions = images(bench, dtype, layout, 1 + SCALES)
     for contribution in contributions:
         contribution.requires_grad_()
-    ours = name == OURS
+    ours = name in (OURS, TENSOR_CORES)
     if ours:
         forward = multiscale_loss
     elif name in PEER_BLUR:
@@ -120,6 +121,9 @@ def loss(bench: Bench, dtype: str, layout: str, name: str) -> Case:
     def run() -> list[Tensor]:
         value = forward(contributions, x, kernel_size=TAPS)[0]
         return [value, *torch.autograd.grad(value, contributions)]
+
+    if name == TENSOR_CORES:
+        run = on_tensor_cores(LOSS_OP, x, run)
 
     def check() -> dict[str, Any]:
         truth = [c.detach().double().requires_grad_() for c in contributions]
@@ -168,7 +172,8 @@ def rows() -> list[Row]:
                 names |= {"torch.compile": 1, "torch eager": 2}
             if dtype == "float32" and layout == "NCHW":
                 names |= dict.fromkeys(PEER_BLUR, 1)
-            if suite == "gaussian_blur" and layout == "NCHW":
+            # The loss on tensor cores is of float32 alone.
+            if layout == "NCHW" and (suite == "gaussian_blur" or dtype == "float32"):
                 names[TENSOR_CORES] = rank
             for name, row_rank in names.items():
                 found.append(Row(suite, group, name, bound(build, dtype, layout, name), row_rank))

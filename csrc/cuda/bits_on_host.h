@@ -1,8 +1,11 @@
-// Numbers, their bits and vectors of them under the names that kernels have for them, on the host.
+// Numbers, their bits, vectors of them and accesses to memory under the names that kernels have for
+// them, on the host.
 #pragma once
 #include <math.h>
 
 #include <cstdint>
+#include <cstring>
+#include <stdexcept>
 
 #define MSVQ_ISA on_host
 #include "elements.h"
@@ -58,6 +61,7 @@ inline float fmaxf(float a, float b) {
   if (a != a || b != b) return a != a ? b : a;
   return a > b || (a == b && __float_as_int(a) >= 0) ? a : b;
 }
+inline float larger_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float quick_root(float x) { return sqrtf(x); }
@@ -76,6 +80,55 @@ inline uint32_t pack_bfloats(float low, float high) {
 inline float2 unpack_bfloats(uint32_t bits) {
   return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
 }
+
+// No fiber can come between: they give way in collectives alone. Bytes are copied, since kernels
+// look at the same memory as more than one type.
+template <class T>
+T read_as(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % alignof(T) != 0)
+    throw std::out_of_range("a kernel read off a boundary");
+  T value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+template <class T>
+void write_as(T* to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % alignof(T) != 0)
+    throw std::out_of_range("a kernel wrote off a boundary");
+  memcpy(to, &value, sizeof value);
+}
+inline int atomicAdd(int* to, int x) {
+  const int old = read_as(to);
+  write_as(to, old + x);
+  return old;
+}
+inline int atomicMax(int* to, int x) {
+  const int old = read_as(to);
+  write_as(to, old < x ? x : old);
+  return old;
+}
+template <class T>
+T __ldg(const T* from) {
+  return read_as(from);
+}
+template <class T>
+T load_now(const T* from) {
+  return read_as(from);
+}
+template <class T>
+void store_where(int sign, T* to, T value) {
+  if (sign >= 0) write_as(to, value);
+}
+inline void prefetch_bytes(const void* from, int bytes) {
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    throw std::logic_error("what is brought nearer is whole 16 bytes at multiples of 16");
+}
+inline int least_of_three(int a, int b, int c) { return min(min(a, b), c); }
+template <class T>
+T again(T x) {
+  return x;
+}
+inline void prefetch_second(const void*) {}
 
 }  // namespace cuda
 }  // namespace msvq

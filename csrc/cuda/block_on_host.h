@@ -35,6 +35,17 @@ struct PendingProducts {
   uint64_t trace;  // of the calls, which must be the same in a whole warpgroup
 };
 
+// Copies that a thread has asked for are made when it waits for them: what it reads before is old.
+struct AskedCopies {
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  std::vector<Copy> copies;
+  std::vector<size_t> groups;  // the end of each
+};
+
 class BlockModel {
  public:
   // The arguments of the lanes of a warp, which `complete` reads and writes its results to.
@@ -77,6 +88,7 @@ class BlockModel {
 
   static BlockModel& running() { return *running_; }
 
+  AskedCopies& copies() { return fibers_[threadIdx.x].copies; }
   PendingProducts& products() { return fibers_[threadIdx.x].products; }
 
   // Not from 0, as on the device.
@@ -146,6 +158,7 @@ class BlockModel {
   struct Fiber {
     ucontext_t context;
     PendingProducts products;
+    AskedCopies copies;
     bool ended;
     const char* name;  // what it waits for
     int number;
@@ -167,6 +180,8 @@ class BlockModel {
       block.call_(block.body_);
       if (block.products().out || block.products().open)
         throw std::logic_error("a thread ended without waiting for its products");
+      if (!block.copies().copies.empty())
+        throw std::logic_error("a thread ended without waiting for its copies");
     } catch (...) {
       block.error_ = std::current_exception();
     }

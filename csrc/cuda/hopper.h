@@ -134,6 +134,24 @@ MSVQ_WARPS void copy_to_shared(void* to, const void* from, int bytes, uint64_t* 
 MSVQ_WARPS void prefetch_bytes(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 }
+// Copies of 4 or 16 bytes, at a multiple of that, that a thread asks for; those that it asked for
+// since the last end_copies are a group.
+template <int kBytes>
+MSVQ_WARPS void copy_ahead(void* to, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 16, "of one element or of a whole quad");
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+}
+MSVQ_WARPS void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all but the last kLeft groups of this thread have come; the warp then has to meet.
+template <int kLeft>
+MSVQ_WARPS void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
 // Until the phase of this parity is over; before the first ends, that of parity 1 is.
 MSVQ_WARPS void wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -207,12 +225,23 @@ MSVQ_WARPS uint32_t again(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+MSVQ_WARPS int again(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // Within 2^-22 of the root of a number that is not subnormal.
 MSVQ_WARPS float quick_root(float x) {
   float root;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
   return root;
+}
+
+// The larger number, or NaN if one is.
+MSVQ_WARPS float larger_or_nan(float a, float b) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
 }
 
 // Two numbers rounded to half precision, the first in the low bits, and back.

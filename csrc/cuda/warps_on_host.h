@@ -176,6 +176,28 @@ inline void copy_to_shared(void* to, const void* from, int bytes, uint64_t* barr
   left -= bytes;
   if (left == 0) arrive(barrier);
 }
+
+template <int kBytes>
+void copy_ahead(void* to, const void* from) {
+  if (shared_address(to) % kBytes != 0 || reinterpret_cast<uintptr_t>(from) % kBytes != 0)
+    throw std::logic_error("a copy is of 4 or 16 bytes at a multiple of that");
+  BlockModel::running().copies().copies.push_back({to, from, kBytes});
+}
+inline void end_copies() {
+  AskedCopies& asked = BlockModel::running().copies();
+  asked.groups.push_back(asked.copies.size());
+}
+template <int kLeft>
+void wait_copies() {
+  AskedCopies& asked = BlockModel::running().copies();
+  if (asked.groups.size() <= kLeft) return;
+  const size_t done = asked.groups[asked.groups.size() - 1 - kLeft];
+  for (size_t i = 0; i < done; ++i)
+    memcpy(asked.copies[i].to, asked.copies[i].from, asked.copies[i].bytes);
+  asked.copies.erase(asked.copies.begin(), asked.copies.begin() + static_cast<ptrdiff_t>(done));
+  asked.groups.erase(asked.groups.begin(), asked.groups.end() - kLeft);
+  for (size_t& end : asked.groups) end -= done;
+}
 inline void wait(uint64_t* barrier, uint32_t parity) {
   if (parity > 1) throw std::logic_error("a parity is 0 or 1");
   // Asked again once awake: as on the device, a thread that is two phases late waits on.
@@ -330,54 +352,6 @@ inline void multiply_eight(float (&out)[4], uint32_t upper, uint32_t lower, uint
   multiply(out, a, b, 0);
 }
 
-// No fiber can come between: they give way in collectives alone. Bytes are copied, since kernels
-// look at the same memory as more than one type.
-template <class T>
-T read_as(const T* from) {
-  if (reinterpret_cast<uintptr_t>(from) % alignof(T) != 0)
-    throw std::out_of_range("a kernel read off a boundary");
-  T value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
-template <class T>
-void write_as(T* to, T value) {
-  if (reinterpret_cast<uintptr_t>(to) % alignof(T) != 0)
-    throw std::out_of_range("a kernel wrote off a boundary");
-  memcpy(to, &value, sizeof value);
-}
-inline int atomicAdd(int* to, int x) {
-  const int old = read_as(to);
-  write_as(to, old + x);
-  return old;
-}
-inline int atomicMax(int* to, int x) {
-  const int old = read_as(to);
-  write_as(to, old < x ? x : old);
-  return old;
-}
-template <class T>
-T __ldg(const T* from) {
-  return read_as(from);
-}
-template <class T>
-T load_now(const T* from) {
-  return read_as(from);
-}
-template <class T>
-void store_where(int sign, T* to, T value) {
-  if (sign >= 0) write_as(to, value);
-}
-inline void prefetch_bytes(const void* from, int bytes) {
-  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
-    throw std::logic_error("what is brought nearer is whole 16 bytes at multiples of 16");
-}
-inline int least_of_three(int a, int b, int c) { return min(min(a, b), c); }
-template <class T>
-T again(T x) {
-  return x;
-}
-inline void prefetch_second(const void*) {}
 inline int thread_again() { return static_cast<int>(threadIdx.x); }
 
 }  // namespace cuda

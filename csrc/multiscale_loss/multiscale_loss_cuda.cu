@@ -95,7 +95,11 @@ int multiscale_loss_cuda(const MultiscaleLossParams& g, int device, void* stream
       return cuda::launch<decltype(radius)::value>(g, on, blocks);
     });
   if (error != cudaSuccess || !g.partials) return error;
-  cuda::multiscale_loss_sum_kernel<<<1, cuda::kLossThreads, 0, on.stream>>>(
+  return multiscale_loss_sum_cuda(g, blocks, stream);
+}
+
+int multiscale_loss_sum_cuda(const MultiscaleLossParams& g, int64_t blocks, void* stream) {
+  cuda::multiscale_loss_sum_kernel<<<1, cuda::kLossThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       cuda::loss_sum(g, blocks));
   return cudaGetLastError();
 }

@@ -17,7 +17,7 @@ if not hasattr(_C, "multiscale_loss_cuda"):
 
 def launch(
     contributions: list[Tensor], x: Tensor, weights: list[float], border: str, radius: int,
-    upstream: Tensor | None = None,
+    upstream: Tensor | None = None, tensor_cores: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     grads = [torch.empty_like(c) for c in contributions]
     out = x.new_empty(1 + len(contributions), dtype=torch.float32)
@@ -26,7 +26,8 @@ def launch(
     arguments = arguments_of(
         contributions, x, grads, weights, border, radius, factors, upstream, partials, out
     )
-    _C.multiscale_loss_cuda(arguments, x.device.index, torch.cuda.current_stream().cuda_stream)
+    stream = torch.cuda.current_stream().cuda_stream
+    _C.multiscale_loss_cuda(arguments, x.device.index, stream, tensor_cores)
     return out, grads
 
 
@@ -98,3 +99,45 @@ def test_the_op(device: str, compiled: bool, recompute: bool, dtype: torch.dtype
     for grad, want_grad in zip(grads, want, strict=True):
         ulps = 16 if dtype == torch.float32 else 1
         assert_close("gradient", grad.cpu(), 65536 * want_grad, ulps=ulps)
+
+
+hopper = pytest.mark.skipif(
+    not hasattr(_C, "vector_quantize_hopper")
+    or not torch.cuda.is_available()
+    or torch.cuda.get_device_capability() != (9, 0),
+    reason="the kernel is for Hopper",
+)
+
+
+@hopper
+@pytest.mark.parametrize("border", ["reflect", "symmetric", "circular"])
+@pytest.mark.parametrize("radius", [10, 15, 16])
+def test_on_tensor_cores(device: str, radius: int, border: str) -> None:
+    """Equal to the closed form, and the same bits again, for streams that are cut anywhere."""
+    weights = [1.0, 0.5, 2.0]
+    for shape in ((2, 3, 304, 272), (1, 3, 1040, 1024), (5, 7, 32, 96), (300, 3, 16, 112)):
+        contributions, x = inputs(shape, 3)
+        want, want_grads = closed_form(contributions, x, weights, border, radius)
+        given = [c.to(device) for c in contributions], x.to(torch.device(device, 0))
+        got, grads = launch(*given, weights, border, radius, tensor_cores=True)
+        assert_close("loss", got.cpu(), want, ulps=8)
+        for grad, want_grad in zip(grads, want_grads, strict=True):
+            assert_close("gradient", grad.cpu(), want_grad, ulps=16)
+        for _ in range(3):
+            again, same = launch(*given, weights, border, radius, tensor_cores=True)
+            assert torch.equal(got, again)
+            assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+
+
+@hopper
+def test_a_bad_pixel_on_tensor_cores(device: str) -> None:
+    radius = 10
+    contributions, x = inputs((1, 2, 128, 512), 3)
+    x[0, 1, 60, 260] = float("inf")
+    given = [c.to(device) for c in contributions], x.to(torch.device(device, 0))
+    got, grads = launch(*given, [1.0, 0.5, 2.0], "reflect", radius, tensor_cores=True)
+    assert not bool(got.isfinite().any())
+    for grad, reach in zip(grads, (2 * radius, radius, 0), strict=True):
+        bad = ~grad.isfinite()
+        assert int(bad.sum()) == (2 * reach + 1) ** 2
+        assert bool(bad[0, 1, 60 - reach : 61 + reach, 260 - reach : 261 + reach].all())

@@ -14,6 +14,9 @@ from msvq_fast.ops.multiscale_loss.one_pass import power_of_weights
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
 _MAX_SCALES = 4
+# Whether Hopper GPUs blur on their tensor cores where they can (multiscale_loss_hopper.h). Off
+# until a measurement there has shown that this is quicker.
+TENSOR_CORES = False
 _CPU_MAX_TAPS = 8191  # as of the blur
 
 
@@ -234,7 +237,8 @@ def _run(arguments: _C.MultiscaleLossArguments, x: Tensor) -> None:
         return
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _C.multiscale_loss_cuda(arguments, x.device.index, stream)
+        tensor_cores = TENSOR_CORES and torch.cuda.get_device_capability() == (9, 0)
+        _C.multiscale_loss_cuda(arguments, x.device.index, stream, tensor_cores)
 
 
 def _arguments(
