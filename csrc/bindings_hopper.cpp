@@ -1,4 +1,4 @@
-// The part of msvq_fast._C for the quantizer on Hopper.
+// The part of msvq_fast._C for the quantizer and for pyramids on Hopper.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,7 @@
 #include <string>
 
 #include "gaussian_blur/gaussian_blur_cuda.h"
+#include "multiscale_loss/multiscale_loss_hopper_params.h"
 #include "vector_quantize/quantize_hopper_params.h"
 
 namespace py = pybind11;
@@ -14,6 +15,20 @@ namespace py = pybind11;
 namespace {
 
 using Pointer = std::uintptr_t;
+
+// Of planes, height and width.
+msvq::GaussianBlurParams blur_params(Pointer x, Pointer out, int type, std::array<int64_t, 3> size,
+                                     const std::vector<float>& taps, int border) {
+  msvq::GaussianBlurParams params{};
+  params.x = reinterpret_cast<const void*>(x);
+  params.out = reinterpret_cast<void*>(out);
+  params.type = static_cast<msvq::ImageType>(type);
+  params.planes = size[0], params.height = size[1], params.width = size[2], params.inner = 1;
+  params.taps_y = params.taps_x = taps.data();
+  params.radius_y = params.radius_x = static_cast<int64_t>(taps.size() / 2);
+  params.border = static_cast<msvq::Border>(border);
+  return params;
+}
 
 // `parts` is of errors, counts and sums.
 msvq::QuantizeHopperParams quantize_hopper_params(Pointer z, int type, std::array<int, 2> size,
@@ -63,6 +78,17 @@ msvq::QuantizeHopperTotals quantize_hopper_totals(std::array<Pointer, 3> parts,
 }
 
 #ifdef __GLIBC__
+// False where the kernel does not take these images.
+bool gaussian_pyramid_on_host(Pointer x, Pointer once, Pointer twice, int type,
+                              std::array<int64_t, 3> size, const std::vector<float>& taps,
+                              int border, int64_t processors, int order) {
+  const msvq::GaussianBlurParams params = blur_params(x, once, type, size, taps, border);
+  const auto out = reinterpret_cast<void*>(twice);
+  if (!msvq::cuda::is_banded_twice(params, out)) return false;
+  msvq::gaussian_pyramid_hopper_on_host(params, out, processors, order);
+  return true;
+}
+
 void vector_quantize_hopper_on_host(Pointer z, int type, std::array<int, 2> size,
                                     std::array<int, 2> strides, Pointer codebook, Pointer codes,
                                     Pointer keys, Pointer z_q, std::array<Pointer, 3> parts,
@@ -80,10 +106,20 @@ void total_hopper_on_host(std::array<Pointer, 3> parts, std::array<int, 2> size,
 #endif
 
 #ifdef MSVQ_HOPPER
-void check_started(int error) {
+void check_started(int error, const char* name = "vector_quantize") {
   if (error)
-    throw std::runtime_error("vector_quantize did not start on the GPU: " +
-                             std::string(msvq::cuda_error_text(error)));
+    throw std::runtime_error(std::string(name) +
+                             " did not start on the GPU: " + msvq::cuda_error_text(error));
+}
+
+bool gaussian_pyramid(Pointer x, Pointer once, Pointer twice, int type, std::array<int64_t, 3> size,
+                      const std::vector<float>& taps, int border, int device, Pointer stream) {
+  const msvq::GaussianBlurParams params = blur_params(x, once, type, size, taps, border);
+  const auto out = reinterpret_cast<void*>(twice);
+  if (!msvq::cuda::is_banded_twice(params, out)) return false;
+  check_started(msvq::gaussian_pyramid_hopper(params, out, device, reinterpret_cast<void*>(stream)),
+                "gaussian_pyramid");
+  return true;
 }
 
 void vector_quantize_hopper(Pointer z, int type, std::array<int, 2> size,
@@ -111,6 +147,9 @@ void bind_hopper(py::module_& m) {
   m.attr("hopper_most_sums") = msvq::kMostSums;
   m.attr("hopper_piece") = msvq::kPiece;
 #ifdef __GLIBC__
+  m.def("gaussian_pyramid_on_host", &gaussian_pyramid_on_host, py::arg("x"), py::arg("once"),
+        py::arg("twice"), py::arg("type"), py::arg("size"), py::arg("taps"), py::arg("border"),
+        py::arg("processors"), py::arg("order"));
   m.def("vector_quantize_hopper_on_host", &vector_quantize_hopper_on_host, py::arg("z"),
         py::arg("type"), py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"),
         py::arg("keys"), py::arg("z_q"), py::arg("parts"), py::arg("blocks"), py::arg("order"));
@@ -118,6 +157,9 @@ void bind_hopper(py::module_& m) {
         py::arg("factor"), py::arg("totals"), py::arg("sorted"), py::arg("rows"));
 #endif
 #ifdef MSVQ_HOPPER
+  m.def("gaussian_pyramid_hopper", &gaussian_pyramid, py::arg("x"), py::arg("once"),
+        py::arg("twice"), py::arg("type"), py::arg("size"), py::arg("taps"), py::arg("border"),
+        py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   m.def("vector_quantize_hopper", &vector_quantize_hopper, py::arg("z"), py::arg("type"),
         py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"), py::arg("keys"),
         py::arg("z_q"), py::arg("parts"), py::arg("blocks"), py::arg("device"), py::arg("stream"),

@@ -8,8 +8,8 @@ namespace msvq {
 
 void gaussian_blur_hopper_on_host(const GaussianBlurParams& g, int64_t processors, int order) {
   const cuda::BandParams params = cuda::band_params(g, processors);
-  cuda::for_float_type(g.type, [&](auto type) {
-    using T = typename decltype(type)::type;
+  const auto run = [&](auto element) {
+    using T = decltype(element);
     alignas(cuda::BandShared) char memory[sizeof(cuda::BandShared)];
     const int blocks = params.count_x * params.groups;
     for (int block = 0; block < blocks; ++block) {
@@ -18,7 +18,11 @@ void gaussian_blur_hopper_on_host(const GaussianBlurParams& g, int64_t processor
       cuda::run_block(cuda::kBandThreads, block, blocks, order, memory, sizeof memory,
                       [&] { cuda::BandBlur<T>(params, shared).run(); });
     }
-  });
+  };
+  if (g.type == ImageType::float16)
+    run(cuda::float16{});
+  else
+    run(cuda::bfloat16{});
 }
 
 }  // namespace msvq

@@ -11,16 +11,26 @@
 
 namespace msvq {
 
-void multiscale_loss_hopper_on_host(const MultiscaleLossParams& g, int64_t processors, int order) {
-  const cuda::LossBandParams params = cuda::loss_band_params(g, processors);
+template <bool kLoss>
+static void run(const cuda::LossBandParams& params, int order) {
   constexpr int kBytes = sizeof(cuda::LossBandShared);
   const auto shared = std::make_unique<cuda::LossBandShared>();
   char* const memory = reinterpret_cast<char*>(shared.get());
   for (int block = 0; block < params.blocks; ++block) {
     memset(memory, 0xFF, kBytes);  // NaN
     cuda::run_block(cuda::kLossBandThreads, block, params.blocks, order, memory, kBytes,
-                    [&] { cuda::BandLoss(params, *shared).run(); });
+                    [&] { cuda::BandLevels<kLoss>(params, *shared).run(); });
   }
+}
+
+void gaussian_pyramid_hopper_on_host(const GaussianBlurParams& g, void* twice, int64_t processors,
+                                     int order) {
+  run<false>(cuda::pyramid_params(g, twice, processors), order);
+}
+
+void multiscale_loss_hopper_on_host(const MultiscaleLossParams& g, int64_t processors, int order) {
+  const cuda::LossBandParams params = cuda::loss_band_params(g, processors);
+  run<true>(params, order);
   if (!g.partials) return;
   std::vector<double> sums(cuda::kLossThreads, NAN);
   cuda::Block<cuda::LossSumState> block{std::vector<cuda::LossSumState>(cuda::kLossThreads), false};

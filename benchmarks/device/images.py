@@ -18,7 +18,7 @@ from msvq_fast.ops.multiscale_loss.op import OP as LOSS_OP
 TAPS = 31
 SCALES = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TENSOR_CORES = f"{OURS} tensor cores"  # its kernel for Hopper
+PLAIN = f"{OURS} without tensor cores"  # which only Hopper's kernels use
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 PEER_BLUR: dict[str, Callable[[Tensor, int, float], peers.Blur]] = {
     "kornia": peers.kornia_blur,
@@ -43,22 +43,22 @@ def blur_operations(x: Tensor) -> float:
     return (SCALES - 1) * x.numel() * 2 * TAPS * 2
 
 
-def on_tensor_cores(op: Any, x: Tensor, run: Callable[[], Any]) -> Callable[[], Any]:
-    """``run`` with an op's kernel for Hopper, which no call takes by default."""
+def off_tensor_cores(op: Any, x: Tensor, run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` without an op's kernel for Hopper."""
     native = op.kernels.get("native")
     if x.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for Hopper")
-    if not hasattr(getattr(native, "_C", None), "vector_quantize_hopper"):
+    if not hasattr(getattr(native, "_C", None), "gaussian_pyramid_hopper"):
         pytest.skip("no extension with kernels for Hopper")
 
-    def on() -> Any:
-        native.TENSOR_CORES = True
+    def off() -> Any:
+        native.TENSOR_CORES = False
         try:
             return run()
         finally:
-            native.TENSOR_CORES = False
+            native.TENSOR_CORES = True
 
-    return on
+    return off
 
 
 def peer_pyramid(x: Tensor, name: str) -> Callable[[], list[Tensor]]:
@@ -76,11 +76,11 @@ def peer_pyramid(x: Tensor, name: str) -> Callable[[], list[Tensor]]:
 
 def pyramid(bench: Bench, dtype: str, layout: str, name: str) -> Case:
     (x,) = images(bench, dtype, layout, 1)
-    ours = name in (OURS, TENSOR_CORES)
+    ours = name in (OURS, PLAIN)
     if ours:
         run = lambda: gaussian_pyramid(x, SCALES, kernel_size=TAPS)  # noqa: E731
-        if name == TENSOR_CORES:
-            run = on_tensor_cores(OP, x, run)
+        if name == PLAIN:
+            run = off_tensor_cores(OP, x, run)
     elif name in PEER_BLUR:
         run = peer_pyramid(x, name)
     else:
@@ -108,7 +108,7 @@ def loss(bench: Bench, dtype: str, layout: str, name: str) -> Case:
     x, *contributions = images(bench, dtype, layout, 1 + SCALES)
     for contribution in contributions:
         contribution.requires_grad_()
-    ours = name in (OURS, TENSOR_CORES)
+    ours = name in (OURS, PLAIN)
     if ours:
         forward = multiscale_loss
     elif name in PEER_BLUR:
@@ -122,8 +122,8 @@ def loss(bench: Bench, dtype: str, layout: str, name: str) -> Case:
         value = forward(contributions, x, kernel_size=TAPS)[0]
         return [value, *torch.autograd.grad(value, contributions)]
 
-    if name == TENSOR_CORES:
-        run = on_tensor_cores(LOSS_OP, x, run)
+    if name == PLAIN:
+        run = off_tensor_cores(LOSS_OP, x, run)
 
     def check() -> dict[str, Any]:
         truth = [c.detach().double().requires_grad_() for c in contributions]
@@ -174,7 +174,7 @@ def rows() -> list[Row]:
                 names |= dict.fromkeys(PEER_BLUR, 1)
             # The loss on tensor cores is of float32 alone.
             if layout == "NCHW" and (suite == "gaussian_blur" or dtype == "float32"):
-                names[TENSOR_CORES] = rank
+                names[PLAIN] = rank
             for name, row_rank in names.items():
                 found.append(Row(suite, group, name, bound(build, dtype, layout, name), row_rank))
     return found

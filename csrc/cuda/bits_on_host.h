@@ -112,6 +112,10 @@ T __ldg(const T* from) {
   return read_as(from);
 }
 template <class T>
+void __stcs(T* to, T value) {
+  write_as(to, value);
+}
+template <class T>
 T load_now(const T* from) {
   return read_as(from);
 }

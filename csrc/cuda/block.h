@@ -103,12 +103,9 @@ MSVQ_DEVICE void narrow_quad(const float* from, T* to) {
 }
 
 // Two likewise.
-MSVQ_DEVICE void narrow_pair(float first, float second, float* to) {
-  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second) : "memory");
-}
 template <class T>
 MSVQ_DEVICE void narrow_pair(float first, float second, T* to) {
-  static_assert(sizeof(T) == 2, "float32 has a form of its own");
+  static_assert(sizeof(T) == 2, "of half precision");
   T pair[2];
   narrow(first, pair), narrow(second, pair + 1);
   uint32_t word;

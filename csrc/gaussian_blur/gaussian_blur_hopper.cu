@@ -32,9 +32,7 @@ int gaussian_blur_hopper(const GaussianBlurParams& g, int device, void* stream) 
   if (error != cudaSuccess) return error;
   const cuda::BandParams params = cuda::band_params(g, processors);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (g.type == ImageType::float32)
-    cuda::launch<float>(params, on);
-  else if (g.type == ImageType::float16)
+  if (g.type == ImageType::float16)
     cuda::launch<cuda::float16>(params, on);
   else
     cuda::launch<cuda::bfloat16>(params, on);

@@ -1,16 +1,16 @@
-// The Gaussian blur of contiguous images on tensor cores (sm_90a): down the columns and along the
-// rows, 16 outputs at a time, as products with a banded matrix of the taps.
+// The Gaussian blur of contiguous images in half precision on tensor cores (sm_90a): down the
+// columns and along the rows, 16 outputs at a time, as products with a banded matrix of the taps.
 //
 // A block streams the rows of a strip of 128 columns, 16 rows a step. Down: a warp has 16 columns,
 // and in registers the rows that 16 outputs need, as the right side of products. Their sums go to
 // shared memory, from where they are the right side of the products along.
 //
-// A number of float32 is the sum of two of half precision but for 2^-24 of it, and a product the
-// sum of three products of these parts but for 2^-24, if the parts stay in the range of half
-// precision. So 16 x 16 numbers share a power of two that brings the largest to 2^13 or above; what
-// is lost of the smallest is then 2^-38 of the largest. The zeros of a band are multiplied too, by
-// what lies up to 15 pixels outside of a window. If that is Inf or NaN so is the output, and
-// outputs that are not finite are computed once more.
+// A number of float32, a sum or a tap, is the sum of two of half precision but for 2^-24 of it, and
+// a product the sum of three products of these parts but for 2^-24, if the parts stay in the range
+// of half precision. So 16 x 16 numbers share a power of two that brings the largest to 2^13 or
+// above; what is lost of the smallest is then 2^-38 of the largest. The zeros of a band are
+// multiplied too, by what lies up to 15 pixels outside of a window. If that is Inf or NaN so is the
+// output, and outputs that are not finite are computed once more.
 #pragma once
 #include "cuda/hopper.h"
 #include "gaussian_blur/gaussian_blur_column.h"
@@ -51,10 +51,9 @@ struct alignas(16) BandShared {
 };
 
 // The parts of two numbers, the first in the low bits.
-template <int kParts>
-MSVQ_WARPS void split(float low, float high, uint32_t (&parts)[kParts]) {
+MSVQ_WARPS void split(float low, float high, uint32_t (&parts)[2]) {
   MSVQ_UNROLL
-  for (int i = 0; i < kParts; ++i) {
+  for (int i = 0; i < 2; ++i) {
     parts[i] = pack_halves(low, high);
     const float2 taken = unpack_halves(parts[i]);
     low -= taken.x, high -= taken.y;
@@ -64,17 +63,6 @@ MSVQ_WARPS void split(float low, float high, uint32_t (&parts)[kParts]) {
 // A power of two by the bits of its exponent; of 255 Inf, of -1 -Inf.
 MSVQ_WARPS float power_of_two(int bits) {
   return __uint_as_float(static_cast<unsigned>(bits) << 23);
-}
-
-// Two neighbouring elements at a multiple of their size: each, or in the first word both.
-MSVQ_WARPS void read_pair(const float* from, uint32_t (&bits)[2]) {
-  const uint2 pair = __ldg(reinterpret_cast<const uint2*>(from));
-  bits[0] = pair.x, bits[1] = pair.y;
-}
-template <class T>
-MSVQ_WARPS void read_pair(const T* from, uint32_t (&bits)[2]) {
-  static_assert(sizeof(T) == 2, "float32 has a form of its own");
-  bits[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
 }
 
 // The first unit of a group of blocks. Each group gets as much work as the others: a plane costs
@@ -90,16 +78,14 @@ MSVQ_WARPS int first_unit(const BandParams& p, int group) {
 // the strip: the two whose columns can be outside of the image do not blur along.
 template <class T>
 struct BandBlur {
-  static constexpr int kParts = sizeof(T) == 4 ? 2 : 1;  // that elements have
-
   const BandParams& p;
   BandShared& shared;
-  Fragment band[kBandBlocks];  // the products' left side, its first parts: rows 2 g and 2 g + 1
-  uint32_t rows[kBandBlocks][kParts][4];  // [2 j + h]: column 2 g + j, rows 2 q and on, 8 h further
-  unsigned scales;                        // of these blocks, exponents of a byte each
-  uint32_t next[4][2];                    // rows 2 q, 2 q + 1, 8 further: elements, or pairs in [0]
-  int64_t next_at;                        // in p.x, where they were or will be read from in pairs
-  int strip;                              // its first pixel
+  Fragment band[kBandBlocks];     // the products' left side, its first parts: rows 2 g and 2 g + 1
+  uint32_t rows[kBandBlocks][4];  // [2 j + h]: column 2 g + j, rows 2 q and on, 8 h further
+  unsigned scales;                // of these blocks, exponents of a byte each
+  uint32_t next[4][2];            // rows 2 q, 2 q + 1, 8 further: elements, or pairs in [0]
+  int64_t next_at;                // in p.x, where they were or will be read from in pairs
+  int strip;                      // its first pixel
   bool inside;  // the warp's columns are inside the image and can be read in pairs
   const T* plane;
   T* out;
@@ -212,7 +198,8 @@ struct BandBlur {
     if (is_paired(y)) {
       const T* const from = static_cast<const T*>(p.x) + next_at;
       MSVQ_UNROLL
-      for (int r = 0; r < 4; ++r) read_pair(from + (r % 2 + r / 2 * 8) * p.width, next[r]);
+      for (int r = 0; r < 4; ++r)
+        next[r][0] = __ldg(reinterpret_cast<const uint32_t*>(from + (r % 2 + r / 2 * 8) * p.width));
     } else {
       const int lane = thread_again() % 32, column = first() + lane / 4 * 2;
       const int named = walked_source(p.border, y + lane % kBand, p.height);
@@ -236,9 +223,7 @@ struct BandBlur {
   }
 
   MSVQ_WARPS float element(int r, int j, bool paired) const {
-    constexpr int kBits = 8 * static_cast<int>(sizeof(T));
-    if (kBits == 32 || !paired) return widen_bits<T>(next[r][j]);
-    return widen_bits<T>(next[r][0] >> (kBits * j % 32));
+    return widen_bits<T>(paired ? next[r][0] >> 16 * j : next[r][j]);
   }
 
   // Makes the block from row y on, which has been asked for, the last of `rows`.
@@ -246,7 +231,7 @@ struct BandBlur {
     MSVQ_UNROLL
     for (int k = 1; k < kBandBlocks; ++k) {
       MSVQ_UNROLL
-      for (int i = 0; i < 4 * kParts; ++i) rows[k - 1][i / 4][i % 4] = rows[k][i / 4][i % 4];
+      for (int i = 0; i < 4; ++i) rows[k - 1][i] = rows[k][i];
     }
     const bool paired = is_paired(y);
     float value[4][2];  // as in rows, of two rows
@@ -261,12 +246,9 @@ struct BandBlur {
     const int scale = bits == 255 ? 255 : min(127 + 13 + 127 - bits, 253);
     scales = scales >> 8 | static_cast<unsigned>(scale) << 8 * (kBandBlocks - 1);
     MSVQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      uint32_t parts[kParts];
-      split(power_of_two(scale) * value[i][0], power_of_two(scale) * value[i][1], parts);
-      MSVQ_UNROLL
-      for (int part = 0; part < kParts; ++part) rows[kBandBlocks - 1][part][i] = parts[part];
-    }
+    for (int i = 0; i < 4; ++i)
+      rows[kBandBlocks - 1][i] =
+          pack_halves(power_of_two(scale) * value[i][0], power_of_two(scale) * value[i][1]);
   }
 
   MSVQ_WARPS int scale_of(int k) const { return static_cast<int>(scales >> 8 * k & 255); }
@@ -295,11 +277,7 @@ struct BandBlur {
       const float factor = power_of_two(max(127 - kBandTapScale + scale - scale_of(k), 0));
       MSVQ_UNROLL
       for (int j = 0; j < 2; ++j) {
-        uint32_t low[kParts], high[kParts];
-        MSVQ_UNROLL
-        for (int part = 0; part < kParts; ++part)
-          low[part] = rows[k][part][2 * j], high[part] = rows[k][part][2 * j + 1];
-        add_product(k, low_band, low, high, factor, sum[j]);
+        add_product<1>(k, low_band, {rows[k][2 * j]}, {rows[k][2 * j + 1]}, factor, sum[j]);
       }
     }
     const int thread = thread_again(), row = thread % 32 / 4 * 2;

@@ -31,11 +31,12 @@ struct BandParams {
 };
 
 // Whether the kernel takes these images: not small kernels, which take the other fewer operations,
-// nor images that leave most of a strip empty.
+// nor float32, whose two parts do too, nor images that leave most of a strip empty.
 inline bool is_banded(const GaussianBlurParams& g) {
   const bool apart = g.adjoint && (g.border == Border::reflect || g.border == Border::replicate);
+  const bool is_half = g.type == ImageType::float16 || g.type == ImageType::bfloat16;
   bool fits = g.radius_y == g.radius_x && g.radius_x >= 10 && g.radius_x <= kBandHalo && !apart &&
-              g.inner == 1 && g.type != ImageType::uint8 && g.width >= kBandPixels / 4 * 3 &&
+              g.inner == 1 && is_half && g.width >= kBandPixels / 4 * 3 &&
               (g.height + 256) * (g.width + 256) < INT32_MAX && g.planes * g.height < INT32_MAX;
   for (int64_t j = 0; fits && j <= 2 * g.radius_x; ++j) fits = g.taps_x[j] == g.taps_y[j];
   return fits;
@@ -46,9 +47,8 @@ inline BandParams band_params(const GaussianBlurParams& g, int64_t processors) {
   p.x = g.x, p.out = g.out, p.border = g.border;
   p.height = static_cast<int>(g.height), p.width = static_cast<int>(g.width);
   p.radius = static_cast<int>(g.radius_x);
-  const uintptr_t pair = g.type == ImageType::float32 ? 8 : 4;
-  p.pairs = g.width % 2 == 0 && reinterpret_cast<uintptr_t>(g.x) % pair == 0;
-  p.out_pairs = g.width % 2 == 0 && reinterpret_cast<uintptr_t>(g.out) % pair == 0;
+  p.pairs = g.width % 2 == 0 && reinterpret_cast<uintptr_t>(g.x) % 4 == 0;
+  p.out_pairs = g.width % 2 == 0 && reinterpret_cast<uintptr_t>(g.out) % 4 == 0;
   p.steps = (p.height + kBand - 1) / kBand;
   p.units = static_cast<int>(g.planes * p.steps);
   p.count_x = (p.width + kBandPixels - 1) / kBandPixels;

@@ -1,4 +1,4 @@
-// Launches of the multi-scale loss for Hopper.
+// Launches of the multi-scale loss and of pyramids for Hopper.
 #include "cuda/launch.h"
 #include "multiscale_loss/multiscale_loss_hopper.h"
 
@@ -6,35 +6,49 @@ namespace msvq {
 namespace cuda {
 namespace {
 
+template <bool kLoss>
 __global__ void __launch_bounds__(kLossBandThreads, 1)
-    multiscale_loss_bands_kernel(const __grid_constant__ LossBandParams p) {
+    levels_bands_kernel(const __grid_constant__ LossBandParams p) {
   extern __shared__ float4 memory[];
-  BandLoss(p, *reinterpret_cast<LossBandShared*>(memory)).run();
+  BandLevels<kLoss>(p, *reinterpret_cast<LossBandShared*>(memory)).run();
+}
+
+// With the parameters that `params_for` has for so many multiprocessors; `blocks` becomes that of
+// thread blocks.
+template <bool kLoss, class ParamsFor>
+cudaError_t launch(const ParamsFor& params_for, int device, void* stream, int& blocks) {
+  int processors = 0;
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const LossBandParams params = params_for(processors);
+  blocks = params.blocks;
+  constexpr int kBytes = sizeof(LossBandShared);
+  const auto kernel = levels_bands_kernel<kLoss>;
+  const std::lock_guard<std::mutex> lock(launching());
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(blocks), kLossBandThreads, kBytes,
+           static_cast<cudaStream_t>(stream)>>>(params);
+  return cudaGetLastError();
 }
 
 }  // namespace
 }  // namespace cuda
 
 int multiscale_loss_hopper(const MultiscaleLossParams& g, int device, void* stream) {
-  int processors = 0;
-  cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  const cuda::LossBandParams params = cuda::loss_band_params(g, processors);
-  constexpr int kBytes = sizeof(cuda::LossBandShared);
-  {
-    const std::lock_guard<std::mutex> lock(cuda::launching());
-    error = cudaFuncSetAttribute(cuda::multiscale_loss_bands_kernel,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    if (error != cudaSuccess) return error;
-    cuda::
-        multiscale_loss_bands_kernel<<<static_cast<unsigned>(params.blocks), cuda::kLossBandThreads,
-                                       kBytes, static_cast<cudaStream_t>(stream)>>>(params);
-    error = cudaGetLastError();
-  }
+  int blocks = 0;
+  const auto params = [&](int processors) { return cuda::loss_band_params(g, processors); };
+  const cudaError_t error = cuda::launch<true>(params, device, stream, blocks);
   if (error != cudaSuccess || !g.partials) return error;
-  return multiscale_loss_sum_cuda(g, params.blocks, stream);
+  return multiscale_loss_sum_cuda(g, blocks, stream);
+}
+
+int gaussian_pyramid_hopper(const GaussianBlurParams& g, void* twice, int device, void* stream) {
+  int blocks = 0;
+  const auto params = [&](int processors) { return cuda::pyramid_params(g, twice, processors); };
+  return cuda::launch<false>(params, device, stream, blocks);
 }
 
 }  // namespace msvq

@@ -18,7 +18,9 @@
 namespace msvq {
 namespace cuda {
 
-struct BandLoss : LossTiles {
+// Or the levels alone, blurred once and twice, which are written where they would be compared.
+template <bool kLoss>
+struct BandLevels : LossTiles {
   // The right side of the products of 16 x 16 numbers: [part], words 2 j + h of columns of parity
   // j, rows of parity h; for the products along, of rows of parity j and columns of parity h.
   using Parts = Fragment[2];
@@ -34,7 +36,7 @@ struct BandLoss : LossTiles {
   unsigned turn;
   unsigned own_sums;  // in bytes, of this thread's sums of x
 
-  MSVQ_WARPS BandLoss(const LossBandParams& params, LossBandShared& memory)
+  MSVQ_WARPS BandLevels(const LossBandParams& params, LossBandShared& memory)
       : LossTiles(params, memory) {}
 
   MSVQ_WARPS float tap(int j) const {
@@ -119,15 +121,20 @@ struct BandLoss : LossTiles {
     int y = (first - kLossBandAhead / 2) * kBand;  // the first row of step t's block
     fetch_x(y, x_tile<kRole>(turn), kCompares);
     end_copies();
-    if (kCompares) fetch_contributions(first * kBand), end_copies();
+    if (kLoss && kCompares) fetch_contributions(first * kBand), end_copies();
     turn = (turn & 3u << 30) | static_cast<unsigned>(count + kLossBandAhead) << 15;
     MSVQ_NO_UNROLL
     for (;; turn += kNextTurn + 1, y += kBand) {
       const unsigned t = turn & 0x7fff, read = turn >> 15 & 0x7fff;
       if (t < read) {
-        wait_copies<kCompares ? 1 : 0>();  // contributions may be on their way
+        wait_copies<kLoss && kCompares ? 1 : 0>();  // contributions may be on their way
         __syncwarp();
         blur_x_down(x_tile<kRole>(turn));
+      }
+      if (!kLoss && t + 1 < read) {  // no place is read any more
+        __syncwarp();
+        fetch_x(y + kBand, x_tile<kRole>(turn + kNextTurn), kCompares);
+        end_copies();
       }
       const bool ends = kCompares && t > static_cast<unsigned>(kLossBandAhead);
       if (ends) {
@@ -135,32 +142,40 @@ struct BandLoss : LossTiles {
         const unsigned before = turn - kNextTurn;
         meet<kRole>(1, before);
         const bool good = blur_along(1, before, coarsest);
-        wait_copies<0>();
-        __syncwarp();
+        if (kLoss) {
+          wait_copies<0>();
+          __syncwarp();
+        }
         if (good)
-          compare(coarsest, y - 3 * kBand, total);
+          kLoss ? compare(coarsest, y - 3 * kBand, total)
+                : write(p.levels[0], coarsest, y - 3 * kBand);
         else if (is_first())
           shared.bad[warp() - 2] |= uint64_t{1} << (t - kLossBandAhead - 1);
       }
       if (t == read) break;
-      __syncwarp();
-      if (t + 1 < read) fetch_x(y + kBand, x_tile<kRole>(turn + kNextTurn), kCompares);
-      end_copies();
-      if (kCompares) {
-        if (ends) fetch_contributions(y - 2 * kBand);
+      if (kLoss) {
+        __syncwarp();
+        if (t + 1 < read) fetch_x(y + kBand, x_tile<kRole>(turn + kNextTurn), kCompares);
         end_copies();
+        if (kCompares) {
+          if (ends) fetch_contributions(y - 2 * kBand);
+          end_copies();
+        }
       }
       meet<kRole>(0, turn);
       // What follows from it would take registers that the sums need.
-      if (kRole == LossRole::blurs) own_sums = again(own_sums);
-      if (kRole != LossRole::sums) t >= 2 ? blur_again(kCompares) : say_left(1);
+      if (!kLoss || kRole == LossRole::blurs) own_sums = again(own_sums);
+      if (kRole != LossRole::sums) {
+        const bool seen = kCompares && (kLoss || (t > 2 && t + 1 < read));
+        t >= 2 ? blur_again<kRole>(seen, y - kBand) : say_left(1);
+      }
     }
     const int end = y / kBand - kLossBandAhead / 2;
     if (kCompares) {
       __syncwarp();
       if (shared.bad[warp() - 2])
-        compare_again(end - static_cast<int>(turn >> 15 & 0x7fff) + kLossBandAhead, total);
-      add_totals(total);
+        do_again<kLoss>(end - static_cast<int>(turn >> 15 & 0x7fff) + kLossBandAhead, total);
+      if (kLoss) add_totals(total);
     }
     return end;
   }
@@ -306,17 +321,21 @@ struct BandLoss : LossTiles {
     blur_down<0>(value);
   }
 
-  // The first blur of a block of rows, and the sums down of the second.
-  MSVQ_WARPS void blur_again(bool compares) {
+  // The first blur of the block of rows from row y on, kept if it is `seen`, and the sums down of
+  // the second.
+  template <LossRole kRole>
+  MSVQ_WARPS void blur_again(bool seen, int y) {
     float sum[2][4];
     blur_along(0, turn, sum);
-    if (compares) {
+    if (!kLoss && seen) write(p.levels[1], sum, y);
+    if (kLoss && seen) {
       MSVQ_UNROLL
       for (int r = 0; r < 4; ++r)
         pair(kLossBlurred + static_cast<int>(turn >> 30 & 1), r) =
             make_float2(sum[r % 2][r / 2], sum[r % 2][2 + r / 2]);
     }
-    if (!compares) __syncwarp();  // so that what follows takes no registers before
+    // What follows shall take no registers before.
+    if (!kLoss || kRole != LossRole::compares) __syncwarp();
     const float value[8] = {sum[0][0], sum[0][1], sum[1][0], sum[1][1],
                             sum[0][2], sum[0][3], sum[1][2], sum[1][3]};
     blur_down<1>(value);

@@ -21,7 +21,8 @@ struct LossBandParams {
   const float* x;
   const float* contributions[kLossBandScales];
   float* grads[kLossBandScales];
-  int wanted;  // bits of the gradients that are stored
+  int wanted;        // bits of the gradients that are stored
+  float* levels[2];  // x blurred twice and once, of a pyramid in place of a loss
   Border border;
   int height, width, radius;
   int strip_blocks, count_x;       // blocks of 16 pixels of a strip; strips of a plane
@@ -87,13 +88,41 @@ inline LossBandParams loss_band_params(const MultiscaleLossParams& g, int64_t pr
   return p;
 }
 
+// The blur as the first of two, `twice` being for the second's output.
+inline MultiscaleLossParams pyramid_as_loss(const GaussianBlurParams& g) {
+  MultiscaleLossParams loss{};
+  loss.x = g.x, loss.type = loss.x_type = g.type, loss.num_scales = kLossBandScales;
+  loss.planes = g.planes, loss.height = g.height, loss.width = g.width, loss.inner = g.inner;
+  loss.taps = g.taps_x, loss.radius = g.radius_x, loss.border = g.border;
+  return loss;
+}
+inline bool is_banded_twice(const GaussianBlurParams& g, const void* twice) {
+  bool fits = !g.adjoint && g.radius_y == g.radius_x && is_banded(pyramid_as_loss(g)) &&
+              reinterpret_cast<uintptr_t>(g.out) % 8 == 0 &&
+              reinterpret_cast<uintptr_t>(twice) % 8 == 0;
+  for (int64_t j = 0; fits && j <= 2 * g.radius_x; ++j) fits = g.taps_x[j] == g.taps_y[j];
+  return fits;
+}
+inline LossBandParams pyramid_params(const GaussianBlurParams& g, void* twice, int64_t processors) {
+  LossBandParams p = loss_band_params(pyramid_as_loss(g), processors);
+  p.levels[0] = static_cast<float*>(twice), p.levels[1] = static_cast<float*>(g.out);
+  return p;
+}
+
 }  // namespace cuda
 
 // Runs on the stream of the CUDA device with this index, where is_banded; returns a cudaError_t.
 int multiscale_loss_hopper(const MultiscaleLossParams& params, int device, void* stream);
 
-// The same kernel on the host, as for a device of so many multiprocessors; see run_block for order.
+// Likewise two blurs, one after the other, where is_banded_twice.
+int gaussian_pyramid_hopper(const GaussianBlurParams& params, void* twice, int device,
+                            void* stream);
+
+// The same kernels on the host, as for a device of so many multiprocessors; see run_block for
+// order.
 void multiscale_loss_hopper_on_host(const MultiscaleLossParams& params, int64_t processors,
                                     int order);
+void gaussian_pyramid_hopper_on_host(const GaussianBlurParams& params, void* twice,
+                                     int64_t processors, int order);
 
 }  // namespace msvq

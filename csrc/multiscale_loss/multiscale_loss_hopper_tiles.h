@@ -132,6 +132,15 @@ struct LossTiles {
     }
   }
 
+  // Writes a level's block of rows from row y on.
+  MSVQ_WARPS void write(float* level, const float (&sum)[2][4], int y) const {
+    float* const to = level + (own_pair() + index(y, 0));
+    MSVQ_UNROLL
+    for (int r = 0; r < 4; ++r)
+      *reinterpret_cast<float2*>(to + static_cast<unsigned>(r * p.width)) =
+          make_float2(sum[r % 2][r / 2], sum[r % 2][2 + r / 2]);
+  }
+
   // A pixel of x, which may be outside of the image, blurred so many times: tap by tap.
   MSVQ_WARPS float blurred(int times, int y, int x) const {
     const float* const taps = times == 1 ? p.half : p.twice;
@@ -150,8 +159,10 @@ struct LossTiles {
     return sum;
   }
 
-  // Compares the blocks of rows that could not be, tap by tap, and leaves their gradients.
-  MSVQ_WARPS void compare_again(int first, float (&total)[kLossBandScales]) const {
+  // Compares the blocks of rows that could not be, tap by tap, and leaves their gradients; or
+  // writes their levels.
+  template <bool kLoss>
+  MSVQ_WARPS void do_again(int first, float (&total)[kLossBandScales]) const {
     const float4 factors = shared.grad_factors;
     MSVQ_NO_UNROLL
     for (int i = 0; i < 8 * kLossBandSteps; ++i) {
@@ -159,6 +170,10 @@ struct LossTiles {
       const int y = (first + i / 8) * kBand + lane() % 4 * 4 + i / 2 % 4;
       const int x = column() + lane() / 4 * 2 + i % 2;
       const unsigned at = origin() + index(y, x);
+      if (!kLoss) {
+        p.levels[0][at] = blurred(2, y, x), p.levels[1][at] = blurred(1, y, x);
+        continue;
+      }
       const float first_sum = __ldg(p.contributions[0] + at);
       const float second_sum = first_sum + __ldg(p.contributions[1] + at);
       const float difference[kLossBandScales] = {

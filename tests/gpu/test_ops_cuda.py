@@ -12,6 +12,7 @@ from torch import Tensor
 from msvq_fast.ops import (
     InputError,
     gaussian_blur,
+    gaussian_pyramid,
     nearest_code,
     vector_quantize,
 )
@@ -165,16 +166,21 @@ def test_blur_of_bytes(device: str, backend: str, layout, border: str) -> None: 
     assert (out.cpu().double() - want).abs().max() <= 0.5 + 1e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def blur_for_hopper(device: str):  # type: ignore[no-untyped-def]
+    native = BLUR.kernels.get("native")
+    if native is None or not hasattr(native._C, "gaussian_pyramid_hopper"):
+        pytest.skip("no extension with kernels for Hopper")
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    return native
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("border", BORDERS)
 def test_blur_on_tensor_cores(
     device: str, dtype: torch.dtype, border: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    native = BLUR.kernels.get("native")
-    if native is None or not hasattr(native._C, "vector_quantize_hopper"):
-        pytest.skip("no extension with kernels for Hopper")
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("the kernel is for Hopper")
+    native = blur_for_hopper(device)
     others = []
     for shape, size in (((2, 3, 1024, 1024), 31), ((1, 2, 75, 141), 21), ((3, 1, 9, 130), 33)):
         x = torch.rand(shape).to(device, dtype)
@@ -193,4 +199,35 @@ def test_blur_on_tensor_cores(
         want = gaussian_blur(clean, size, border=border, backend="reference")
         away = plain.isfinite()
         assert_close("value", out[away].cpu(), want[away].cpu(), ulps=16)
-    assert dtype != torch.float32 or not all(others), "the other kernel ran"
+    assert not all(others), "the other kernel ran"
+
+
+@pytest.mark.parametrize("border", ["reflect", "symmetric", "circular"])
+def test_pyramid_on_tensor_cores(device: str, border: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = blur_for_hopper(device)
+    for shape, size in (((2, 3, 1024, 1024), 31), ((1, 2, 80, 272), 21), ((3, 1, 16, 128), 33)):
+        x = torch.rand(shape).to(device)
+        x[-1, 0, 3, 70] = float("inf")
+        monkeypatch.setattr(native, "TENSOR_CORES", True)
+        levels = gaussian_pyramid(x, 4, kernel_size=size, border=border)
+        assert levels[-1] is x
+        again = gaussian_pyramid(x, 4, kernel_size=size, border=border)
+        assert all(torch.equal(a, b) for a, b in zip(levels, again, strict=True))
+        monkeypatch.setattr(native, "TENSOR_CORES", False)
+        others = gaussian_pyramid(x, 4, kernel_size=size, border=border)
+        assert not torch.equal(levels[1], others[1]), "the other kernel ran"
+        clean = x.nan_to_num(posinf=0).double()
+        want = gaussian_pyramid(clean, 4, kernel_size=size, border=border, backend="reference")
+        for level, other, truth in zip(levels, others, want, strict=True):
+            away = other.isfinite()
+            assert torch.equal(level.isfinite(), away)
+            assert_close("value", level[away].cpu(), truth[away].cpu(), ulps=16)
+
+
+def test_pyramid_with_a_gradient(device: str) -> None:
+    x = torch.rand(1, 1, 64, 128).to(device).requires_grad_()
+    truth = x.detach().cpu().double().requires_grad_()
+    sum(level.square().sum() for level in gaussian_pyramid(x, 3, kernel_size=31)).backward()
+    want = gaussian_pyramid(truth, 3, kernel_size=31, backend="reference")
+    sum(level.square().sum() for level in want).backward()
+    assert_close("grad", x.grad.cpu(), truth.grad, ulps=64)

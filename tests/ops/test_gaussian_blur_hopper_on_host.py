@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(
     not hasattr(getattr(OP.kernels.get("native"), "_C", None), "gaussian_blur_hopper_on_host"),
     reason="the model of a block needs the C++ extension and glibc",
 )
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float16, torch.bfloat16]
+ROUNDING = 1.01 * 2**-8  # of bfloat16
 
 
 def on_host(
@@ -47,7 +48,7 @@ def check(x: Tensor, kernel_size: int, border: str, adjoint: bool = False) -> No
     got = on_host(x, taps(kernel_size), border=border, adjoint=adjoint)
     assert got is not None
     want = dense_blur(x, taps(kernel_size), taps(kernel_size), border, adjoint)
-    assert_blur_close(got, want, x, ulps=4 if x.dtype == torch.float32 else 16)
+    assert_blur_close(got, want, x, ulps=16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,7 +62,7 @@ def test_equals_dense_operator(kernel_size: int, border: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("border", ["symmetric", "circular", "constant"])
 def test_the_adjoint_that_is_the_blur(border: str) -> None:
-    check(torch.randn(1, 1, 40, 150), 31, border, adjoint=True)
+    check(torch.randn(1, 1, 40, 150).half(), 31, border, adjoint=True)
 
 
 def test_strips_away_from_every_edge() -> None:
@@ -81,7 +82,7 @@ def test_neither_cut_nor_order_of_threads_changes_a_bit(dtype: torch.dtype) -> N
 
 
 def test_more_steps_than_a_block_takes_in_one_go() -> None:
-    x = torch.randn(1, 1, 16 * 65 + 3, 96)
+    x = torch.randn(1, 1, 16 * 65 + 3, 96).half()
     x[0, 0, 4, 5] = x[0, 0, -20, 60] = math.inf
     got = on_host(x, taps(21))
     assert got is not None
@@ -89,39 +90,39 @@ def test_more_steps_than_a_block_takes_in_one_go() -> None:
     inside[..., :15, :16] = inside[..., -30:-9, 50:71] = True
     assert torch.equal(got.isinf(), inside)
     want = dense_blur(x.nan_to_num(posinf=0), taps(21), taps(21), "reflect")
-    assert_blur_close(got[~inside], want[~inside], x[~x.isinf()], ulps=4)
+    assert_blur_close(got[~inside], want[~inside], x[~x.isinf()], ulps=16)
 
 
 def test_off_a_boundary_of_pairs() -> None:
-    x, out = torch.randn(2 * 40 * 130 + 1), torch.full((2 * 40 * 130 + 1,), math.nan)
+    x = torch.randn(2 * 40 * 130 + 1).half()
+    out = torch.full_like(x, math.nan)
     for from_one, to_one in ((True, False), (False, True)):
         source = x[1:] if from_one else x[:-1]
         target = out[1:] if to_one else out[:-1]
         image = source.view(2, 1, 40, 130)
         got = on_host(image, taps(31), out=target.view(2, 1, 40, 130))
         assert got is not None
-        assert_blur_close(got, dense_blur(image, taps(31), taps(31), "reflect"), image, ulps=4)
+        assert_blur_close(got, dense_blur(image, taps(31), taps(31), "reflect"), image, ulps=16)
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e-3, 255.0, 1e15, 3e38])
 def test_no_scale_loses_digits(scale: float) -> None:
-    x = (torch.rand(1, 1, 48, 130) + 0.1) * (scale / 1.1)
+    x = ((torch.rand(1, 1, 48, 130) + 0.1) * (scale / 1.1)).bfloat16()
     got = on_host(x, taps(31))
     assert got is not None
     want = dense_blur(x, taps(31), taps(31), "reflect")
-    assert ((got.double() - want) / want).abs().max() < 8 * 2**-24
+    assert ((got.double() - want) / want).abs().max() < ROUNDING
 
 
 def test_bright_and_dark_side_by_side() -> None:
     x = torch.rand(1, 1, 64, 160) + 0.5
     x[..., 80:] *= 2.0**-12
     x[..., 30:34, 120:124] *= 2.0**20
+    x = x.bfloat16()
     got = on_host(x, taps(21))
     assert got is not None
     want = dense_blur(x, taps(21), taps(21), "reflect")
-    assert ((got.double() - want) / want).abs().max() < 2**-19
-    away = want[..., 48:, :64]  # 16 x 16 pixels share a scale
-    assert ((got.double()[..., 48:, :64] - away) / away).abs().max() < 8 * 2**-24
+    assert ((got.double() - want) / want).abs().max() < ROUNDING
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,13 +140,12 @@ def test_a_bad_pixel_stays_in_its_window(bad: float, dtype: torch.dtype) -> None
     clean = torch.where(x.isfinite(), x, torch.zeros_like(x))
     want = dense_blur(clean, taps(21), taps(21), "reflect")
     outside = ~inside.expand(1, 1, 100, 300)
-    ulps = 4 if dtype == torch.float32 else 16
-    assert_blur_close(got[outside], want[outside], clean, ulps=ulps)
+    assert_blur_close(got[outside], want[outside], clean, ulps=16)
 
 
 def test_takes_what_it_is_for() -> None:
-    x, wide = torch.rand(1, 3, 40, 128), taps(31)
-    assert on_host(x, wide) is not None
+    x, wide = torch.rand(1, 3, 40, 128).half(), taps(31)
+    assert on_host(x, wide) is not None and on_host(x.float(), wide) is None
     assert on_host(x, wide, taps(29)) is None
     assert on_host(x, taps(15)) is None and on_host(x, taps(35)) is None
     assert on_host(x.to(memory_format=torch.channels_last), wide) is None

@@ -12,9 +12,9 @@ from msvq_fast import _C
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
 _CUDA_MAX_TAPS = 129
-# Whether Hopper GPUs blur on their tensor cores where they can (gaussian_blur_hopper.h). Off until
-# a measurement there has shown that this is quicker.
-TENSOR_CORES = False
+# Whether Hopper GPUs blur on their tensor cores where that is quicker: one blur of float16 or
+# bfloat16 (gaussian_blur_hopper.h), two of float32 in one pass (multiscale_loss_hopper.h).
+TENSOR_CORES = True
 _CPU_MAX_TAPS = 8191  # a thread keeps as many rows, each as much wider than the image
 
 
@@ -71,14 +71,52 @@ def _gaussian_blur(
     else:
         with torch.cuda.device(x.device):
             stream = torch.cuda.current_stream().cuda_stream
-            tensor_cores = TENSOR_CORES and torch.cuda.get_device_capability() == (9, 0)
-            _C.gaussian_blur_cuda(*arguments, x.device.index, stream, tensor_cores)
+            _C.gaussian_blur_cuda(*arguments, x.device.index, stream, _on_tensor_cores())
     return out
 
 
 @_gaussian_blur.register_fake
 def _(x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool) -> Tensor:
     return torch.empty_like(_dense(x))
+
+
+def blur_twice(x: Tensor, taps: Sequence[float], border: str) -> tuple[Tensor, Tensor]:
+    """``x (B, C, H, W)`` on a GPU blurred once and twice, in one pass where there is a kernel."""
+    once, twice = _blur_twice(x, list(taps), border)
+    return once, twice
+
+
+@torch.library.custom_op(
+    "msvq_fast::gaussian_blur_twice_native", mutates_args=(), device_types="cuda"
+)
+def _blur_twice(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tensor]:
+    if x.is_contiguous() and x.numel() > 0 and _on_tensor_cores(x.device):
+        once, twice = torch.empty_like(x), torch.empty_like(x)
+        with torch.cuda.device(x.device):
+            if _C.gaussian_pyramid_hopper(
+                x.data_ptr(),
+                once.data_ptr(),
+                twice.data_ptr(),
+                _TYPES[x.dtype],
+                (x.shape[0] * x.shape[1], *x.shape[2:]),
+                taps,
+                _BORDERS[border],
+                x.device.index,
+                torch.cuda.current_stream().cuda_stream,
+            ):
+                return once, twice
+    once = _gaussian_blur(x, taps, taps, border, False)
+    return once, _gaussian_blur(once, taps, taps, border, False)
+
+
+@_blur_twice.register_fake
+def _(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(_dense(x)), torch.empty_like(_dense(x))
+
+
+def _on_tensor_cores(device: torch.device | None = None) -> bool:
+    built = hasattr(_C, "gaussian_pyramid_hopper")
+    return TENSOR_CORES and built and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -101,10 +101,14 @@ def gaussian_pyramid(
     if num_scales < 1:
         raise InputError(f"num_scales={num_scales}; expected at least 1")
     kernel_size, sigma = pyramid_kernel(x, kernel_size, sigma, sigma_rule)
-    blur_taps(kernel_size, sigma)  # one scale has no blur that would check them
+    taps, _ = blur_taps(kernel_size, sigma)
     check_choice("border", border, BORDERS)
     levels = [x]
-    for _ in range(num_scales - 1):
+    at_once = num_scales > 2 and x.device.type == "cuda"
+    at_once = at_once and not (x.requires_grad and torch.is_grad_enabled())
+    if at_once and OP.pick(x, taps, taps, border, backend=backend) == "native":
+        levels += OP.kernels["native"].blur_twice(x, taps, border)
+    while len(levels) < num_scales:
         levels.append(gaussian_blur(levels[-1], kernel_size, sigma, border=border, backend=backend))
     return levels[::-1]
 

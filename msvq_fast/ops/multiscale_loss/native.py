@@ -14,9 +14,8 @@ from msvq_fast.ops.multiscale_loss.one_pass import power_of_weights
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
 _MAX_SCALES = 4
-# Whether Hopper GPUs blur on their tensor cores where they can (multiscale_loss_hopper.h). Off
-# until a measurement there has shown that this is quicker.
-TENSOR_CORES = False
+# Whether Hopper GPUs blur on their tensor cores where they can (multiscale_loss_hopper.h).
+TENSOR_CORES = True
 _CPU_MAX_TAPS = 8191  # as of the blur
 
 
