@@ -9,6 +9,7 @@ namespace cuda {
 
 constexpr int kBand = 16;         // outputs of a product
 constexpr int kBandHalo = 16;     // rows and columns around them; the largest radius
+constexpr int kBandLeast = 14;    // the least: fewer taps cost less elsewhere, here they do not
 constexpr int kBandBlocks = 3;    // blocks of 16 that outputs are sums of
 constexpr int kBandPixels = 128;  // of a strip
 constexpr int kBandColumns = kBandPixels + 2 * kBandHalo;
@@ -30,12 +31,12 @@ struct BandParams {
   float half[kBandHalo + 1];  // taps by their distance from the middle
 };
 
-// Whether the kernel takes these images: not small kernels, which take the other fewer operations,
-// nor float32, whose two parts do too, nor images that leave most of a strip empty.
+// Whether the kernel takes these images: not float32, whose two parts take it more operations, nor
+// images that leave most of a strip empty.
 inline bool is_banded(const GaussianBlurParams& g) {
   const bool apart = g.adjoint && (g.border == Border::reflect || g.border == Border::replicate);
   const bool is_half = g.type == ImageType::float16 || g.type == ImageType::bfloat16;
-  bool fits = g.radius_y == g.radius_x && g.radius_x >= 10 && g.radius_x <= kBandHalo && !apart &&
+  bool fits = g.radius_y == g.radius_x && g.radius_x >= kBandLeast && g.radius_x <= kBandHalo && !apart &&
               g.inner == 1 && is_half && g.width >= kBandPixels / 4 * 3 &&
               (g.height + 256) * (g.width + 256) < INT32_MAX && g.planes * g.height < INT32_MAX;
   for (int64_t j = 0; fits && j <= 2 * g.radius_x; ++j) fits = g.taps_x[j] == g.taps_y[j];

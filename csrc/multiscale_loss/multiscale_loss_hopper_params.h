@@ -42,7 +42,7 @@ inline bool is_banded(const MultiscaleLossParams& g) {
   const bool folds =
       g.border == Border::reflect || g.border == Border::symmetric || g.border == Border::circular;
   bool fits = g.num_scales == kLossBandScales && g.type == ImageType::float32 &&
-              g.x_type == g.type && g.inner == 1 && folds && g.radius >= 10 &&
+              g.x_type == g.type && g.inner == 1 && folds && g.radius >= kBandLeast &&
               g.radius <= kBandHalo && g.width % kBand == 0 && g.height % kBand == 0 &&
               g.width >= kBandPixels / 4 * 3 && g.height > 0 && g.height < kBand << 14 &&
               g.planes > 0 && g.height < (int64_t{1} << 30) / g.width &&
