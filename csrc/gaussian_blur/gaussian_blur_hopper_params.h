@@ -36,8 +36,8 @@ struct BandParams {
 inline bool is_banded(const GaussianBlurParams& g) {
   const bool apart = g.adjoint && (g.border == Border::reflect || g.border == Border::replicate);
   const bool is_half = g.type == ImageType::float16 || g.type == ImageType::bfloat16;
-  bool fits = g.radius_y == g.radius_x && g.radius_x >= kBandLeast && g.radius_x <= kBandHalo && !apart &&
-              g.inner == 1 && is_half && g.width >= kBandPixels / 4 * 3 &&
+  bool fits = g.radius_y == g.radius_x && g.radius_x >= kBandLeast && g.radius_x <= kBandHalo &&
+              !apart && g.inner == 1 && is_half && g.width >= kBandPixels / 4 * 3 &&
               (g.height + 256) * (g.width + 256) < INT32_MAX && g.planes * g.height < INT32_MAX;
   for (int64_t j = 0; fits && j <= 2 * g.radius_x; ++j) fits = g.taps_x[j] == g.taps_y[j];
   return fits;
