@@ -231,3 +231,13 @@ def test_pyramid_with_a_gradient(device: str) -> None:
     want = gaussian_pyramid(truth, 3, kernel_size=31, backend="reference")
     sum(level.square().sum() for level in want).backward()
     assert_close("grad", x.grad.cpu(), truth.grad, ulps=64)
+
+
+def test_pyramid_compiles_without_a_break(device: str) -> None:
+    compiled = torch.compile(
+        lambda x: gaussian_pyramid(x, 3, kernel_size=31), fullgraph=True, backend="aot_eager"
+    )
+    for shape in ((1, 1, 64, 128), (2, 1, 50, 40)):  # the second is blurred once, then again
+        x = torch.rand(shape).to(device)
+        want = gaussian_pyramid(x, 3, kernel_size=31)
+        assert all(torch.equal(a, b) for a, b in zip(compiled(x), want, strict=True))

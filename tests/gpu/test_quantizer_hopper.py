@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from latent_cases import KINDS, latents
+from torch._dynamo.testing import CompileCounter
 
 from msvq_fast.ops import nearest_code, vector_quantize
 from msvq_fast.ops.vector_quantize.op import OP
@@ -35,6 +36,20 @@ def test_the_ops_are_registered_well(device: str, name: str) -> None:
     z, codebook = (t.to(device) for t in latents("normal", 100, 8))
     op = getattr(native_hopper, name)
     torch.library.opcheck(op, (z, codebook, 1) + ((0.25,) if name == "vector_quantize" else ()))
+
+
+def test_compiles_once_without_a_break(device: str) -> None:
+    graphs = CompileCounter()
+    compiled = torch.compile(
+        lambda z, codebook: vector_quantize(z, codebook)[:3],
+        fullgraph=True, dynamic=True, backend=graphs,
+    )  # fmt: skip
+    for count in (100, 3000, 70_000):
+        z, codebook = (t.to(device) for t in latents("normal", count, 64))
+        want = vector_quantize(z, codebook, backend="native")
+        got = compiled(z, codebook)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=False))
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

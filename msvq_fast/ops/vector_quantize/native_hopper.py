@@ -25,6 +25,8 @@ _MOST_SUMS: int = _C.hopper_most_sums  # and so do their sums
 _MOST_COPIED = 2**16  # latents; beyond, Triton's kernel, which reads any strides, is quicker
 _TILE = 64  # rows
 _PIECE: int = _C.hopper_piece  # sorted rows
+# Asked for once: torch.compile cannot trace the question.
+_CAPABILITIES = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 
 
 def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
@@ -48,7 +50,8 @@ def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
         return (
             "msvq_fast._C has no kernel for Hopper (nvcc 12.0 builds it for CUDA architecture 90)"
         )
-    if torch.cuda.get_device_capability(z.device) != (9, 0):
+    index = z.device.index or 0
+    if index >= len(_CAPABILITIES) or _CAPABILITIES[index] != (9, 0):
         return f"the CUDA kernel runs on compute capability 9.0, z is on {z.device}"
     return None
 
