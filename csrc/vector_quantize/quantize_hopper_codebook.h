@@ -174,7 +174,8 @@ MSVQ_WARPS void load_codebook(const QuantizeHopperParams& p, QuantizeShared& sha
     half_norm = fmaxf(half_norm, half_square);
     error = fmaxf(error, error_square);
   }
-  raise_to(&shared.norms[0], sqrtf(norm) * 1.00001f + 3e-7f);  // nor below norms[1]'s
+  // Not below norms[1]'s, and with what tensor cores may cut off of products with subnormal halves.
+  raise_to(&shared.norms[0], sqrtf(norm) * 1.00001f + 2e-6f);
   raise_to(&shared.norms[1], sqrtf(half_norm) * 1.00001f + 1e-30f);
   // Of the rounding of the centred value to float32 too.
   raise_to(&shared.norms[2], sqrtf(error) * 1.00001f + 1e-7f * sqrtf(norm) + 1e-30f);
