@@ -33,7 +33,7 @@ def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
     """Why this call cannot run here, or None."""
     if z.device.type == "cuda":
         try:
-            from msvq_fast.ops.vector_quantize import native_hopper
+            from msvq_fast.ops.vector_quantize import native_hopper, triton_kernels  # noqa: F401
         except ImportError as error:
             return f"beside the CUDA kernel it needs Triton: {error}"
         return native_hopper.unsupported(z, codebook, dim)

@@ -48,6 +48,8 @@ def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
         return (
             "msvq_fast._C has no kernel for Hopper (nvcc 12.0 builds it for CUDA architecture 90)"
         )
+    if not torch.cuda.is_available():  # z is fake
+        return "the CUDA kernel runs on compute capability 9.0, there is no GPU here"
     if torch.cuda.get_device_capability(z.device) != (9, 0):
         return f"the CUDA kernel runs on compute capability 9.0, z is on {z.device}"
     return None
