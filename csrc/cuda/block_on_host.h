@@ -35,7 +35,8 @@ struct PendingProducts {
   uint64_t trace;  // of the calls, which must be the same in a whole warpgroup
 };
 
-// Copies that a thread has asked for are made when it waits for them: what it reads before is old.
+// Copies that a thread has asked for. In even orders they are made when it waits for them: what it
+// reads before is old. In odd ones at once: what they overwrite is gone.
 struct AskedCopies {
   struct Copy {
     void* to;
@@ -89,6 +90,7 @@ class BlockModel {
   static BlockModel& running() { return *running_; }
 
   AskedCopies& copies() { return fibers_[threadIdx.x].copies; }
+  bool copies_at_once() const { return order_ % 2 == 1; }
   PendingProducts& products() { return fibers_[threadIdx.x].products; }
 
   // Not from 0, as on the device.

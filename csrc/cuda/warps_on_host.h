@@ -181,7 +181,9 @@ template <int kBytes>
 void copy_ahead(void* to, const void* from) {
   if (shared_address(to) % kBytes != 0 || reinterpret_cast<uintptr_t>(from) % kBytes != 0)
     throw std::logic_error("a copy is of 4 or 16 bytes at a multiple of that");
-  BlockModel::running().copies().copies.push_back({to, from, kBytes});
+  BlockModel& block = BlockModel::running();
+  block.copies().copies.push_back({to, from, kBytes});
+  if (block.copies_at_once()) memcpy(to, from, kBytes);
 }
 inline void end_copies() {
   AskedCopies& asked = BlockModel::running().copies();
@@ -192,7 +194,7 @@ void wait_copies() {
   AskedCopies& asked = BlockModel::running().copies();
   if (asked.groups.size() <= kLeft) return;
   const size_t done = asked.groups[asked.groups.size() - 1 - kLeft];
-  for (size_t i = 0; i < done; ++i)
+  for (size_t i = 0; i < done && !BlockModel::running().copies_at_once(); ++i)
     memcpy(asked.copies[i].to, asked.copies[i].from, asked.copies[i].bytes);
   asked.copies.erase(asked.copies.begin(), asked.copies.begin() + static_cast<ptrdiff_t>(done));
   asked.groups.erase(asked.groups.begin(), asked.groups.end() - kLeft);

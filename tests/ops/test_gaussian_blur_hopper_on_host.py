@@ -81,6 +81,13 @@ def test_neither_cut_nor_order_of_threads_changes_a_bit(dtype: torch.dtype) -> N
         assert got is not None and torch.equal(got, want)
 
 
+def test_a_bad_pixel_leaves_later_streams_alone() -> None:
+    x = torch.randn(3, 1, 160, 96).half()  # one block has a plane and the first steps of the next
+    x[0, 0, 3, 3] = math.inf
+    want, got = on_host(x, taps(29), processors=100), on_host(x, taps(29))
+    assert want is not None and got is not None and torch.equal(got, want)
+
+
 def test_more_steps_than_a_block_takes_in_one_go() -> None:
     x = torch.randn(1, 1, 16 * 65 + 3, 96).half()
     x[0, 0, 4, 5] = x[0, 0, -20, 60] = math.inf

@@ -99,6 +99,18 @@ def test_neither_cut_nor_order_of_threads_changes_a_gradient() -> None:
         assert again is not None and torch.equal(again.loss, got.loss)
 
 
+def test_more_steps_than_a_block_takes_in_one_go() -> None:
+    check((1, 1, 16 * 66, 96), "reflect", 15)
+
+
+def test_a_bad_pixel_leaves_later_streams_alone() -> None:
+    contributions, x = inputs((3, 1, 80, 96), SCALES)
+    x[0, 0, 20, 30] = math.inf
+    want, got = on_host(contributions, x, processors=100), on_host(contributions, x)
+    assert want is not None and got is not None
+    assert all(torch.equal(a, b) for a, b in zip(got.grads, want.grads, strict=True))
+
+
 def test_gradients_may_lie_over_the_contributions() -> None:
     contributions, x = inputs((1, 2, 48, 144), SCALES)
     apart = on_host(contributions, x)
@@ -115,6 +127,13 @@ def test_results_that_nobody_asks_for() -> None:
     some = on_host(contributions, x, wanted=(False, True, False))
     assert whole is not None and some is not None
     assert some.grads[0] is None and torch.equal(some.grads[1], whole.grads[1])
+    x[0, 0, 20, 40] = math.inf
+    bad, one = on_host(contributions, x), on_host(contributions, x, wanted=(True, False, False))
+    assert bad is not None and one is not None
+    assert torch.equal(one.grads[0], bad.grads[0])
+    x[0, 0, 20, 40] = 0
+    whole = on_host(contributions, x)
+    assert whole is not None
     forward = on_host(contributions, x, wanted=(False, False, False))
     assert forward is not None and torch.equal(forward.loss, whole.loss)
     again = on_host(contributions, x, loss=False, upstream=2.0)
@@ -179,3 +198,5 @@ def test_takes_what_it_is_for() -> None:
         assert on_host(*inputs(shape, SCALES)) is None
     off = torch.empty(x.numel() + 1)[1:].view(x.shape)
     assert on_host(contributions, off) is None
+    assert on_host([*contributions[:2], off], x) is None
+    assert on_host([*contributions[:2], off], x, wanted=(False,) * 3) is None

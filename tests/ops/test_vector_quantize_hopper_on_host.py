@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from latent_cases import KINDS, OWN_KINDS, latents
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from msvq_fast.ops import nearest_code
 from msvq_fast.ops.vector_quantize import reference
 from msvq_fast.ops.vector_quantize.layout import LATENT_TYPES
 from msvq_fast.ops.vector_quantize.op import OP
@@ -233,3 +236,22 @@ def test_what_the_kernel_does_not_take_is_said() -> None:
         assert reason in str(native_hopper.unsupported(*args))
     for args in ((torch.zeros(64, 65536), codebook, 0), (torch.zeros(65537, 64), codebook)):
         assert "capability 9.0" in str(native_hopper.unsupported(*args))
+
+
+def test_without_triton_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates and gradients of CUDA tensors are Triton's."""
+    native = pytest.importorskip("msvq_fast.ops.vector_quantize.native", exc_type=ImportError)
+    name = "msvq_fast.ops.vector_quantize"
+    with FakeTensorMode():
+        z = torch.empty(4, 64, device="cuda:0")
+    monkeypatch.setitem(sys.modules, f"{name}.triton_kernels", None)
+    monkeypatch.delattr(sys.modules[name], "triton_kernels", raising=False)
+    assert "it needs Triton" in str(native.unsupported(z, z))
+
+
+def test_fake_latents_on_a_gpu_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with FakeTensorMode():
+        z = torch.empty(4, 64, device="cuda:0")
+        assert nearest_code(z, z).shape == (4,)

@@ -96,6 +96,10 @@ def gaussian_pyramid(
 
     Raises:
         InputError: As `gaussian_blur`, and for ``num_scales < 1`` or an unknown rule.
+
+    Numerics:
+        As `gaussian_blur`. Where no gradient is asked for, a GPU may blur twice in one pass: the
+        last bits then differ from those of single blurs.
     """
     check_image("x", x, allow_uint8=True)
     if num_scales < 1:
@@ -107,7 +111,7 @@ def gaussian_pyramid(
     at_once = num_scales > 2 and x.device.type == "cuda"
     at_once = at_once and not (x.requires_grad and torch.is_grad_enabled())
     if at_once and OP.pick(x, taps, taps, border, backend=backend) == "native":
-        levels += OP.kernels["native"].blur_twice(x, taps, border)
+        levels += _BlurTwice.apply(x, taps, border)
     while len(levels) < num_scales:
         levels.append(gaussian_blur(levels[-1], kernel_size, sigma, border=border, backend=backend))
     return levels[::-1]
@@ -210,3 +214,12 @@ class _GaussianBlur(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = _GaussianBlur.apply(grad_out, *ctx.settings, not ctx.adjoint, ctx.backend)
         return grad_x, None, None, None, None, None
+
+
+class _BlurTwice(torch.autograd.Function):
+    """Two blurs in one pass, without a derivative: forward mode raises, as of `_GaussianBlur`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: tuple[float, ...], border: str) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = OP.kernels["native"].blur_twice(x, taps, border)
+        return out
