@@ -71,7 +71,7 @@ MSVQ_WARPS int first_unit(const BandParams& p, int group) {
   const int plane = p.steps + kBandStart;
   const auto at = static_cast<int>(int64_t{group} * (p.units / p.steps * plane) / p.groups);
   const int past = at % plane - kBandStart;
-  return at / plane * p.steps + (max(past, 0));
+  return at / plane * p.steps + max(past, 0);
 }
 
 // Thread 4 g + q of a warp. Warp w has 16 columns, from 16 w of the strip on, the last those before

@@ -90,7 +90,8 @@ def blur_twice(x: Tensor, taps: Sequence[float], border: str) -> tuple[Tensor, T
     "msvq_fast::gaussian_blur_twice_native", mutates_args=(), device_types="cuda"
 )
 def _blur_twice(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tensor]:
-    if x.is_contiguous() and x.numel() > 0 and _on_tensor_cores(x.device):
+    one_pass = x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0
+    if one_pass and _on_tensor_cores(x.device):
         once, twice = torch.empty_like(x), torch.empty_like(x)
         with torch.cuda.device(x.device):
             if _C.gaussian_pyramid_hopper(
@@ -105,6 +106,7 @@ def _blur_twice(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tens
                 torch.cuda.current_stream().cuda_stream,
             ):
                 return once, twice
+        del once, twice  # they are made anew
     once = _gaussian_blur(x, taps, taps, border, False)
     return once, _gaussian_blur(once, taps, taps, border, False)
 
