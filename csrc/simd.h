@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace msvq {
 
 enum class Isa { portable, avx2, avx512 };
@@ -65,6 +69,20 @@ inline vfloat load(const float* p) {
   return v;
 }
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+// A whole line of cache to memory, not to the cache, where the processor can; aligned.
+inline void store_past_cache(float* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#else
+  store(p, v);
+#endif
+}
+// Such stores are seen by other threads after this.
+inline void finish_stores() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 inline vfloat broadcast(float x) { return x - vfloat{}; }  // x - 0 is x, also for -0
 
 }  // namespace MSVQ_ISA

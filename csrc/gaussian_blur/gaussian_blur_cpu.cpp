@@ -1,8 +1,8 @@
 // The Gaussian blur on the CPU.
 //
 // A task is one plane's strip of columns and band of rows, in tiles of kLanes rows. A ring in the
-// second-level cache holds the image's rows around a tile. Each output is one sum of sums in a
-// fixed order (correlate.h), so neither the split into tasks nor the register tile it falls in
+// second-level cache holds the image's rows around a tile (ring.h). Each output is one sum of sums
+// in a fixed order (correlate.h), so neither the split into tasks nor the register tile it falls in
 // changes a bit of it.
 #include <type_traits>
 
@@ -10,6 +10,7 @@
 #include "gaussian_blur/correlate.h"
 #include "gaussian_blur/gaussian_blur.h"
 #include "gaussian_blur/lines.h"
+#include "gaussian_blur/ring.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -17,10 +18,11 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 193 KiB
-constexpr int64_t kChannels = 16;    // channels of a strip of a channels_last tensor
-constexpr int64_t kPixels = 128;     // of a strip at least: it blurs 2 * radius more
-constexpr int64_t kGrain = 1 << 20;  // multiply-adds worth a thread
+constexpr int64_t kStrip = 1024;         // elements of a strip: the ring of k = 31 takes 193 KiB
+constexpr int64_t kChannels = 16;        // channels of a strip of a channels_last tensor
+constexpr int64_t kPixels = 128;         // of a strip at least: it blurs 2 * radius more
+constexpr int64_t kGrain = 1 << 20;      // multiply-adds worth a thread
+constexpr int64_t kPastCache = 4 << 20;  // bytes of output
 
 // The taps of one axis. The adjoint of the replicate border is the constant border, but its first
 // and last output also collect what falls outside: `first` and `last` are the taps of those two.
@@ -51,26 +53,31 @@ struct Strip {
 struct Work {
   Work(const GaussianBlurParams& p, int64_t pixels, int64_t channels)
       : padded(pixels + 2 * p.radius_x),
-        ring_stride((ceil_div(padded * channels, kLanes) | 1) * kLanes),
+        ring(2 * p.radius_y + kLanes, padded * channels),
         source(padded),
-        ring((2 * p.radius_y + kLanes) * ring_stride),
-        zeros(ring_stride),
+        zeros(ring.stride),
         columns((padded + kLanes) * channels * kLanes),
         collected(2 * channels * kLanes),
-        staged(kLanes * ring_stride),
-        lines(2 * p.radius_y + kLanes) {}
+        staged(kLanes * ring.stride),
+        lines(ring.size) {}
 
   const int64_t padded;
-  // An odd number of vectors: rows do not compete for the same lines of cache.
-  const int64_t ring_stride;
+  Ring ring;
   Array<int64_t> source;  // the pixel that every pixel of the padded strip reads
-  Array<float> ring;      // the image's rows in float32
   Array<float> zeros;
   Array<float> columns;       // of the padded strip, blurred down: a tile's rows are the lanes
   Array<float> collected;     // results of the first and the last column, likewise
   Array<float> staged;        // rows of results
   Array<const float*> lines;  // what the vertical pass reads
 };
+
+// Whether results go to memory past the cache: a large output leaves it again before anyone reads
+// it, and each of its lines would first be read. Whole lines only.
+inline bool is_past_cache(const GaussianBlurParams& p) {
+  const int64_t bytes = p.planes * p.height * p.width * p.inner * int64_t{sizeof(float)};
+  return kLanes * sizeof(float) == kLine && bytes >= kPastCache &&
+         (reinterpret_cast<uintptr_t>(p.out) | (p.width * p.inner * sizeof(float))) % kLine == 0;
+}
 
 template <class T>
 struct StripBlur {
@@ -86,34 +93,32 @@ struct StripBlur {
         collected(p.adjoint && p.border == Border::replicate),
         whole(s.channels == p.inner),
         padded(s.pixels + 2 * x.radius),
-        ring_rows(2 * y.radius + kLanes),
         low(border == Border::circular ? 0 : min(max(x.radius - s.pixel, 0), padded)),
         high(border == Border::circular ? padded
-                                        : max(min(p.width - s.pixel + x.radius, padded), low)) {
+                                        : max(min(p.width - s.pixel + x.radius, padded), low)),
+        past_cache(is_past_cache(p)),
+        contiguous(whole && !scaled && border != Border::circular) {
     for (int64_t i = 0; i < padded; ++i)
       w.source[i] = border_source(border, s.pixel - x.radius + i, p.width);
   }
 
   void run() {
-    int64_t head = 0;  // the slot of row - radius
     for (int64_t row = s.row; row < s.row + s.rows; row += kLanes) {
       const int64_t top = row - y.radius;
-      for (int64_t k = row == s.row ? 0 : ring_rows - kLanes; k < ring_rows; ++k) {
+      const int64_t known = row == s.row ? 0 : contiguous ? w.ring.size : w.ring.size - kLanes;
+      for (int64_t k = known; k < w.ring.size; ++k) {
         const int64_t from = ring_source(top + k);
-        if (from >= 0) read_row(from, slot(head + k));
+        if (from >= 0) read_row(from, w.ring.row(k));
       }
-      for (int64_t k = 0; k < ring_rows; ++k) w.lines[k] = line_of(top, k, head);
+      for (int64_t k = 0; k < w.ring.size; ++k) w.lines[k] = line_of(top, k);
       blur_rows(row);
       fill_borders();
       if (collected) collect();
+      w.ring.advance(kLanes);
       blur_columns(row);
-      head = (head + kLanes) % ring_rows;
     }
   }
 
-  float* slot(int64_t i) const {
-    return w.ring.data + (i >= ring_rows ? i - ring_rows : i) * w.ring_stride;
-  }
   bool is_inside(int64_t row) const { return row >= 0 && row < p.height; }
   bool is_needed(int64_t row) const { return row < p.height + y.radius; }
   bool is_edge_row(int64_t row) const { return p.height > 1 && (row == 0 || row == p.height - 1); }
@@ -129,11 +134,11 @@ struct StripBlur {
     return border_source(border, row, p.height);
   }
 
-  const float* line_of(int64_t top, int64_t k, int64_t head) const {
+  const float* line_of(int64_t top, int64_t k) const {
     const int64_t row = top + k;
-    if (ring_source(row) >= 0) return slot(head + k);
+    if (ring_source(row) >= 0) return w.ring.row(k);
     const int64_t from = is_needed(row) ? border_source(border, row, p.height) : -1;
-    return from < 0 ? w.zeros.data : slot(head + from - top);
+    return from < 0 ? w.zeros.data : w.ring.row(from - top);
   }
 
   const T* input(int64_t row) const {
@@ -212,22 +217,32 @@ struct StripBlur {
     }
   }
 
-  // Blurs a tile's columns and writes its rows.
+  // Blurs a tile's columns and writes its rows. Meanwhile reads the rows that the next tile adds to
+  // the ring, whose places this tile no longer needs.
   void blur_columns(int64_t row) const {
     const int64_t elements = s.pixels * s.channels, count = min(kLanes, s.row + s.rows - row);
     bool in_place = false;  // rows go straight to the output where nothing is left to do to them
-    if constexpr (std::is_same_v<T, float>) in_place = !scaled && whole && elements % kLanes == 0;
-    NextRows next = next_rows(row);
+    if constexpr (std::is_same_v<T, float>)
+      in_place = !scaled && whole && count == kLanes && elements % kLanes == 0;
+    NextRows<T> next = next_rows(row);
+    T* const first = output(row);
+    const int64_t width = p.width * p.inner;
     const auto put = [&](int64_t at, const vfloat(&rows)[kLanes]) __attribute__((always_inline)) {
-      next.ask();
+      next.advance();
+      // Copies: what the lambda refers to would be read again after every store.
+      T* to = first + at;
+      float* staged = w.staged.data + at;
+      const int64_t stride = in_place ? width : w.ring.stride;
       if constexpr (std::is_same_v<T, float>) {
-        if (in_place) {
-          for (int64_t t = 0; t < count; ++t) store(output(row + t) + at, rows[t]);
+        if (in_place) staged = to;
+        if (past_cache && in_place) {
+#pragma GCC unroll 16
+          for (int t = 0; t < kLanes; ++t) store_past_cache(staged + t * stride, rows[t]);
           return;
         }
       }
 #pragma GCC unroll 16
-      for (int t = 0; t < kLanes; ++t) store(w.staged.data + t * w.ring_stride + at, rows[t]);
+      for (int t = 0; t < kLanes; ++t) store(staged + t * stride, rows[t]);
     };
     if (collected) {
       blur_in_place(x.taps, x.radius, w.columns.data, s.pixels, s.channels);
@@ -236,34 +251,20 @@ struct StripBlur {
     } else {
       blur_along(x.taps, x.radius, w.columns.data, s.pixels, s.channels, put);
     }
+    next.finish();
     if (in_place) return;
-    for (int64_t t = 0; t < count; ++t) write_row(row + t, w.staged.data + t * w.ring_stride);
+    for (int64_t t = 0; t < count; ++t) write_row(row + t, w.staged.data + t * w.ring.stride);
   }
 
-  // The rows that the next tile reads and this one does not. They are asked for row by row, some
-  // lines of cache with every vector of results: all at once would wait for memory.
-  struct NextRows {
-    const char* at;
-    int64_t rows, bytes, stride, done;
-
-    void ask() {
-      constexpr int64_t kBytes = kLanes * kLanes * sizeof(T);
-      if (rows <= 0) return;
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(at + done + i, 0, 2);
-      done += kBytes;
-      if (done < bytes) return;
-      done = 0;
-      at += stride;
-      --rows;
-    }
-  };
-  NextRows next_rows(int64_t row) const {
-    const int64_t first = row + kLanes + y.radius;
-    const int64_t end = min(first + kLanes, min(s.row + s.rows + y.radius, p.height));
-    const int64_t pixel = sizeof(T) * p.inner;
-    return {reinterpret_cast<const char*>(input(0)) + (first * p.width + s.pixel) * pixel,
-            whole ? end - first : 0, s.pixels * pixel, p.width * pixel, 0};
+  // The image's rows that the next tile reads and this one did not.
+  NextRows<T> next_rows(int64_t row) const {
+    const int64_t first = row + kLanes + y.radius, end = min(s.row + s.rows + y.radius, p.height);
+    return {w.ring,
+            input(first) + w.source[low] * p.inner,
+            p.width * p.inner,
+            whole ? min(end - first, kLanes) : 0,
+            (high - low) * s.channels,
+            contiguous};
   }
 
   void place_collected() const {
@@ -299,8 +300,10 @@ struct StripBlur {
   const bool scaled;     // reflect: G^T = D G D^-1 with 1/2 at both ends of D's diagonal
   const bool collected;  // replicate: the edges collect what falls outside
   const bool whole;      // the strip holds all channels of its pixels
-  const int64_t padded, ring_rows;
+  const int64_t padded;
   const int64_t low, high;  // the pixels of the padded strip that are read from the image
+  const bool past_cache;    // the output is more than a cache keeps
+  const bool contiguous;    // a padded row reads one run of the image's values, as they are
 };
 
 template <class T>
@@ -313,7 +316,7 @@ void blur(const GaussianBlurParams& p) {
   const int64_t pixels = min(max(kStrip / channels / 16 * 16, kPixels), p.width);
   const int64_t strips = ceil_div(p.width, pixels);
   // Enough tasks that no thread waits long for the last; a band reads the rows around it again.
-  const int64_t wanted = threads > 1 ? 8 * threads : 1;
+  const int64_t wanted = threads > 1 ? 6 * threads : 1;
   int64_t bands = ceil_div(wanted, p.planes * chunks * strips);
   bands = min(bands, max(p.height / (4 * max(p.radius_y, kLanes)), 1));
   const int64_t rows = ceil_div(ceil_div(p.height, bands), kLanes) * kLanes;
@@ -335,6 +338,7 @@ void blur(const GaussianBlurParams& p) {
       s.plane = task / chunks;
       StripBlur<T>(p, y, x, s, &memory).run();
     }
+    finish_stores();
   });
 }
 

@@ -131,6 +131,39 @@ def test_full_size_image(border: str, backend: str) -> None:
     assert_blur_close(gaussian_blur(x, 31, 5.0, border=border, backend=backend), want, x)
 
 
+@native_only
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_outputs_are_those_of_small_ones(border: str, layout: torch.memory_format) -> None:
+    # Of 4 MiB and more, rows of whole lines of cache are stored past it. Two strips of columns, the
+    # last tile of rows is of 5; one image is no more than 4 MiB.
+    x = (
+        torch.randn(3, 1, 693, 1072)
+        if layout == torch.contiguous_format
+        else torch.randn(2, 3, 309, 800)
+    )
+    x = x.to(memory_format=layout)
+    for size in (1, 15, 31, 37):
+        got = gaussian_blur(x, size, border=border, backend="native")
+        for image, want in zip(got, x, strict=True):
+            assert torch.equal(image, gaussian_blur(want[None], size, border=border)[0])
+
+
+@native_only
+def test_a_large_output_that_begins_within_a_line_of_cache() -> None:
+    x, native = torch.randn(1, 1, 1040, 1024), OP.kernels["native"]
+    want = gaussian_blur(x, 15, backend="native")
+    for offset in (0, 1, 8):
+        out = torch.empty(x.numel() + 16)
+        to = out[offset : x.numel() + offset]
+        size, weights = (1, 1040, 1024, 1), taps(15, default_sigma(15))
+        native._C.gaussian_blur_cpu(
+            x.data_ptr(), to.data_ptr(), 0, size, weights, weights, 0, False, 2
+        )
+        assert torch.equal(to, want.flatten())
+        assert out[:offset].isnan().all() and out[x.numel() + offset :].isnan().all()
+
+
 @pytest.mark.parametrize("border", BORDERS)
 def test_reference_equals_dense_operator(border: str) -> None:
     for kernel_size in KERNELS:
