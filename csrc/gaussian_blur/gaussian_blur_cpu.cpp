@@ -18,11 +18,10 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int64_t kStrip = 1024;         // elements of a strip: the ring of k = 31 takes 193 KiB
-constexpr int64_t kChannels = 16;        // channels of a strip of a channels_last tensor
-constexpr int64_t kPixels = 128;         // of a strip at least: it blurs 2 * radius more
-constexpr int64_t kGrain = 1 << 20;      // multiply-adds worth a thread
-constexpr int64_t kPastCache = 4 << 20;  // bytes of output
+constexpr int64_t kStrip = 1024;     // elements of a strip: the ring of k = 31 takes 193 KiB
+constexpr int64_t kChannels = 16;    // channels of a strip of a channels_last tensor
+constexpr int64_t kPixels = 128;     // of a strip at least: it blurs 2 * radius more
+constexpr int64_t kGrain = 1 << 20;  // multiply-adds worth a thread
 
 // The taps of one axis. The adjoint of the replicate border is the constant border, but its first
 // and last output also collect what falls outside: `first` and `last` are the taps of those two.
@@ -71,14 +70,6 @@ struct Work {
   Array<const float*> lines;  // what the vertical pass reads
 };
 
-// Whether results go to memory past the cache: a large output leaves it again before anyone reads
-// it, and each of its lines would first be read. Whole lines only.
-inline bool is_past_cache(const GaussianBlurParams& p) {
-  const int64_t bytes = p.planes * p.height * p.width * p.inner * int64_t{sizeof(float)};
-  return kLanes * sizeof(float) == kLine && bytes >= kPastCache &&
-         (reinterpret_cast<uintptr_t>(p.out) | (p.width * p.inner * sizeof(float))) % kLine == 0;
-}
-
 template <class T>
 struct StripBlur {
   StripBlur(const GaussianBlurParams& p, const AxisTaps& y, const AxisTaps& x, const Strip& s,
@@ -96,7 +87,7 @@ struct StripBlur {
         low(border == Border::circular ? 0 : min(max(x.radius - s.pixel, 0), padded)),
         high(border == Border::circular ? padded
                                         : max(min(p.width - s.pixel + x.radius, padded), low)),
-        past_cache(is_past_cache(p)),
+        past_cache(goes_past_cache(p.out, p.width * p.inner, p.planes * p.height)),
         contiguous(whole && !scaled && border != Border::circular) {
     for (int64_t i = 0; i < padded; ++i)
       w.source[i] = border_source(border, s.pixel - x.radius + i, p.width);

@@ -19,9 +19,10 @@ struct Rows {
   float factors[kMaxScales];
 };
 
-// Compares `n` values of a row, writes the gradients and adds the squares to `sums`.
-template <int kScales>
-inline void compare_row(const Rows& r, int64_t n, double* sums) {
+// Compares `n` values of a row, writes the gradients, past the cache or not, and adds the squares
+// to `sums`. Takes a copy of the rows: what it refers to would be read again after every store.
+template <int kScales, bool kPastCache>
+inline void compare_row(const Rows r, int64_t n, double* sums) {
   const auto compare = [&](auto value, auto read, auto write, auto* squares) {
     using Value = decltype(value);
     Value partial{}, grad{}, difference[kScales];
@@ -43,7 +44,8 @@ inline void compare_row(const Rows& r, int64_t n, double* sums) {
   for (; i + kLanes <= n; i += kLanes)
     compare(
         vfloat{}, [i](const float* p) { return load(p + i); },
-        [i](float* p, vfloat v) { store(p + i, v); }, squares);
+        [i](float* p, vfloat v) { kPastCache ? store_past_cache(p + i, v) : store(p + i, v); },
+        squares);
   for (; i < n; ++i)
     compare(0.0f, [i](const float* p) { return p[i]; }, [i](float* p, float v) { p[i] = v; }, rest);
   for (int m = 0; m < kScales; ++m) {

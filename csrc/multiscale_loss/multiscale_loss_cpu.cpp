@@ -104,6 +104,7 @@ struct StripLoss {
         last(static_cast<int>(cut.levels)),
         radius(cut.radius),
         whole(s.channels == p.inner),
+        past_cache(is_past_cache()),
         sums(sums),
         staged_stride(ceil_div(s.pixels * s.channels, kLanes) * kLanes),
         memory(lay_out(cut, nullptr)),
@@ -217,10 +218,11 @@ struct StripLoss {
     fill(origin, below.columns.first, origin);
     fill(below.columns.end, level.columns.end + radius, origin);
     float* const to = line(level, level.done);
+    const int64_t stride = level.stride;
     blur_along(p.taps, radius, columns, level.columns.size(), c,
-               [&](int64_t at, const vfloat(&rows)[kLanes]) {
+               [=](int64_t at, const vfloat(&rows)[kLanes]) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-                 for (int t = 0; t < kLanes; ++t) store(to + t * level.stride + at, rows[t]);
+                 for (int t = 0; t < kLanes; ++t) store(to + t * stride + at, rows[t]);
                });
   }
 
@@ -251,7 +253,7 @@ struct StripLoss {
       if (l == last)
         for (int m = 0; m <= last; ++m) {
           add(p.contributions[m], levels[l].done + t, s.pixel);
-          add(p.grads[m], levels[l].done + t, s.pixel);
+          if (!past_cache) add(p.grads[m], levels[l].done + t, s.pixel);
         }
       if (l == 1 && p.x_type == p.type && p.border != Border::circular)
         add(p.x, levels[0].done + t, levels[0].columns.first);
@@ -287,11 +289,26 @@ struct StripLoss {
   }
 
   void compare_row(double* sum) const {
+    past_cache ? compare_row<true>(sum) : compare_row<false>(sum);
+  }
+  template <bool kPastCache>
+  void compare_row(double* sum) const {
     const int64_t n = s.pixels * s.channels;
-    if (last == 0) return MSVQ_ISA::compare_row<1>(row_of, n, sum);
-    if (last == 1) return MSVQ_ISA::compare_row<2>(row_of, n, sum);
-    if (last == 2) return MSVQ_ISA::compare_row<3>(row_of, n, sum);
-    MSVQ_ISA::compare_row<4>(row_of, n, sum);
+    if (last == 0) return MSVQ_ISA::compare_row<1, kPastCache>(row_of, n, sum);
+    if (last == 1) return MSVQ_ISA::compare_row<2, kPastCache>(row_of, n, sum);
+    if (last == 2) return MSVQ_ISA::compare_row<3, kPastCache>(row_of, n, sum);
+    MSVQ_ISA::compare_row<4, kPastCache>(row_of, n, sum);
+  }
+
+  // Whether the gradients go to memory past the cache.
+  bool is_past_cache() const {
+    if (!whole || p.type != ImageType::float32) return false;
+    const int64_t row = p.width * p.inner;
+    for (int64_t m = 0; m <= last; ++m)
+      if (p.grads[m] == p.contributions[m] ||
+          (p.grads[m] && !goes_past_cache(p.grads[m], row, p.planes * p.height)))
+        return false;
+    return true;
   }
 
   void write(const float* from, void* to, int64_t row) const {
@@ -304,8 +321,9 @@ struct StripLoss {
   const Strip s;
   const int last;
   const int64_t radius;
-  const bool whole;    // the strip holds all channels of its pixels
-  double* const sums;  // of every kLanes rows of the strip, kMaxScales each; null: none
+  const bool whole;       // the strip holds all channels of its pixels
+  const bool past_cache;  // the gradients are more than a cache keeps
+  double* const sums;     // of every kLanes rows of the strip, kMaxScales each; null: none
   const int64_t staged_stride;
   Level levels[kMaxScales];
   float* zeros;
@@ -353,6 +371,7 @@ void multiscale_loss(const MultiscaleLossParams& p) {
     s.plane = task / cut.chunks;
     double* const of_piece = p.loss ? sums.data + piece * cut.groups * kMaxScales : nullptr;
     StripLoss(p, cut, s, of_piece).run();
+    finish_stores();
   });
   if (p.loss) finish(p, sums.data, count);
 }

@@ -134,6 +134,26 @@ def test_gradients_may_lie_over_the_contributions() -> None:
             assert all(torch.equal(a, b) for a, b in zip(apart, over, strict=True))
 
 
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_gradients_are_those_of_small_ones(scales: int, layout: torch.memory_format) -> None:
+    # Of 4 MiB and more they are stored past the cache; those of one image are smaller.
+    contributions, x = inputs((2, 3, 309, 800), scales, layout)
+    settings = {"radius": 7, "reduction": "sum", "threads": 2}
+    asked = [scale != 1 for scale in range(scales)]
+    _, grads = run(contributions, x, grad=asked, **settings)
+    for i in range(len(x)):
+        alone = [c[i : i + 1] for c in contributions]
+        _, want = run(alone, x[i : i + 1], grad=asked, **settings)
+        for scale in range(scales):
+            if asked[scale]:
+                assert torch.equal(grads[scale][i : i + 1], want[scale])
+    _, over = run([c.clone() for c in contributions], x, in_place=True, grad=asked, **settings)
+    for scale in range(scales):
+        if asked[scale]:
+            assert torch.equal(over[scale], grads[scale])
+
+
 def test_results_that_nobody_asks_for() -> None:
     contributions, x = inputs((1, 1, 20, 30), 3)
     loss, grads = run(contributions, x)
