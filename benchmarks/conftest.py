@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msvq_fast.training.allocator import keep_freed_memory
+
 _results: dict[str, list[dict[str, Any]]] = {}
 _commit = machine.commit()  # of what is measured: the first result file makes the tree dirty
 
@@ -29,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # As the package's commands do. Otherwise the tests before decide whether a peer's temporaries
+    # are mapped anew in every call, which is most of its time.
+    keep_freed_memory()
     folder = config.getoption("--save-results")
     if folder:
         try:  # now, not when everything has been timed

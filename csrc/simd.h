@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -81,6 +81,17 @@ inline void store_past_cache(float* p, vfloat v) {
 inline void finish_stores() {
 #if defined(__AVX512F__)
   _mm_sfence();
+#endif
+}
+// a * b + c, rounded once where the processor can: left to itself, a compiler fuses one product or
+// another of a sum.
+inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
 #endif
 }
 inline vfloat broadcast(float x) { return x - vfloat{}; }  // x - 0 is x, also for -0

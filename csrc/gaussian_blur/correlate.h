@@ -51,7 +51,8 @@ __attribute__((always_inline)) inline void correlate_symmetric(const float* taps
     const vfloat tap = broadcast(middle[d]);
 #pragma GCC unroll 8
     for (int t = 0; t < kRows; ++t)
-      sum[t] += tap * (up[(t + kRows - kPhase) % kRows] + down[(t + kPhase) % kRows]);
+      sum[t] =
+          multiply_add(tap, up[(t + kRows - kPhase) % kRows] + down[(t + kPhase) % kRows], sum[t]);
     return true;
   };
   int64_t d = 0;

@@ -307,7 +307,7 @@ void blur(const GaussianBlurParams& p) {
   const int64_t pixels = min(max(kStrip / channels / 16 * 16, kPixels), p.width);
   const int64_t strips = ceil_div(p.width, pixels);
   // Enough tasks that no thread waits long for the last; a band reads the rows around it again.
-  const int64_t wanted = threads > 1 ? 6 * threads : 1;
+  const int64_t wanted = threads > 1 ? 3 * threads : 1;
   int64_t bands = ceil_div(wanted, p.planes * chunks * strips);
   bands = min(bands, max(p.height / (4 * max(p.radius_y, kLanes)), 1));
   const int64_t rows = ceil_div(ceil_div(p.height, bands), kLanes) * kLanes;

@@ -132,6 +132,18 @@ def test_full_size_image(border: str, backend: str) -> None:
 
 
 @native_only
+@pytest.mark.skipif(len(ISAS) < 3, reason="one instruction set that fuses multiply-adds")
+@pytest.mark.parametrize("size", [1, 3, 11, 15, 21, 25, 31, 45])
+def test_results_do_not_depend_on_the_instruction_set(size: int) -> None:
+    x = torch.randn(1, 2, 70, 83)
+    for border in BORDERS:
+        a, b = (
+            native_blur(x, taps(size), taps(size), border, False, isa) for isa in ("avx2", "avx512")
+        )
+        assert torch.equal(a, b)
+
+
+@native_only
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_large_outputs_are_those_of_small_ones(border: str, layout: torch.memory_format) -> None:

@@ -62,7 +62,16 @@ def gaussian_blur(
     """
     check_image("x", x, allow_uint8=True)
     check_choice("border", border, BORDERS)
-    taps_y, taps_x = blur_taps(kernel_size, sigma)
+    return _blur(x, *blur_taps(kernel_size, sigma), border, backend)
+
+
+def _blur(
+    x: Tensor,
+    taps_y: tuple[float, ...],
+    taps_x: tuple[float, ...],
+    border: str,
+    backend: str | None,
+) -> Tensor:
     chosen = OP.pick(x, taps_y, taps_x, border, backend=backend)
     if chosen == "reference":
         return reference.gaussian_blur(x, taps_y, taps_x, border)
@@ -113,7 +122,7 @@ def gaussian_pyramid(
     if at_once and OP.pick(x, taps, taps, border, backend=backend) == "native":
         levels += _BlurTwice.apply(x, taps, border)
     while len(levels) < num_scales:
-        levels.append(gaussian_blur(levels[-1], kernel_size, sigma, border=border, backend=backend))
+        levels.append(_blur(levels[-1], taps, taps, border, backend))
     return levels[::-1]
 
 
