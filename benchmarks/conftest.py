@@ -22,6 +22,8 @@ from torch import Tensor
 
 from msvq_fast.training.allocator import keep_freed_memory
 
+WARMUP_S, ROUNDS_S = 0.2, 0.5
+
 _results: dict[str, list[dict[str, Any]]] = {}
 _commit = machine.commit()  # of what is measured: the first result file makes the tree dirty
 
@@ -78,8 +80,10 @@ def multiply_adds_per_second() -> float:
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """``measure(group, name, function, rounds=15, warmup=3, **extra)`` times calls of ``function``.
 
-    Wall time of single calls after a few that do not count; median and interquartile range. With
-    ``floor_s``, the time that the machine's limit allows, the result also has ``percent_of_floor``.
+    Wall time of single calls after a few that do not count; median and interquartile range. Both
+    go on for some tenths of a second: the first calls of a process may find its threads on one
+    processor, and a few quick ones are soon disturbed. With ``floor_s``, the time that the
+    machine's limit allows, the result also has ``percent_of_floor``.
     """
 
     def run(
@@ -93,7 +97,14 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
     ) -> None:
         benchmark.group = group
         benchmark.name = name
-        benchmark.pedantic(function, rounds=rounds, iterations=1, warmup_rounds=warmup)
+        if not benchmark.disabled:
+            calls, start = 0, time.perf_counter()
+            while calls < warmup or time.perf_counter() - start < WARMUP_S:
+                function()
+                calls += 1
+            each = (time.perf_counter() - start) / calls
+            rounds = max(rounds, min(int(ROUNDS_S / each), 200))
+        benchmark.pedantic(function, rounds=rounds, iterations=1)
         if benchmark.disabled:
             return
         times = benchmark.stats.stats.sorted_data
