@@ -125,15 +125,11 @@ class BlockModel {
     resume_next();
   }
 
-  // `threads` threads; number 0 is that of the whole block.
-  void sync(int number, int threads) {
-    Part& part = parts_[number];
-    if (part.arrived > 0 && part.threads != threads)
-      throw std::logic_error("threads disagree on how many a barrier is for");
-    part.threads = threads;
-    if (++part.arrived < threads) return pause("barrier of threads ", number, &part);
-    part.arrived = 0;
-    wake(&part);
+  // The barrier of all threads.
+  void sync() {
+    if (++arrived_ < threads_) return pause("barrier of the block ", 0, &arrived_);
+    arrived_ = 0;
+    wake(&arrived_);
     resume_next();
   }
   int threads() const { return threads_; }
@@ -172,10 +168,6 @@ class BlockModel {
     int arrived;
     void* arguments[32];
   };
-  struct Part {
-    int arrived, threads;
-  };
-
   static void enter() {
     BlockModel& block = *running_;
     try {
@@ -264,7 +256,7 @@ class BlockModel {
   int ended_ = 0, first_ = 0, steps_left_ = 0;
   uint64_t random_ = 0, ready_[16] = {};
   Meeting meetings_[32] = {};
-  Part parts_[16] = {};
+  int arrived_ = 0;
 };
 
 // Runs a block: `body` in each of its threads. Order 0 prefers the first threads, 1 the last, every

@@ -166,11 +166,6 @@ MSVQ_WARPS void wait(uint64_t* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
-// A barrier of `threads` threads of the block, number 1 to 15.
-MSVQ_WARPS void sync_part(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
 // Brings 32 bytes to the second-level cache.
 MSVQ_WARPS void prefetch_second(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));

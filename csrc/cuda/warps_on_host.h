@@ -23,14 +23,7 @@
 namespace msvq {
 namespace cuda {
 
-inline void __syncthreads() { BlockModel::running().sync(0, BlockModel::running().threads()); }
-inline void sync_part(int number, int threads) {
-  if (number < 1 || number > 15 || threads <= 0 || threads % 32 != 0 ||
-      threads > BlockModel::running().threads())
-    throw std::logic_error("a barrier is number 1 to 15 and of whole warps of the block");
-  BlockModel::running().sync(number, threads);
-}
-
+inline void __syncthreads() { BlockModel::running().sync(); }
 inline void check_mask(unsigned mask) {
   if (mask != ~0u) throw std::logic_error("collectives are of all lanes of a warp");
 }
