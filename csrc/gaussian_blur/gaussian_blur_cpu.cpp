@@ -221,19 +221,18 @@ struct StripBlur {
     const auto put = [&](int64_t at, const vfloat(&rows)[kLanes]) __attribute__((always_inline)) {
       next.advance();
       // Copies: what the lambda refers to would be read again after every store.
-      T* to = first + at;
-      float* staged = w.staged.data + at;
+      float* to = w.staged.data + at;
       const int64_t stride = in_place ? width : w.ring.stride;
       if constexpr (std::is_same_v<T, float>) {
-        if (in_place) staged = to;
+        if (in_place) to = first + at;
         if (past_cache && in_place) {
 #pragma GCC unroll 16
-          for (int t = 0; t < kLanes; ++t) store_past_cache(staged + t * stride, rows[t]);
+          for (int t = 0; t < kLanes; ++t) store_past_cache(to + t * stride, rows[t]);
           return;
         }
       }
 #pragma GCC unroll 16
-      for (int t = 0; t < kLanes; ++t) store(staged + t * stride, rows[t]);
+      for (int t = 0; t < kLanes; ++t) store(to + t * stride, rows[t]);
     };
     if (collected) {
       blur_in_place(x.taps, x.radius, w.columns.data, s.pixels, s.channels);

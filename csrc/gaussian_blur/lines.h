@@ -32,10 +32,12 @@ inline int64_t border_source(Border border, int64_t i, int64_t n) {
   return j;
 }
 
+constexpr int64_t kLine = 64;  // bytes of a line of cache
+
 // Whether `rows` rows of `values` floats are stored past the cache: so many leave it again before
 // anyone reads them, and each line would first be read. Whole lines of the cache only.
 inline bool goes_past_cache(const void* out, int64_t values, int64_t rows) {
-  constexpr int64_t kEnough = 4 << 20, kLine = 64;  // bytes
+  constexpr int64_t kEnough = 4 << 20;  // bytes
   const int64_t bytes = values * int64_t{sizeof(float)};
   return kLanes * int64_t{sizeof(float)} == kLine && rows * bytes >= kEnough &&
          (static_cast<int64_t>(reinterpret_cast<uintptr_t>(out)) | bytes) % kLine == 0;

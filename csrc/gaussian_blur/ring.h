@@ -12,8 +12,6 @@ namespace msvq {
 namespace MSVQ_ISA {
 namespace {
 
-constexpr int64_t kLine = 64;  // bytes of a line of cache
-
 // `size` rows in float32; a tile's first is row 0, further down the image takes the places of the
 // rows that no longer count.
 struct Ring {

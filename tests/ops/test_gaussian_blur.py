@@ -137,10 +137,12 @@ def test_full_size_image(border: str, backend: str) -> None:
 def test_results_do_not_depend_on_the_instruction_set(size: int) -> None:
     x = torch.randn(1, 2, 70, 83)
     for border in BORDERS:
-        a, b = (
-            native_blur(x, taps(size), taps(size), border, False, isa) for isa in ("avx2", "avx512")
-        )
-        assert torch.equal(a, b)
+        for adjoint in (False, True):
+            a, b = (
+                native_blur(x, taps(size), taps(size), border, adjoint, isa)
+                for isa in ("avx2", "avx512")
+            )
+            assert torch.equal(a, b), (border, adjoint)
 
 
 @native_only
