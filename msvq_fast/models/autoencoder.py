@@ -343,14 +343,12 @@ class Autoencoder(nn.Module, ABC):
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """The encoder's feature maps ``(B, width, h_m, w_m)``, coarsest first."""
-        features: list[Tensor] = self.encoder(x, run=self._replayed)
-        return features
+        return self.encoder(x, run=self._replayed)
 
     def _replayed(self, part: nn.Module, x: Tensor) -> Tensor:
         """``part(x)``, kept for the backward or run again, as the memory mode says."""
         if self.memory == "default":
-            out: Tensor = part(x)
-            return out
+            return part(x)
         # Here, since it loads torch.compile: a second that no other mode has to wait for.
         from msvq_fast.nn.replay import replay
 
@@ -358,8 +356,7 @@ class Autoencoder(nn.Module, ABC):
 
     def _latent(self, m: int, feature: Tensor, z_d: Tensor | None) -> Tensor:
         """z_e,m ``(B, D, h_m, w_m)`` of the encoder's features and the coarser scale's z_d."""
-        z: Tensor = self.to_latent[m](feature, z_d)
-        return z
+        return self.to_latent[m](feature, z_d)
 
     def _lookup(self, m: int, codes: Tensor) -> Tensor:
         """z_q,m ``(B, D, h_m, w_m)`` of codes, in the dtype of the weights."""

@@ -162,8 +162,7 @@ class MaskGITPrior(Prior):
         self, scale: int, coarser: Sequence[Tensor], own: Tensor, labels: Tensor | None
     ) -> Tensor:
         model = self.scale_model(scale)
-        logits: Tensor = model(model.embed(own, labels), model.context(coarser, labels))
-        return logits
+        return model(model.embed(own, labels), model.context(coarser, labels))
 
 
 def halton_rank(grid: tuple[int, int]) -> Tensor:

@@ -102,8 +102,7 @@ class Block(nn.Module):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add what attention ``(B, heads, N, d)`` and the perceptron say to ``x``."""
         x = x + self.dropout(self.to_out(attended.transpose(1, 2).flatten(2)))
-        out: Tensor = x + self.dropout(self.perceptron(self.perceptron_norm(x)))
-        return out
+        return x + self.dropout(self.perceptron(self.perceptron_norm(x)))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -206,8 +205,7 @@ class ScaleTransformer(nn.Module):
             scale = len(self.grids) - 1
             attended = self._attend(query, [*keys, key], [*values, value], scale)
             x = block.finish(x, attended)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        return self.head(self.norm(x))
 
     def place(self, x: Tensor, cells: Tensor, labels: Tensor | None) -> Tensor:
         """Add positions ``cells (F,)`` of the own scale and the label to ``x (B, F, width)``."""

@@ -162,8 +162,7 @@ def load_optimizer(path: Path) -> dict[str, Any]:
     An optimizer takes to its device what belongs there. Numbers of steps may not: read from a GPU
     they would wait for it once for every parameter and step.
     """
-    loaded: dict[str, Any] = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    return loaded
+    return torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
 
 
 def find_model(path: str | Path) -> Path:

@@ -301,8 +301,7 @@ def _open_events(folder: Path, step: int) -> Any:
         raise InputError(
             "tensorboard=True, but TensorBoard is not installed; pip install tensorboard"
         ) from None
-    writer: Any = SummaryWriter  # untyped in torch
-    return writer(str(folder / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _line(record: dict[str, Any]) -> str:

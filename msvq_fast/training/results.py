@@ -165,8 +165,7 @@ class EvaluationResult:
         """Plain values for JSON, without ``per_image``; an infinite PSNR becomes None."""
         values = dataclasses.asdict(dataclasses.replace(self, per_image=()))
         del values["per_image"]
-        plain: dict[str, Any] = _without_infinities(values)
-        return plain
+        return _without_infinities(values)
 
 
 def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> None:

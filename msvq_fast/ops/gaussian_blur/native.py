@@ -42,8 +42,7 @@ def gaussian_blur(
     x: Tensor, taps_y: Sequence[float], taps_x: Sequence[float], border: str, adjoint: bool
 ) -> Tensor:
     """Blur ``x (B, C, H, W)``, or apply the adjoint of the blur; keeps dtype and memory format."""
-    out: Tensor = _gaussian_blur(x, list(taps_y), list(taps_x), border, adjoint)
-    return out
+    return _gaussian_blur(x, list(taps_y), list(taps_x), border, adjoint)
 
 
 @torch.library.custom_op(

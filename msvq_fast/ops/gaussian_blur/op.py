@@ -75,8 +75,7 @@ def _blur(
     chosen = OP.pick(x, taps_y, taps_x, border, backend=backend)
     if chosen == "reference":
         return reference.gaussian_blur(x, taps_y, taps_x, border)
-    out: Tensor = _GaussianBlur.apply(x, taps_y, taps_x, border, False, chosen)
-    return out
+    return _GaussianBlur.apply(x, taps_y, taps_x, border, False, chosen)
 
 
 def gaussian_pyramid(
@@ -216,8 +215,7 @@ class _GaussianBlur(torch.autograd.Function):
     ) -> Tensor:
         ctx.settings = (taps_y, taps_x, border)
         ctx.adjoint, ctx.backend = adjoint, backend
-        out: Tensor = OP.kernels[backend].gaussian_blur(x, taps_y, taps_x, border, adjoint)
-        return out
+        return OP.kernels[backend].gaussian_blur(x, taps_y, taps_x, border, adjoint)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -230,5 +228,4 @@ class _BlurTwice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, taps: tuple[float, ...], border: str) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = OP.kernels["native"].blur_twice(x, taps, border)
-        return out
+        return OP.kernels["native"].blur_twice(x, taps, border)

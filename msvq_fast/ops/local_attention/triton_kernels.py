@@ -91,10 +91,9 @@ def local_attention_at(
 ) -> Tensor:
     """The output of the queries at ``positions``, strided like ``q``."""
     sizes, rules = flatten(windows)
-    out: Tensor = _local_attention_at(
+    return _local_attention_at(
         q, list(keys), list(values), list(bias), positions, sizes, rules, scale
     )
-    return out
 
 
 def local_attention_backward(

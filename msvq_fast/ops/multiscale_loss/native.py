@@ -64,10 +64,9 @@ def multiscale_loss(
 
     The gradients are finished by `scale_`.
     """
-    out: tuple[Tensor, Tensor, list[Tensor]] = _forward(
+    return _forward(
         list(contributions), x, list(taps), border, list(weights), reduction, list(wanted)
     )
-    return out
 
 
 def multiscale_loss_backward(
@@ -81,11 +80,10 @@ def multiscale_loss_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """The ``wanted`` gradients times ``grad_loss ()``, which is read on its device."""
-    out: list[Tensor] = _backward(
+    return _backward(
         grad_loss, list(contributions), x, list(taps), border, list(weights), reduction,
         list(wanted),
     )  # fmt: skip
-    return out
 
 
 def scale_(

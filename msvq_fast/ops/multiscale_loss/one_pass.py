@@ -35,8 +35,7 @@ def multiscale_loss(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, of images ``x`` in place of targets."""
-    out: tuple[Tensor, Tensor] = _OnePass.apply(x, blur, weights, reduction, *contributions)
-    return out
+    return _OnePass.apply(x, blur, weights, reduction, *contributions)
 
 
 class _OnePass(torch.autograd.Function):

@@ -64,8 +64,7 @@ def nearest_code(
     z, codebook = z.detach(), codebook.detach()
     if chosen == "reference" or torch.onnx.is_in_onnx_export():
         return reference.nearest_code(z, codebook, dim)
-    codes: Tensor = OP.kernels[chosen].nearest_code(z, codebook, dim)
-    return codes
+    return OP.kernels[chosen].nearest_code(z, codebook, dim)
 
 
 def vector_quantize(

@@ -61,16 +61,14 @@ def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
 
 def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     """Code of every latent, as the reference defines it."""
-    codes: Tensor = _nearest_code(z, codebook, dim)
-    return codes
+    return _nearest_code(z, codebook, dim)
 
 
 def vector_quantize(
     z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
 ) -> tuple[Tensor, ...]:
     """``(z_q, codes, commitment_loss, code_counts, code_sums)``, without a host synchronisation."""
-    out: tuple[Tensor, ...] = _vector_quantize(z, codebook, dim, commitment_weight)
-    return out
+    return _vector_quantize(z, codebook, dim, commitment_weight)
 
 
 def vector_quantize_backward(
@@ -83,8 +81,7 @@ def vector_quantize_backward(
     commitment_weight: float,
 ) -> Tensor:
     """``grad_z_q + grad_loss 2β/numel(z) (z - e)`` in the layout of ``z``."""
-    grad_z: Tensor = _backward(grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight)
-    return grad_z
+    return _backward(grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight)
 
 
 def ema_update_(
