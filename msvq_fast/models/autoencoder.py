@@ -31,7 +31,7 @@ from msvq_fast.models.hub import (
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
 from msvq_fast.nn.blocks import Chain, Encoder, JoinedConv
-from msvq_fast.ops.checks import InputError, check_choice
+from msvq_fast.ops.checks import InputError, check_at_least, check_choice
 
 MEMORY_MODES = ("default", "sequential", "strips")
 DEFAULT_STRIPS = 8
@@ -138,8 +138,7 @@ class Autoencoder(nn.Module, ABC):
             InputError: For an unknown mode or a number below 1.
         """
         check_choice("memory", mode, MEMORY_MODES)
-        if strips < 1:
-            raise InputError(f"strips={strips}; expected at least 1")
+        check_at_least(1, strips=strips)
         self.memory, self.strips = mode, strips
 
     def compile_parts(self, **options: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msvq_fast.nn.rotation import rotate_to
-from msvq_fast.ops.checks import InputError, accumulation_dtype, check_choice, may_read
+from msvq_fast.ops.checks import (
+    InputError,
+    accumulation_dtype,
+    check_choice,
+    check_not_negative,
+    may_read,
+)
 from msvq_fast.ops.vector_quantize import (
     VectorQuantizeOutput,
     ema_update_,
@@ -82,13 +87,11 @@ class VectorQuantizer(nn.Module):
             raise InputError(f"num_codes={num_codes}, code_dim={code_dim}; both must be at least 1")
         if not 0 <= decay < 1:
             raise InputError(f"decay={decay}; expected 0 <= decay < 1")
-        for name, value in (
-            ("commitment_weight", commitment_weight),
-            ("laplace_eps", laplace_eps),
-            ("restart_below", restart_below),
-        ):
-            if not 0 <= value < math.inf:
-                raise InputError(f"{name}={value}; expected a finite number >= 0")
+        check_not_negative(
+            commitment_weight=commitment_weight,
+            laplace_eps=laplace_eps,
+            restart_below=restart_below,
+        )
         check_choice("gradient", gradient, GRADIENTS)
         self.dim = dim
         self.commitment_weight = commitment_weight

@@ -21,6 +21,7 @@ from msvq_fast.data import evaluation_tiles, list_images, to_float, to_uint8
 from msvq_fast.metrics import LPIPS, CodeUsage, mse, psnr_from_mse, ssim, to_unit_range
 from msvq_fast.models import MSVQVAE, VQVAE2, MSVQVAEConfig, from_pretrained, sum_contributions
 from msvq_fast.ops import InputError, default_kernel_size, gaussian_pyramid
+from msvq_fast.ops.checks import check_at_least
 from msvq_fast.training.checkpoint import find_model, weights_digest
 from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.distributed import World, all_reduce_, gather, join
@@ -75,8 +76,7 @@ def evaluate(
         InputError: If there is no image, an image does not fit the model, or a reconstruction is
             not finite.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}; expected at least 1")
+    check_at_least(1, batch_size=batch_size)
     device = torch.device(device)
     world = world or World(0, 1, device)
     start = time.perf_counter()
@@ -150,8 +150,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationResult | None:
         InputError: For a bad checkpoint, data, setting, weights file or output folder, before any
             work is done where that can be known.
     """
-    if config.batch_size < 1:
-        raise InputError(f"batch_size={config.batch_size}; expected at least 1")
+    check_at_least(1, batch_size=config.batch_size)
     if (config.checkpoint is None) == (config.samples is None):
         given = "neither" if config.checkpoint is None else "both"
         raise InputError(f"evaluate needs --checkpoint or --samples, one of them; {given} given")

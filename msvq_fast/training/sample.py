@@ -24,7 +24,7 @@ from msvq_fast.data import (
     to_uint8,
 )
 from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, sum_contributions
-from msvq_fast.ops import InputError
+from msvq_fast.ops.checks import InputError, check_at_least
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior
 from msvq_fast.priors.maskgit import halton_rank
 from msvq_fast.training.checkpoint import STATE, find_model, read_state, weights_digest
@@ -257,9 +257,9 @@ def _hole(config: SampleConfig, height: int, width: int) -> Tensor:
 
 def _check(config: SampleConfig) -> int:
     """Check what needs no model; returns how many coarse images are kept."""
-    for name in ("images", "variations", "batch_size"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}={getattr(config, name)}; expected at least 1")
+    check_at_least(
+        1, images=config.images, variations=config.variations, batch_size=config.batch_size
+    )
     if config.guidance and not config.labels:
         raise InputError(f"guidance={config.guidance} without labels; expected labels, or null")
     top, left, bottom, right = config.region

@@ -24,7 +24,7 @@ from msvq_fast.data import (
     to_float,
 )
 from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
-from msvq_fast.ops import InputError
+from msvq_fast.ops.checks import InputError, check_at_least
 from msvq_fast.training.checkpoint import find_model, weights_digest
 from msvq_fast.training.config import TokenizeConfig
 from msvq_fast.training.distributed import choose_device, require_one_process
@@ -50,9 +50,9 @@ def run_tokenize(config: TokenizeConfig) -> Path:
             several processes.
     """
     require_one_process("tokenize", "start it without torchrun")
-    for name in ("batch_size", "shard_size", "repeat"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}={getattr(config, name)}; expected at least 1")
+    check_at_least(
+        1, batch_size=config.batch_size, shard_size=config.shard_size, repeat=config.repeat
+    )
     if config.crop != "random" and (config.repeat != 1 or config.flip):
         raise InputError(f"crop={config.crop} has no repeat and no flip; they are of crop=random")
     device = choose_device(config.device)

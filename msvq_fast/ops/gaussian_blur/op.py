@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast.ops.backend import Op
-from msvq_fast.ops.checks import InputError, check_choice, check_image
+from msvq_fast.ops.checks import InputError, check_at_least, check_choice, check_image
 from msvq_fast.ops.gaussian_blur import reference
 
 BORDERS = ("reflect", "symmetric", "replicate", "circular", "constant")
@@ -110,8 +110,7 @@ def gaussian_pyramid(
         last bits then differ from those of single blurs.
     """
     check_image("x", x, allow_uint8=True)
-    if num_scales < 1:
-        raise InputError(f"num_scales={num_scales}; expected at least 1")
+    check_at_least(1, num_scales=num_scales)
     kernel_size, sigma = pyramid_kernel(x, kernel_size, sigma, sigma_rule)
     taps, _ = blur_taps(kernel_size, sigma)
     check_choice("border", border, BORDERS)
