@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msvq_fast.metrics.extractors import FeatureExtractor, freeze
-from msvq_fast.metrics.weights import fill, read_weights, weights_sha256
+from msvq_fast.metrics.extractors import FeatureExtractor
+from msvq_fast.metrics.weights import fill, read_weights
 
 _HOLDS = (
     "the FID Inception that pytorch-fid and torch-fidelity publish, "
@@ -140,12 +140,8 @@ def load_inception(weights: str | Path) -> FIDInception:
     Raises:
         InputError: If it is missing or holds something else; the message names what it must hold.
     """
-    network = FIDInception()
     tensors = read_weights(weights, argument="inception_weights", holds=_HOLDS)
-    fill(network, tensors, source=f"inception_weights={str(weights)!r}", holds=_HOLDS)
-    network.sha256 = weights_sha256(weights)
-    freeze(network)
-    return network
+    return fill(FIDInception(), tensors, weights, argument="inception_weights", holds=_HOLDS)
 
 
 def _step(
