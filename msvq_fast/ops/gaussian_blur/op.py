@@ -156,22 +156,23 @@ def default_sigma(kernel_size: int, rule: str = "paper") -> float:
     return steps * (1 / 3) + 4 / 5 if rule == "paper" else 0.3 * steps + 0.8
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+def _pair(value: Any) -> tuple[Any, ...]:
+    """A number, or a sequence of one, as two; other sequences as they are."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    pair = pair * 2 if len(pair) == 1 else pair
+    return pair * 2 if len(pair) == 1 else pair
+
+
+def _check_sizes(kernel_size: int | Sequence[int]) -> tuple[int, int]:
+    pair = _pair(kernel_size)
     if len(pair) != 2 or any(not isinstance(k, Integral) or k < 1 or k % 2 == 0 for k in pair):
-        raise InputError(f"{name}={value}; expected an odd positive int or a pair of them (y, x)")
+        raise InputError(
+            f"kernel_size={kernel_size}; expected an odd positive int or a pair of them (y, x)"
+        )
     return int(pair[0]), int(pair[1])
 
 
-def _sigma_pair(
-    kernel_size: int | Sequence[int], sigma: float | Sequence[float] | None
-) -> tuple[float, float]:
-    if sigma is None:
-        size_y, size_x = _pair("kernel_size", kernel_size)
-        return default_sigma(size_y), default_sigma(size_x)
-    pair = tuple(sigma) if isinstance(sigma, (tuple, list)) else (sigma,)
-    pair = pair * 2 if len(pair) == 1 else pair
+def _check_sigmas(sigma: float | Sequence[float]) -> tuple[float, float]:
+    pair = _pair(sigma)
     if len(pair) != 2 or any(
         not isinstance(s, Real) or not (float(s) > 0 and math.isfinite(s)) for s in pair
     ):
@@ -192,11 +193,13 @@ def blur_taps(
     kernel_size: int | Sequence[int], sigma: float | Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Vertical and horizontal taps of `gaussian_blur`, after checking its arguments."""
-    sizes = _pair("kernel_size", kernel_size)
-    sigmas = _sigma_pair(kernel_size, sigma)
-    taps_y = _gaussian_taps(sizes[0], sigmas[0])
-    same = (sizes[0], sigmas[0]) == (sizes[1], sigmas[1])
-    return taps_y, taps_y if same else _gaussian_taps(sizes[1], sigmas[1])
+    size_y, size_x = _check_sizes(kernel_size)
+    if sigma is None:
+        sigma = default_sigma(size_y), default_sigma(size_x)
+    sigma_y, sigma_x = _check_sigmas(sigma)
+    taps_y = _gaussian_taps(size_y, sigma_y)
+    same = (size_y, sigma_y) == (size_x, sigma_x)
+    return taps_y, taps_y if same else _gaussian_taps(size_x, sigma_x)
 
 
 class _GaussianBlur(torch.autograd.Function):

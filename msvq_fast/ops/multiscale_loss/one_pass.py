@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from msvq_fast.ops.checks import accumulation_dtype
-from msvq_fast.ops.multiscale_loss.targets import Blur, blurred_targets
+from msvq_fast.ops.multiscale_loss.reference import Blur, blurred_targets
 
 _PART = 1 << 20  # values
 Part = tuple[slice, slice]

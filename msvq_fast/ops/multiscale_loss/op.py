@@ -21,7 +21,7 @@ from msvq_fast.ops.checks import (
 )
 from msvq_fast.ops.gaussian_blur.op import BORDERS, blur_taps, pyramid_kernel
 from msvq_fast.ops.multiscale_loss import one_pass, reference
-from msvq_fast.ops.multiscale_loss.targets import Blur, blurred_targets
+from msvq_fast.ops.multiscale_loss.reference import Blur
 
 OP = Op(__package__)
 
@@ -103,7 +103,7 @@ def multiscale_loss(
     taps, _ = blur_taps(*kernel)
     chosen = OP.pick(contributions, x, taps, border, backend=backend)
     factors = tuple(float(weight) for weight in weights)
-    blur = (*kernel, sigma_rule, border, backend)
+    blur = (*kernel, border, backend)
     if chosen == "reference":
         with without_autocast(x.device.type):
             if backend == "reference":
@@ -123,7 +123,7 @@ def _definition(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(contributions[0].dtype)
-    targets = blurred_targets(x, len(contributions), dtype, blur)
+    targets = reference.blurred_targets(x, len(contributions), dtype, blur)
     return reference.multiscale_loss(contributions, targets, weights, reduction)
 
 
