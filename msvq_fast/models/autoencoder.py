@@ -220,7 +220,7 @@ class Autoencoder(nn.Module, ABC):
             codes: M grids ``(B, h_m, w_m)`` int64; scale m is computed given those below m.
         """
         self._check_image(x)
-        self._check_codes(codes, whole=True)
+        check_hierarchy(codes, self.num_scales, whole=True)
         shape = (x.shape[0], *(side // self.stride for side in x.shape[2:]))
         if codes[0].shape != shape:
             raise InputError(
@@ -371,6 +371,3 @@ class Autoencoder(nn.Module, ABC):
 
     def _check_image(self, x: Tensor) -> None:
         check_images(x, next(self.parameters()), self.stride)
-
-    def _check_codes(self, codes: Sequence[Tensor], *, whole: bool) -> None:
-        check_hierarchy(codes, self.num_scales, whole=whole)
