@@ -114,6 +114,13 @@ def read_image(
     return torch.from_numpy(decode(path, min_side=min_side).transpose(2, 0, 1).copy())
 
 
+def read_centre(path: str | os.PathLike[str] | StoredImage, height: int, width: int) -> Tensor:
+    """The centre of an image resized to the longer of the two: uint8 ``(3, height, width)``."""
+    image = resize_short_side(read_image(path), max(height, width))
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width].contiguous()
+
+
 def resize_short_side(image: Tensor, size: int) -> Tensor:
     """Resize uint8 ``(3, H, W)`` with an antialiased Lanczos filter; its short side is ``size``.
 

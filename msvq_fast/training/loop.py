@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Generator, Iterator
@@ -34,7 +33,7 @@ from msvq_fast.training.optimizer import (
     warmup_steps,
 )
 from msvq_fast.training.progress import MetricsFile, open_display
-from msvq_fast.training.results import write_text
+from msvq_fast.training.results import write_json
 from msvq_fast.training.validation import load_held_out, validate
 from msvq_fast.training.window import Window, check_weights
 
@@ -185,8 +184,7 @@ class _Run:
             self.metrics = MetricsFile(
                 self.out, step=self.step, tensorboard=self.config.tensorboard
             )
-            text = json.dumps(self.config.to_dict(), indent=1)
-            write_text(self.out / "config.json", text + "\n")
+            write_json(self.out / "config.json", self.config.to_dict())
         self.display = open_display(
             leads=self.world.leads,
             step=self.step,

@@ -25,7 +25,7 @@ from msvq_fast.training.interrupt import StopSignals
 from msvq_fast.training.optimizer import Schedule, load_moments, warmup_steps
 from msvq_fast.training.prior_config import PRIOR_FREE_ON_RESUME, TrainPriorConfig
 from msvq_fast.training.progress import PRIOR_COLUMNS, MetricsFile, open_display
-from msvq_fast.training.results import write_text
+from msvq_fast.training.results import write_json
 from msvq_fast.training.tokens import Tokens, load_tokens
 from msvq_fast.training.window import FirstBad, check_weights
 
@@ -210,8 +210,7 @@ class _Run:
         if self.world.leads:
             (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(self.out, step=self.step, tensorboard=False)
-            text = json.dumps(self.config.to_dict(), indent=1)
-            write_text(self.out / "config.json", text + "\n")
+            write_json(self.out / "config.json", self.config.to_dict())
         self.display = open_display(
             leads=self.world.leads,
             step=self.step,
