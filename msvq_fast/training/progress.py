@@ -171,7 +171,7 @@ def open_display(
     step: int,
     total_steps: int,
     grids: list[str],
-    columns: tuple[Column, ...] = AUTOENCODER_COLUMNS,
+    columns: tuple[Column, ...],
 ) -> Display:
     """Return the view for this process: live on a terminal, lines in pipes and CI, else silent."""
     if not leads:
