@@ -22,11 +22,15 @@ from safetensors import SafetensorError
 
 from msvq_fast import __version__
 from msvq_fast.models import MSVQVAE, VQVAE2
-from msvq_fast.models import weights_digest as weights_digest
 from msvq_fast.ops.checks import InputError
 from msvq_fast.priors import Prior
 
 CHECKPOINTS, STATE, OPTIMIZER = "checkpoints", "state.json", "optimizer.pt"
+VERSIONS = {
+    "msvq_fast": __version__,
+    "torch": torch.__version__,
+    "python": platform.python_version(),
+}
 _PREFIX = "step_"
 _CHUNK = 1 << 20  # bytes
 
@@ -86,12 +90,7 @@ def save_checkpoint(
         with (temporary / OPTIMIZER).open("wb") as file:
             torch.save(optimizer, file)
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-        versions = {
-            "msvq_fast": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        text = json.dumps({**state, "versions": versions, "files": files}, indent=1)
+        text = json.dumps({**state, "versions": VERSIONS, "files": files}, indent=1)
         (temporary / STATE).write_text(text + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)

@@ -22,10 +22,6 @@ def explain(
         found = list_checkpoints(out)
         there = f" with resume={found[-1]}" if found else ""  # all else would end the same way
         return TrainingError(f"{error}; {name_last(out)}; try {remedy}{there}")
-    reason = loss_of_process(error)
-    if reason is None:
+    if (reason := loss_of_process(error, world, f" in step {step}")) is None:
         return None
-    return TrainingError(
-        f"process {world.rank} of {world.size} cannot reach another one in step {step}: {reason}; "
-        f"if that one ended, its own output says why; {name_last(out)}; go on with resume=auto"
-    )
+    return TrainingError(f"{reason}; {name_last(out)}; go on with resume=auto")

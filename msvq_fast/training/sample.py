@@ -21,11 +21,11 @@ from msvq_fast.data import (
     to_float,
     to_uint8,
 )
-from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, sum_contributions
+from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, sum_contributions, weights_digest
 from msvq_fast.ops.checks import InputError, check_at_least
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior
 from msvq_fast.priors.maskgit import halton_rank
-from msvq_fast.training.checkpoint import STATE, find_model, read_state, weights_digest
+from msvq_fast.training.checkpoint import STATE, find_model, read_state
 from msvq_fast.training.distributed import choose_device, require_one_process
 from msvq_fast.training.inference import inference_mode
 from msvq_fast.training.prior_config import SampleConfig

@@ -23,12 +23,12 @@ from msvq_fast.data import (
     relative_names,
     to_float,
 )
-from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
+from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, weights_digest
 from msvq_fast.ops.checks import InputError, check_at_least
-from msvq_fast.training.checkpoint import find_model, weights_digest
+from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.config import TokenizeConfig
 from msvq_fast.training.distributed import choose_device, require_one_process
-from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.inference import fitting_size, inference_mode
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import check_writable
 from msvq_fast.training.tokens import INDEX, read_index, read_shard, write_index, write_shard
@@ -58,9 +58,7 @@ def run_tokenize(config: TokenizeConfig) -> Path:
     device = choose_device(config.device)
     folder = find_model(config.checkpoint)
     model = from_pretrained(folder).to(device)
-    size = config.size or model.config.resolution
-    if size < 1 or size % model.stride:
-        raise InputError(f"size={size}; this model takes multiples of {model.stride} pixels")
+    size = fitting_size(config.size, model)
     if model.config.num_codes > _MOST_CODES:
         raise InputError(f"num_codes={model.config.num_codes}; 16 bits hold {_MOST_CODES} codes")
     files, labels = _list(config)
