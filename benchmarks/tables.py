@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
+
+from machine import RESULTS
 
 from msvq_fast.models import PAPER_PARAMETERS, PRESETS
 from msvq_fast.training.compare_report import NAMES, headings, rows
 from msvq_fast.training.info import count_parameters
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "0.1.0"
 # The figures of the priors are in benchmarks/NOTES.md.
 _NOT_SPEED = ("demo", "compare", "memory", "mismatches", "robustness", "priors")
 
