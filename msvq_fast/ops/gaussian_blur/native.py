@@ -75,9 +75,7 @@ def _gaussian_blur(
     return out
 
 
-@_gaussian_blur.register_fake
-def _(x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool) -> Tensor:
-    return torch.empty_like(_dense(x))
+_gaussian_blur.register_fake(lambda x, *_: torch.empty_like(_dense(x)))
 
 
 def blur_twice(x: Tensor, taps: Sequence[float], border: str) -> tuple[Tensor, Tensor]:
@@ -111,9 +109,7 @@ def _blur_twice(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tens
     return once, _gaussian_blur(once, taps, taps, border, False)
 
 
-@_blur_twice.register_fake
-def _(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_dense(x)), torch.empty_like(_dense(x))
+_blur_twice.register_fake(lambda x, *_: (torch.empty_like(_dense(x)), torch.empty_like(_dense(x))))
 
 
 def _on_tensor_cores(device: torch.device | None = None) -> bool:

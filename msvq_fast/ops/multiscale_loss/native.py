@@ -221,9 +221,7 @@ def _scale(grads: list[Tensor], grad_loss: Tensor, weights: list[float], reducti
         _C.multiscale_loss_scale_cuda(arguments, grad_loss.device.index, stream)
 
 
-@_scale.register_fake
-def _(grads: list[Tensor], grad_loss: Tensor, weights: list[float], reduction: str) -> None:
-    return None
+_scale.register_fake(lambda *_: None)
 
 
 def _run(arguments: _C.MultiscaleLossArguments, x: Tensor) -> None:
