@@ -40,9 +40,9 @@ class VectorQuantizer(nn.Module):
     moved. The models' ``set_memory`` keeps the quantizers out of what it runs again. A step that a
     gradient scaler skips has moved the codebook too.
 
-    Of several processes each moves its codebook by its own latents, and DistributedDataParallel
-    hands out that of the first: set ``defer_updates``, and in every step sum `code_statistics` over
-    the processes before `update_codebook`.
+    With several processes, each would move its codebook by its own latents alone, and
+    DistributedDataParallel would hand out that of the first. Set ``defer_updates``, and in every
+    step sum `code_statistics` over the processes before `update_codebook`.
 
     Args:
         num_codes: K, the number of codes.
@@ -52,8 +52,8 @@ class VectorQuantizer(nn.Module):
         decay: γ of Eq. 4, in [0, 1).
         laplace_eps: Laplace smoothing of the masses as VQ-VAE 2's code has it; 0 is Eq. 3.
         restart_below: A code whose mass is below restarts at a latent of the batch, with mass
-            ``max(1, restart_below)``; 0 never does (the paper). From the random start that is
-            every code that wins fewer than ``restart_below / (1 - γ)`` latents of the first batch.
+            ``max(1, restart_below)``; 0 never does (the paper). Since codes start without mass,
+            the first batch restarts all that win fewer than ``restart_below / (1 - γ)`` latents.
             Where updates are deferred the latents are those of the last batch alone.
         gradient: ``"straight-through"`` gives z the gradient of z_q (the paper), ``"rotation"``
             turns it as `rotate_to` says; the commitment loss's own gradient is the same in both.

@@ -63,8 +63,8 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        # The forward's parameters, also if `functional_call` had lent them; detached, since hooks
-        # on a parameter's gradient run when this node's outputs reach it, and only then.
+        # The forward's parameters, which `functional_call` may have lent. Detached: the hooks on a
+        # parameter's gradient are to run when this node's outputs reach it, and only then.
         lent = {
             name: p.detach().requires_grad_(p.requires_grad)
             for name, p in zip(ctx.names, parameters, strict=True)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported once a group is there, its functions' defaults keep it alive
+import torch.distributed.nn  # now: were there a group, its functions' defaults would keep it alive
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

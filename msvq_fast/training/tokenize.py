@@ -113,7 +113,7 @@ def _list(config: TokenizeConfig) -> tuple[list[ImagePath], list[str]]:
 
 
 def _by_value(name: str) -> tuple[int, str]:
-    """Classes that are called by numbers in the order of these."""
+    """Sort key: names that are numbers in the order of these, after all others."""
     return (int(name) if name.isdecimal() else -1), name
 
 

@@ -57,8 +57,9 @@ def gaussian_blur(
 
     Numerics:
         Taps are built in float64 and kept in float32 for every image dtype (float64 images keep
-        float64); sums run in float32 and round once. Deterministic for any number of threads. Two
-        values of a kernel's width may not exceed the largest float32 when added.
+        float64); sums run in float32 and round once. Deterministic for any number of threads.
+        Kernels add the two pixels of a tap before they multiply: such a sum may not exceed the
+        largest float32.
     """
     check_image("x", x, allow_uint8=True)
     check_choice("border", border, BORDERS)

@@ -87,12 +87,12 @@ def multiscale_loss_backward(
 def scale_(
     grads: Sequence[Tensor], grad_loss: Tensor, weights: Sequence[float], reduction: str
 ) -> None:
-    """Multiply stored gradients by ``grad_loss`` and what they lack; reads none where that is 1."""
+    """Multiply stored gradients by ``grad_loss`` and the factor they lack, unless that makes 1."""
     _scale(list(grads), grad_loss, list(weights), reduction)
 
 
 def _factors(like: Tensor, weights: Sequence[float], reduction: str) -> tuple[float, float]:
-    """What sums over the elements of ``like`` are multiplied by, and what gradients are stored by.
+    """Factors of the sums over the elements of ``like``, and of gradients as they are stored.
 
     Gradients of a mean vanish in float16 before a loss scale reaches them, and those of large
     weights overflow: there they are stored as if the weights were of order 1, and of sums. Worked

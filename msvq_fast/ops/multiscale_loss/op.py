@@ -75,9 +75,9 @@ def multiscale_loss(
     Numerics:
         Targets, sums and the reduction are float32 (float64 for float64 contributions) whatever
         the dtype of the contributions or autocast; kernels add rows in float64. Deterministic, on a
-        CPU for any number of threads. Float16 gradients take ``1 / count`` and the size of the
-        weights together with the upstream gradient: a loss scale keeps them from vanishing and
-        overflowing.
+        CPU for any number of threads. Float16 gradients are multiplied by ``1 / count`` and the
+        size of the weights only together with the upstream gradient, so that a loss scale keeps
+        them from vanishing and overflowing.
     """
     if len(contributions) == 0:
         raise InputError("contributions is empty; expected M >= 1 tensors (B, C, H, W)")
