@@ -29,6 +29,7 @@ FIGURES: dict[str, tuple[str, float, int, bool | None]] = {
 }
 
 _WIDTH = 160  # of the table in files
+_PAPER = ", paper"
 
 
 def summarize(preset: str, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
@@ -76,16 +77,14 @@ def print_comparison(summary: Mapping[str, Any], file: IO[str] | None = None) ->
     console = Console(file=file, highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
-    shown = _shown(summary)
     table = Table(header_style="bold", box=HEAVY_HEAD if console.is_terminal else None)
     table.add_column("")
     for heading in headings(summary):
         table.add_column(heading, justify="right")
-    for key, model in summary["models"].items():
-        table.add_row(NAMES[key], *[cell(model, figure) for figure in shown])
-        if summary["paper"][key] is not None:
-            row = _paper_cells(summary, key)
-            table.add_row("  paper", *row, style="dim" if console.is_terminal else None)
+    for name, cells in rows(summary):
+        paper = name.endswith(_PAPER)
+        style = "dim" if paper and console.is_terminal else None
+        table.add_row("  paper" if paper else name, *cells, style=style)
     seeds = summary["models"]["msvqvae"]["seeds"]
     console.print(
         f"{summary['preset']}: latents {'-'.join(map(str, summary['latents']))}, "
@@ -109,7 +108,7 @@ def rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for key, model in summary["models"].items():
         yield NAMES[key], [cell(model, figure) for figure in shown]
         if summary["paper"][key] is not None:
-            yield f"{NAMES[key]}, paper", _paper_cells(summary, key)
+            yield NAMES[key] + _PAPER, _paper_cells(summary, key)
 
 
 def cell(model: Mapping[str, Any], figure: str) -> str:
