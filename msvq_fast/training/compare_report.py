@@ -107,8 +107,9 @@ def rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     shown = _shown(summary)
     for key, model in summary["models"].items():
         yield NAMES[key], [cell(model, figure) for figure in shown]
-        if summary["paper"][key] is not None:
-            yield NAMES[key] + _PAPER, _paper_cells(summary, key)
+        if (row := summary["paper"][key]) is not None:
+            cells = [paper_cell(row, figure, summary["suffix"]) for figure in shown]
+            yield NAMES[key] + _PAPER, cells
 
 
 def cell(model: Mapping[str, Any], figure: str) -> str:
@@ -150,10 +151,6 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
             f"{found['verdict']}"
         )
     return lines
-
-
-def _paper_cells(summary: Mapping[str, Any], key: str) -> list[str]:
-    return [paper_cell(summary["paper"][key], f, summary["suffix"]) for f in _shown(summary)]
 
 
 def _name_in_paper(figure: str, suffix: str) -> str | None:
