@@ -52,12 +52,6 @@ def list_checkpoints(out: Path) -> list[Path]:
     return sorted((p for p, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
 
 
-def name_last(out: Path) -> str:
-    """Say in words which checkpoint of a run is the last."""
-    found = list_checkpoints(out)
-    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint yet"
-
-
 def save_checkpoint(
     out: Path,
     *,

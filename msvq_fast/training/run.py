@@ -14,12 +14,12 @@ from torch import Tensor
 from msvq_fast.training import checkpoint, distributed, resume
 from msvq_fast.training.config import TrainConfig
 from msvq_fast.training.distributed import World
-from msvq_fast.training.failure import explain
 from msvq_fast.training.interrupt import StopSignals
-from msvq_fast.training.optimizer import Betas, Schedule
+from msvq_fast.training.optimizer import Betas, Schedule, is_unstable
 from msvq_fast.training.prior_config import TrainPriorConfig
 from msvq_fast.training.progress import Column, MetricsFile, open_display
 from msvq_fast.training.results import write_json
+from msvq_fast.training.window import TrainingError
 
 
 class Run(ABC):
@@ -121,11 +121,24 @@ class Run(ABC):
                             self.display.message(f"stopped after step {self.step}, saved")
                             return 128 + stop
         except RuntimeError as error:
-            told = explain(error, self.step + 1, self.out, self.betas, self.world)
-            if told is None:
+            if (told := self._explain(error)) is None:
                 raise
             raise told from error
         return 0
+
+    def _explain(self, error: RuntimeError) -> TrainingError | None:
+        """Why the run ended, where it stands and what to try, in one line; None if not foreseen.
+
+        Foreseen are a loss that is no longer finite and another process that cannot be reached.
+        """
+        found = checkpoint.list_checkpoints(self.out)
+        last = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint yet"
+        if isinstance(error, TrainingError):
+            remedy = "--betas=[0.5,0.9]" if is_unstable(self.betas) else "a lower lr"
+            there = f" with resume={found[-1]}" if found else ""  # all else would end the same way
+            return TrainingError(f"{error}; {last}; try {remedy}{there}")
+        reason = distributed.loss_of_process(error, self.world, f" in step {self.step + 1}")
+        return TrainingError(f"{reason}; {last}; go on with resume=auto") if reason else None
 
     def _after_step(self, stop: int) -> None:
         """Whatever is due: log line, validation, checkpoint."""
