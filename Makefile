@@ -44,7 +44,7 @@ check: $(VENV)/.tools
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-# The site, in build/site.
+# The generated parts of README and docs, and the site, in build/site.
 docs: $(VENV)/.tools
 	PYTHONPATH=.:benchmarks $(BIN)/python benchmarks/pages.py
 	$(BIN)/python -m mkdocs build --strict

@@ -37,8 +37,8 @@ class CMakeBuild(build_ext):
                 f"-DMSVQ_OUTPUT_DIR={target.parent}",
                 f"-DMSVQ_OUTPUT_NAME={target.name}",
             ]  # fmt: skip
-            compile_ = ["cmake", "--build", build, "--parallel"]
-            compile_.append(str(self.parallel or os.cpu_count() or 1))
+            jobs = str(self.parallel or os.cpu_count() or 1)
+            compile_ = ["cmake", "--build", build, "--parallel", jobs]
             target.unlink(missing_ok=True)  # a failed build must not ship the one before
             compiler = os.environ.get("CXX", "c++")
             reason = f"missing: a working C++17 compiler ({compiler}), see above"

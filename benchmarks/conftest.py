@@ -6,8 +6,6 @@ one JSON file per suite, which README's tables are made from.
 
 from __future__ import annotations
 
-import datetime
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -131,17 +129,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if not folder:
         return
     described = machine.describe_machine()
-    slug = machine.slug(described["cpu"])
     for suite, results in _results.items():
-        record = {
-            "schema": machine.SCHEMA,
-            "suite": suite,
-            "commit": _commit,
-            "date": datetime.date.today().isoformat(),
-            "device": "cpu",
-            "machine": described,
-            "versions": machine.versions(),
-            "results": results,
-        }
-        path = Path(folder) / f"{suite}--{slug}--cpu.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record = machine.record(suite, described, _commit, results=results)
+        machine.write(machine.path(Path(folder), suite, described), record)

@@ -166,8 +166,7 @@ def _option_names() -> set[str]:
 def _cuobjdump() -> str:
     import triton
 
-    path: str = triton.knobs.nvidia.cuobjdump.path
-    return path
+    return triton.knobs.nvidia.cuobjdump.path
 
 
 def compile_cuda(path: Path, order: int, arch: int) -> list[Compiled]:

@@ -1,7 +1,9 @@
-"""What a result file says of its machine, its packages and its commit."""
+"""What a result file says of its machine, its packages and its commit, and how it is written."""
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import platform
 import re
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-SCHEMA = 1
+RESULTS = Path(__file__).parent / "results" / "0.1.0"
 PACKAGES = (
     "torch",
     "triton",
@@ -57,6 +59,49 @@ def describe_gpu() -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
     }
+
+
+def record(
+    suite: str, described: dict[str, Any], commit: str, device: str = "cpu", **rest: Any
+) -> dict[str, Any]:
+    """What a result file holds: its head, then the ``rest``."""
+    return {
+        "schema": 1,
+        "suite": suite,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "machine": described,
+        "versions": versions(),
+        **rest,
+    }
+
+
+def path(folder: Path, suite: str, described: dict[str, Any], device: str = "cpu") -> Path:
+    return folder / f"{suite}--{slug(described.get('gpu', described['cpu']))}--{device}.json"
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a result file; it is whole at any moment."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def status_bytes(field: str) -> int:
+    """A size of this process: ``VmRSS`` now, ``VmHWM`` at most.
+
+    getrusage would also count what the process was before it started Python.
+    """
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(rf"{field}:\s+(\d+) kB", text)
+    assert found is not None, field
+    return 1024 * int(found[1])
+
+
+def forget_peak() -> None:
+    """Let ``VmHWM`` start anew at the present size."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def slug(name: str) -> str:

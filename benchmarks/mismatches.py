@@ -6,8 +6,6 @@ python benchmarks/mismatches.py [DIR]    writes a result file, by default where 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -87,26 +85,14 @@ def installed() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = Path(__file__).parent / "results" / "0.1.0"
-    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=default)
+    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=machine.RESULTS)
     folder = parser.parse_args().folder
     if not folder.is_dir():
         parser.error(f"{folder} is no folder")
     described = machine.describe_machine()
-    record = {
-        "schema": machine.SCHEMA,
-        "suite": "mismatches",
-        "commit": machine.commit(),
-        "date": datetime.date.today().isoformat(),
-        "device": "cpu",
-        "machine": described,
-        "versions": machine.versions(),
-        "data": DATA,
-        "results": count(installed()),
-        "missing": MISSING,
-    }
-    path = folder / f"mismatches--{machine.slug(described['cpu'])}--cpu.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    found = {"data": DATA, "results": count(installed()), "missing": MISSING}
+    record = machine.record("mismatches", described, machine.commit(), **found)
+    machine.write(machine.path(folder, "mismatches", described), record)
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Fill the generated parts of docs/*.md: contracts, options, results; ``--check`` only compares.
+"""Fill the generated parts of README.md and docs/*.md: contracts, options, results.
 
-python benchmarks/pages.py [--check]
+python benchmarks/pages.py
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ import dataclasses
 import inspect
 import json
 import re
-import sys
 import typing
 from pathlib import Path
 from typing import Any
 
-import readme
+import tables
 
 from msvq_fast import cli, ops
 from msvq_fast.training.config import InfoConfig
 from msvq_fast.training.info import memory_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _PART = re.compile(r"(<!-- ([\w ]+):begin -->\n).*?(<!-- \2:end -->)", flags=re.S)
 
 
@@ -48,18 +47,7 @@ def _as_markdown(docstring: str) -> str:
     return "\n".join(lines)
 
 
-def speed(suite: str) -> str:
-    """The tables of a suite's result files, CPU."""
-    paths = sorted(readme.RESULTS.glob(f"{suite}--*--cpu.json"))
-    tables = [readme.speed_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    if any("±" in table for table in tables):
-        tables.append(
-            "± is an interquartile range of more than 30 %: other load disturbed that row."
-        )
-    return "\n\n".join(tables) if tables else "There is no result file of this op yet."
-
-
-def memory() -> str:
+def predicted_memory() -> str:
     """What ``msvq info --memory`` counts."""
     table = memory_table(InfoConfig(memory=True))
     head = [str(column.header) for column in table.columns]
@@ -75,7 +63,6 @@ def commands() -> str:
         rows = ["| option | default | |", "|---|---|---|"]
         for option, default, text in _options(command.config):
             rows.append(f"| `--{option}` | {default} | {text} |")
-
         parts.append("\n".join([f"## msvq {name}", command.help, "", *rows]))
     return "\n\n".join(parts)
 
@@ -107,26 +94,24 @@ def render(text: str) -> str:
 
 _MAKE: dict[str, Any] = {
     "commands": commands,
+    "compare": tables.compare_tables,
     "contract": contract,
-    "memory": memory,
-    "mismatches": readme.mismatch_table,
-    "presets": readme.presets_table,
-    "speed": speed,
+    "demo": tables.demo_table,
+    "gpu": tables.gpu_tables,
+    "memory": tables.memory_table,
+    "mismatches": tables.mismatch_table,
+    "predicted_memory": predicted_memory,
+    "presets": tables.presets_table,
+    "robustness": tables.robustness_table,
+    "speed": tables.speed_tables,
+    "suite": tables.suite_tables,
 }
 
 
-def main() -> int:
-    """Rewrite the pages, or with ``--check`` say whether they are up to date."""
-    only_compares = readme.check_option(__doc__)
-    old = False
+def main() -> None:
     for path in PAGES:
-        text = path.read_text(encoding="utf-8")
-        rendered = render(text)
-        old |= text != rendered
-        if not only_compares:
-            path.write_text(rendered, encoding="utf-8")
-    return int(old and only_compares)
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

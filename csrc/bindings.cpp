@@ -21,6 +21,14 @@ namespace py = pybind11;
 
 void bind_hopper(py::module_& m);  // bindings_hopper.cpp
 
+#ifdef MSVQ_CUDA
+void check_started(int error, const char* op) {
+  if (error)
+    throw std::runtime_error(std::string(op) +
+                             " did not start on the GPU: " + msvq::cuda_error_text(error));
+}
+#endif
+
 namespace {
 
 using Pointer = std::uintptr_t;
@@ -109,10 +117,7 @@ void gaussian_blur_cuda(Pointer x, Pointer out, int type, std::array<int64_t, 4>
 #ifdef MSVQ_HOPPER
   if (tensor_cores && msvq::cuda::is_banded(params)) run = &msvq::gaussian_blur_hopper;
 #endif
-  const int error = run(params, device, reinterpret_cast<void*>(stream));
-  if (error)
-    throw std::runtime_error("gaussian_blur did not start on the GPU: " +
-                             std::string(msvq::cuda_error_text(error)));
+  check_started(run(params, device, reinterpret_cast<void*>(stream)), "gaussian_blur");
 }
 #endif
 
@@ -193,12 +198,6 @@ void multiscale_loss_scale_cuda_on_host(const LossArguments& arguments) {
 }
 
 #ifdef MSVQ_CUDA
-void throw_on(int error) {
-  if (error)
-    throw std::runtime_error("multiscale_loss did not start on the GPU: " +
-                             std::string(msvq::cuda_error_text(error)));
-}
-
 void multiscale_loss_cuda(const LossArguments& arguments, int device, Pointer stream,
                           [[maybe_unused]] bool tensor_cores) {
   const msvq::MultiscaleLossParams params = multiscale_loss_params(arguments);
@@ -206,12 +205,13 @@ void multiscale_loss_cuda(const LossArguments& arguments, int device, Pointer st
 #ifdef MSVQ_HOPPER
   if (tensor_cores && msvq::cuda::is_banded(params)) run = &msvq::multiscale_loss_hopper;
 #endif
-  throw_on(run(params, device, reinterpret_cast<void*>(stream)));
+  check_started(run(params, device, reinterpret_cast<void*>(stream)), "multiscale_loss");
 }
 
 void multiscale_loss_scale_cuda(const LossArguments& arguments, int device, Pointer stream) {
-  throw_on(msvq::multiscale_loss_scale_cuda(multiscale_loss_params(arguments), device,
-                                            reinterpret_cast<void*>(stream)));
+  check_started(msvq::multiscale_loss_scale_cuda(multiscale_loss_params(arguments), device,
+                                                 reinterpret_cast<void*>(stream)),
+                "multiscale_loss");
 }
 #endif
 
@@ -377,8 +377,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("vector_quantize_cpu", &vector_quantize_cpu, py::arg("z"), py::arg("type"), py::arg("size"),
         py::arg("z_strides"), py::arg("codebook"), py::arg("num_codes"), py::arg("codes"),
         py::arg("z_q"), py::arg("z_q_strides"), py::arg("counts"), py::arg("sums"),
-        py::arg("threads"), py::arg("filter") = 2, py::arg("isa") = "",
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("threads"), py::arg("filter") = static_cast<int>(msvq::Filter::split),
+        py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
   m.def("vector_quantize_backward_cpu", &vector_quantize_backward_cpu, py::arg("z"),
         py::arg("grad_z_q"), py::arg("grad_z"), py::arg("type"), py::arg("size"),
         py::arg("strides"), py::arg("codebook"), py::arg("codes"), py::arg("scale"),

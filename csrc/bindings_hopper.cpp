@@ -3,14 +3,14 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <stdexcept>
-#include <string>
 
 #include "gaussian_blur/gaussian_blur_cuda.h"
 #include "multiscale_loss/multiscale_loss_hopper_params.h"
 #include "vector_quantize/quantize_hopper_params.h"
 
 namespace py = pybind11;
+
+void check_started(int error, const char* op);  // bindings.cpp
 
 namespace {
 
@@ -106,12 +106,6 @@ void total_hopper_on_host(std::array<Pointer, 3> parts, std::array<int, 2> size,
 #endif
 
 #ifdef MSVQ_HOPPER
-void check_started(int error, const char* name = "vector_quantize") {
-  if (error)
-    throw std::runtime_error(std::string(name) +
-                             " did not start on the GPU: " + msvq::cuda_error_text(error));
-}
-
 bool gaussian_pyramid(Pointer x, Pointer once, Pointer twice, int type, std::array<int64_t, 3> size,
                       const std::vector<float>& taps, int border, int device, Pointer stream) {
   const msvq::GaussianBlurParams params = blur_params(x, once, type, size, taps, border);
@@ -126,9 +120,11 @@ void vector_quantize_hopper(Pointer z, int type, std::array<int, 2> size,
                             std::array<int, 2> strides, Pointer codebook, Pointer codes,
                             Pointer keys, Pointer z_q, std::array<Pointer, 3> parts, int blocks,
                             int device, Pointer stream) {
-  check_started(msvq::vector_quantize_hopper(
-      quantize_hopper_params(z, type, size, strides, codebook, codes, keys, z_q, parts), blocks,
-      device, reinterpret_cast<void*>(stream)));
+  check_started(
+      msvq::vector_quantize_hopper(
+          quantize_hopper_params(z, type, size, strides, codebook, codes, keys, z_q, parts), blocks,
+          device, reinterpret_cast<void*>(stream)),
+      "vector_quantize");
 }
 
 void total_hopper(std::array<Pointer, 3> parts, std::array<int, 2> size, double factor,
@@ -136,7 +132,8 @@ void total_hopper(std::array<Pointer, 3> parts, std::array<int, 2> size, double 
                   std::array<int, 3> rows, int device, Pointer stream) {
   check_started(
       msvq::total_hopper(quantize_hopper_totals(parts, size, factor, totals, sorted, rows), device,
-                         reinterpret_cast<void*>(stream)));
+                         reinterpret_cast<void*>(stream)),
+      "vector_quantize");
 }
 #endif
 

@@ -1,4 +1,4 @@
-// One vector type per instruction set, and the choice between the copies at run time.
+// Vector types per instruction set, and the choice between the copies at run time.
 //
 // CMake compiles every <op>_cpu.cpp once per instruction set with MSVQ_ISA naming it. A kernel is
 // written once, against `vfloat`, inside namespace msvq::MSVQ_ISA.
@@ -62,6 +62,10 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 typedef float vfloat __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t vint __attribute__((vector_size(kLanes * sizeof(float))));
+// As many bytes, half as many lanes.
+typedef double vdouble __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int64_t vlong __attribute__((vector_size(kLanes * sizeof(float))));
 
 inline vfloat load(const float* p) {
   vfloat v;

@@ -11,10 +11,6 @@
 namespace msvq {
 namespace MSVQ_ISA {
 
-typedef double vdouble __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t vint __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int64_t vlong __attribute__((vector_size(kLanes * sizeof(float))));
-
 // The lower and upper halves of two vectors, lane by lane in turn.
 #define MSVQ_PAIRS_2 0, 2
 #define MSVQ_PAIRS_4 0, 4, 1, 5

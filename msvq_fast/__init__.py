@@ -12,45 +12,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from msvq_fast import nn as nn
-    from msvq_fast import ops as ops
-    from msvq_fast.models import (
-        MSVQVAE as MSVQVAE,
-    )
-    from msvq_fast.models import (
-        VQVAE2 as VQVAE2,
-    )
-    from msvq_fast.models import (
-        MSVQVAEConfig as MSVQVAEConfig,
-    )
-    from msvq_fast.models import (
-        MSVQVAEOutput as MSVQVAEOutput,
-    )
-    from msvq_fast.models import (
-        VQVAE2Config as VQVAE2Config,
-    )
+    from msvq_fast import nn, ops
+    from msvq_fast.models import MSVQVAE, VQVAE2, MSVQVAEConfig, MSVQVAEOutput, VQVAE2Config
 
-_SOURCES = {
-    "MSVQVAE": "msvq_fast.models",
-    "MSVQVAEConfig": "msvq_fast.models",
-    "MSVQVAEOutput": "msvq_fast.models",
-    "VQVAE2": "msvq_fast.models",
-    "VQVAE2Config": "msvq_fast.models",
-    "nn": "msvq_fast",
-    "ops": "msvq_fast",
-}
-__all__ = [*sorted(_SOURCES), "__version__"]
+__all__ = [
+    "MSVQVAE",
+    "VQVAE2",
+    "MSVQVAEConfig",
+    "MSVQVAEOutput",
+    "VQVAE2Config",
+    "__version__",
+    "nn",
+    "ops",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name on first use (PEP 562)."""
-    if name not in _SOURCES:
+    if name in ("nn", "ops"):
+        return importlib.import_module(f"msvq_fast.{name}")
+    if name not in __all__:
         raise AttributeError(f"module 'msvq_fast' has no attribute {name!r}")
-    if _SOURCES[name] == "msvq_fast":
-        value: Any = importlib.import_module(f"msvq_fast.{name}")
-    else:
-        value = getattr(importlib.import_module(_SOURCES[name]), name)
-    globals()[name] = value
+    value = globals()[name] = getattr(importlib.import_module("msvq_fast.models"), name)
     return value
 
 

@@ -165,7 +165,7 @@ def _run(command: Command, config: Any) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except SystemExit:  # what rich makes of that
+    except SystemExit:  # what rich makes of a broken pipe
         return 141
     except (InputError, OSError) as error:
         return _fail(str(error), 2)
@@ -235,7 +235,7 @@ def attribute_texts(config: type[Any]) -> dict[str, str]:
 
 
 def _build(config: type[Any], values: dict[str, Any], prefix: str) -> Any:
-    """Fill a dataclass; checks what the parser lets a file say of any option: null."""
+    """Fill a dataclass; refuses null, which the parser takes of any option in a file."""
     hints, built = typing.get_type_hints(config), {}
     for field in dataclasses.fields(config):
         name, hint, value = f"{prefix}{field.name}", hints[field.name], values[field.name]

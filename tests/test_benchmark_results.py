@@ -1,4 +1,4 @@
-"""Result files keep one schema, and README and docs say what they hold."""
+"""Result files keep one schema."""
 
 from __future__ import annotations
 
@@ -72,11 +72,3 @@ def check_comparisons(record: dict) -> None:
             ]
             assert model["figures"]["mse"]["values"] == measured
         assert all(len(run["weights_sha256"]) == 64 for run in comparison["runs"])
-
-
-@pytest.mark.parametrize("page", ("README.md", "docs/vector_quantize.md"))
-def test_pages_are_made_of_them(page: str) -> None:
-    import readme
-
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert readme.render(text, page) == text, "run python benchmarks/readme.py"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,12 @@ class Book:
         self.described = described
         for suite in suites:
             if suite not in self.records:
-                self.records[suite] = self._read(suite) or self._fresh(suite)
+                self.records[suite] = self._read(suite) or machine.record(
+                    suite, described, self.commit, self.device, results=[], missing=[]
+                )
 
     def path(self, suite: str) -> Path:
-        name = machine.slug(self.described.get("gpu", self.described["cpu"]))
-        return self.folder / f"{suite}--{name}--{self.device}.json"
+        return machine.path(self.folder, suite, self.described, self.device)
 
     def has(self, suite: str, group: str, name: str) -> bool:
         results = self.records[suite]["results"]
@@ -44,23 +43,7 @@ class Book:
                 r for r in record[key] if (r["group"], r["name"]) != (row["group"], row["name"])
             ]
         record["results" if "result" in outcome else "missing"].append(row)
-        path = self.path(suite)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
-
-    def _fresh(self, suite: str) -> dict[str, Any]:
-        return {
-            "schema": machine.SCHEMA,
-            "suite": suite,
-            "commit": self.commit,
-            "date": datetime.date.today().isoformat(),
-            "device": self.device,
-            "machine": self.described,
-            "versions": machine.versions(),
-            "results": [],
-            "missing": [],
-        }
+        machine.write(self.path(suite), record)
 
     def _read(self, suite: str) -> dict[str, Any] | None:
         path = self.path(suite)

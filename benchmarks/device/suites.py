@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from device import attention, images, quantizer, training
 from device.rows import Row
 
-SUITES = ("vector_quantize", "gaussian_blur", "multiscale_loss", "local_attention", "training")
-
 
 def all_rows() -> list[Row]:
     """Stable order of rank: our rows of the headline shapes, then their peers, then the rest."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
+import machine
 import peers
 import pytest
 import torch
@@ -120,20 +119,15 @@ def test_forward_and_backward(measure: peers.Measure, shape, name: str) -> None:
     )
 
 
-def memory_of(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", text)[1])
-
-
 def added_peak(shape) -> int:
     """Bytes of one forward and backward beyond its inputs, in a process of its own."""
     torch.set_num_threads(2)
     small, case = Case((8, *shape[1:2], 4, *shape[3:])), Case(shape)
     small.with_gradients(small.ours)  # what libraries load once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
-    before = memory_of("VmRSS")
+    machine.forget_peak()
+    before = machine.status_bytes("VmRSS")
     case.with_gradients(case.ours)
-    return memory_of("VmHWM") - before
+    return machine.status_bytes("VmHWM") - before
 
 
 @pytest.mark.parametrize("shape", GROWTH, ids=str)

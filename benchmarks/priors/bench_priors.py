@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import machine
 import pytest
 import torch
 
@@ -48,16 +48,10 @@ def growth(kind: str, how: str, side: int) -> int:
     torch.set_num_threads(2)
     fine_step(kind, how, 8)()  # what torch itself loads
     step = fine_step(kind, how, side)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
-    before = largest_size()
+    machine.forget_peak()
+    before = machine.status_bytes("VmHWM")
     step()
-    return largest_size() - before
-
-
-def largest_size() -> int:
-    """Bytes; getrusage would also count what this process was before it started Python."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", text)[1])
+    return machine.status_bytes("VmHWM") - before
 
 
 def peak_bytes(kind: str, how: str, side: int) -> int:

@@ -6,11 +6,10 @@ Each way has its own process, so that no other's allocations are in its figures.
 from __future__ import annotations
 
 import multiprocessing
-import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
+import machine
 import pytest
 import torch
 
@@ -44,17 +43,12 @@ def prepare(backend: str | None, memory: str) -> None:
         model.update_codebooks()
 
     step(64)  # what libraries load once, Adam's moments
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
+    machine.forget_peak()
     _child["step"] = step
 
 
 def run() -> None:
     _child["step"](models.PRESETS[PRESET].resolution)
-
-
-def bytes_of(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", text)[1])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -66,9 +60,9 @@ def test_optimisation_step(measure, way: str) -> None:
     figures = {"batch": BATCH, "precision": "fp32", "predicted_bytes": predicted}
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         pool.submit(prepare, backend, memory).result()
-        before = pool.submit(bytes_of, "VmRSS").result()
+        before = pool.submit(machine.status_bytes, "VmRSS").result()
         pool.submit(run).result()
-        peak = pool.submit(bytes_of, "VmHWM").result()
+        peak = pool.submit(machine.status_bytes, "VmHWM").result()
         figures |= {"peak_bytes": peak, "step_bytes": peak - before}
         group = f"{PRESET}, one optimisation step at {config.resolution} px"
         measure(group, way, lambda: pool.submit(run).result(), rounds=ROUNDS, warmup=0, **figures)

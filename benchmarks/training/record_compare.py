@@ -6,7 +6,6 @@ python benchmarks/training/record_compare.py --data "what the images are" --comm
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import machine  # noqa: E402  benchmarks/ is a folder of scripts, not a package
 
-RESULTS = ROOT / "benchmarks" / "results" / "0.1.0"
 # Of a run: what was measured, and with what; not the paths of this machine.
 _KEPT = ("preset", "seed", "reconstructions", "codebooks", "reconstructed_set", "seconds")
 _PATHS = ("data", "pictures", "lpips_weights", "inception_weights", "efflite0_weights")
@@ -35,19 +33,13 @@ def main() -> int:
     devices = {run["settings"]["device"].split()[0] for r in records for run in r["runs"]}
     device = devices.pop()
     described = machine.describe_machine()
-    result = {
-        "schema": machine.SCHEMA,
-        "suite": arguments.suite,
-        "commit": arguments.commit,
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "machine": {**described, **(machine.describe_gpu() if device == "cuda" else {})},
-        "versions": machine.versions(),
-        "data": arguments.data,
-        "comparisons": [_without_paths(record) for record in records],
-    }
-    path = RESULTS / f"{arguments.suite}--{machine.slug(described['cpu'])}--{device}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if device == "cuda":
+        described |= machine.describe_gpu()
+    found = {"data": arguments.data, "comparisons": [_without_paths(record) for record in records]}
+    path = machine.path(machine.RESULTS, arguments.suite, described, device)
+    machine.write(
+        path, machine.record(arguments.suite, described, arguments.commit, device, **found)
+    )
     print(f"wrote {path}")
     return 0
 

@@ -95,10 +95,8 @@ struct Buffer {
   T* data;
 };
 
-inline void fill(float* p, int64_t n, float x) {
-  for (int64_t i = 0; i < n; ++i) p[i] = x;
-}
-inline void fill(double* p, int64_t n, double x) {
+template <class T>
+inline void fill(T* p, int64_t n, float x) {
   for (int64_t i = 0; i < n; ++i) p[i] = x;
 }
 

@@ -9,7 +9,6 @@ namespace msvq {
 namespace MSVQ_ISA {
 
 constexpr int kDoubles = kLanes / 2;
-typedef double vdouble __attribute__((vector_size(kDoubles * sizeof(double))));
 
 // Hides a product from the compiler, which may not then contract it with the addition after it.
 inline vdouble rounded(vdouble x) {

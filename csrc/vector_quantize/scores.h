@@ -8,8 +8,6 @@
 namespace msvq {
 namespace MSVQ_ISA {
 
-typedef int32_t vint __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
 // Lane i of vector v is slot v * kLanes + i; v, of integers the slot, stands in the lowest bits of
 // the scores (`tag_bits`).
 template <class V>

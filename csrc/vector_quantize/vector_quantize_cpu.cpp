@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kSkipped = -1;  // marks a non-finite row until the statistics are done
 
+int64_t unmarked(int64_t code) { return code == kSkipped ? 0 : code; }
+
 // Centres and scales rows whose d are neighbours, negated; the squares of their norms.
 template <class T>
 void load_rows(const Rows<const T>& z, int64_t row, const PackedCodes& codes, Block* block,
@@ -249,11 +251,11 @@ bool search(const VectorQuantizeParams& p, [[maybe_unused]] Filter best, float* 
           __atomic_store_n(&given_up, true, __ATOMIC_RELAXED);
       }
       if (p.sums == nullptr) {
-        for (int64_t i = 0; i < count; ++i) out[i] = out[i] == kSkipped ? 0 : out[i];
+        for (int64_t i = 0; i < count; ++i) out[i] = unmarked(out[i]);
         continue;
       }
       int64_t known[kBlockRows];
-      for (int64_t i = 0; i < count; ++i) known[i] = out[i] == kSkipped ? 0 : out[i];
+      for (int64_t i = 0; i < count; ++i) known[i] = unmarked(out[i]);
       errors[b] = write_block(z, z_q, row, count, p.codebook, known, width, block.x.data);
     }
   });
@@ -276,7 +278,7 @@ void quantize(const VectorQuantizeParams& p) {
   *p.squared_error = total;
   for (int64_t k = 0; k < p.num_codes; ++k) p.counts[k] = 0;
   add_statistics(p, Rows<const T>{static_cast<const T*>(p.z), p.z_strides, p.inner}, rows);
-  for (int64_t i = 0; i < rows; ++i) p.codes[i] = p.codes[i] == kSkipped ? 0 : p.codes[i];
+  for (int64_t i = 0; i < rows; ++i) p.codes[i] = unmarked(p.codes[i]);
 }
 
 template <class T>

@@ -12,13 +12,14 @@ from msvq_fast.data.images import (
     ImagePath,
     ImageReadError,
     StoredImage,
+    read_centre,
     read_image,
     relative_names,
     resize_short_side,
     to_float,
 )
 from msvq_fast.data.listing import list_images, list_labelled_images, list_named_images
-from msvq_fast.data.pictures import code_map, save_png, signed_to_uint8, to_uint8
+from msvq_fast.data.pictures import code_map, save_png, signed_to_uint8, to_uint8, write_whole
 
 __all__ = [
     "ImageDataset",
@@ -35,6 +36,7 @@ __all__ = [
     "list_images",
     "list_labelled_images",
     "list_named_images",
+    "read_centre",
     "read_image",
     "relative_names",
     "resize_short_side",
@@ -42,4 +44,5 @@ __all__ = [
     "signed_to_uint8",
     "to_float",
     "to_uint8",
+    "write_whole",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -53,7 +54,7 @@ def curve_chart(
     ranges = [_with_margin([place[axis] for place in places]) for axis in (0, 1)]
     frame = _Frame(size, *ranges)
     frame.axis_lines(x_label, y_label)
-    for (name, pairs), colour in zip(points.items(), _cycle(len(points)), strict=True):
+    for (name, pairs), colour in zip(points.items(), itertools.cycle(COLOURS), strict=False):
         frame.curve(pairs, colour)
         frame.legend(name, colour)
     return frame.picture()
@@ -191,7 +192,3 @@ def _with_margin(values: Sequence[float]) -> tuple[float, float]:
 def _round_step(step: float) -> float:
     power = 10.0 ** math.floor(math.log10(step))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
-
-
-def _cycle(count: int) -> list[tuple[int, int, int]]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]

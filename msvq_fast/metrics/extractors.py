@@ -5,25 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from msvq_fast.metrics.weights import Judge
 from msvq_fast.ops import InputError
 
 
-class FeatureExtractor(nn.Module, ABC):
+class FeatureExtractor(Judge, ABC):
     """A frozen classifier that turns 8-bit images into features and class scores.
 
     Attributes:
         name: Its name in result files.
         suffix: What follows FD, KID and IS in their names; only the FID Inception's FD is a FID.
         dim: D, width of the features.
-        sha256: Of the weights it was loaded from, empty for random ones.
     """
 
     name: str
     suffix: str
     dim: int
-    sha256: str = ""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``(B, D)`` and class scores ``(B, C)``, float32, of uint8 ``(B, 3, H, W)``.
@@ -41,8 +40,3 @@ class FeatureExtractor(nn.Module, ABC):
     @abstractmethod
     def _extract(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The same for float32 pixels in 0..255."""
-
-
-def freeze(network: FeatureExtractor) -> FeatureExtractor:
-    """The network in evaluation mode, without gradients."""
-    return network.eval().requires_grad_(False)

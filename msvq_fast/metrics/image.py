@@ -36,7 +36,7 @@ def mse(x: Tensor, y: Tensor) -> Tensor:
     Raises:
         InputError: If shapes or devices differ, or an input is not a float image batch.
     """
-    _check_pair(x, y)
+    check_pair(x, y)
     return (x.double() - y.double()).square().mean(dim=(1, 2, 3))
 
 
@@ -90,7 +90,7 @@ def ssim(x: Tensor, y: Tensor, *, data_range: float = 1.0, border: str = "reflec
     Numerics:
         Everything in float64, because local variances are differences of nearly equal numbers.
     """
-    _check_pair(x, y)
+    check_pair(x, y)
     _check_data_range(data_range)
     check_choice("border", border, SSIM_BORDERS)
     if min(x.shape[-2:]) < SSIM_WINDOW:
@@ -119,7 +119,8 @@ def _window_mean(x: Tensor) -> Tensor:
     return gaussian_blur(x, SSIM_WINDOW, SSIM_SIGMA, border="reflect", backend="reference")
 
 
-def _check_pair(x: Tensor, y: Tensor) -> None:
+def check_pair(x: Tensor, y: Tensor) -> None:
+    """Raise unless both are float image batches of one shape on one device."""
     check_image("x", x)
     check_image("y", y)
     if x.shape != y.shape:

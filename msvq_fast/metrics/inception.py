@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msvq_fast.metrics.extractors import FeatureExtractor, freeze
-from msvq_fast.metrics.weights import fill, read_weights, weights_sha256
+from msvq_fast.metrics.extractors import FeatureExtractor
+from msvq_fast.metrics.weights import fill, read_weights
 
 _HOLDS = (
     "the FID Inception that pytorch-fid and torch-fidelity publish, "
@@ -40,10 +40,10 @@ class FIDInception(FeatureExtractor):
         self.Conv2d_3b_1x1 = _Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = _Conv(80, 192, 3, padded=False)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _a(192, 32), _a(256, 64), _a(288, 64)
-        self.Mixed_6a = _b(288)
+        self.Mixed_6a = _b()
         self.Mixed_6b, self.Mixed_6c = _c(128), _c(160)
         self.Mixed_6d, self.Mixed_6e = _c(160), _c(192)
-        self.Mixed_7a = _d(768)
+        self.Mixed_7a = _d()
         self.Mixed_7b, self.Mixed_7c = _e(1280, "average"), _e(2048, "maximum")
         self.fc = nn.Linear(self.dim, _CLASSES)
 
@@ -140,12 +140,8 @@ def load_inception(weights: str | Path) -> FIDInception:
     Raises:
         InputError: If it is missing or holds something else; the message names what it must hold.
     """
-    network = FIDInception()
     tensors = read_weights(weights, argument="inception_weights", holds=_HOLDS)
-    fill(network, tensors, source=f"inception_weights={str(weights)!r}", holds=_HOLDS)
-    network.sha256 = weights_sha256(weights)
-    freeze(network)
-    return network
+    return fill(FIDInception(), tensors, weights, argument="inception_weights", holds=_HOLDS)
 
 
 def _step(
@@ -167,7 +163,7 @@ def _a(channels: int, pool_channels: int) -> _Mixed:
     return _Mixed(channels, branches, "average", pool_channels)
 
 
-def _b(channels: int) -> _Mixed:
+def _b() -> _Mixed:
     branches = [
         [_step("branch3x3", 384, 3, 2, False)],
         [
@@ -176,7 +172,7 @@ def _b(channels: int) -> _Mixed:
             _step("branch3x3dbl_3", 96, 3, 2, False),
         ],
     ]
-    return _Mixed(channels, branches, "shrink")
+    return _Mixed(288, branches, "shrink")
 
 
 def _c(width: int) -> _Mixed:
@@ -198,7 +194,7 @@ def _c(width: int) -> _Mixed:
     return _Mixed(768, branches, "average", 192)
 
 
-def _d(channels: int) -> _Mixed:
+def _d() -> _Mixed:
     branches = [
         [_step("branch3x3_1", 192, 1), _step("branch3x3_2", 320, 3, 2, False)],
         [
@@ -208,7 +204,7 @@ def _d(channels: int) -> _Mixed:
             _step("branch7x7x3_4", 192, 3, 2, False),
         ],
     ]
-    return _Mixed(channels, branches, "shrink")
+    return _Mixed(768, branches, "shrink")
 
 
 def _e(channels: int, pool: str) -> _Mixed:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msvq_fast.metrics.weights import fill, read_weights, weights_sha256
+from msvq_fast.metrics.image import check_pair
+from msvq_fast.metrics.weights import Judge, fill, read_weights
 from msvq_fast.ops import InputError
-from msvq_fast.ops.checks import check_choice, check_image, check_same_device
+from msvq_fast.ops.checks import check_choice
 
 NETWORKS = ("alex", "vgg", "squeeze")
 _HOLDS = (
@@ -26,7 +27,7 @@ _LEAST_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}  # pixels that leave one fo
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
-class LPIPS(nn.Module):
+class LPIPS(Judge):
     """``Σ_l mean_xy w_l · (a_l / |a_l| - b_l / |b_l|)²`` over layers l; 0 for equal images.
 
     Args:
@@ -34,10 +35,8 @@ class LPIPS(nn.Module):
 
     Attributes:
         net: As given.
-        sha256: Of the weights it was loaded from, empty for random ones.
     """
 
-    sha256: str = ""
     shift: Tensor
     scale: Tensor
 
@@ -70,13 +69,9 @@ class LPIPS(nn.Module):
             Convolutions run in the weights' dtype; features are normalised, compared and summed
             in float64.
         """
-        for name, image in (("x", x), ("y", y)):
-            check_image(name, image)
-            if image.shape[1] != 3:
-                raise InputError(f"{name} has {image.shape[1]} channels; expected 3 (RGB)")
-        if x.shape != y.shape:
-            raise InputError(f"y has shape {tuple(y.shape)} but x has {tuple(x.shape)}")
-        check_same_device(x=x, y=y)
+        check_pair(x, y)
+        if x.shape[1] != 3:
+            raise InputError(f"x has {x.shape[1]} channels; expected 3 (RGB)")
         if min(x.shape[-2:]) < _LEAST_SIDE[self.net]:
             raise InputError(
                 f"x has images of {x.shape[-2]}x{x.shape[-1]} pixels; LPIPS of {self.net} needs "
@@ -119,10 +114,7 @@ def load_lpips(weights: str | Path) -> LPIPS:
         net = "alex"
     else:
         net = "squeeze" if "features.3.squeeze.weight" in found else "vgg"
-    model = LPIPS(net)
-    fill(model, found, source=source, holds=_HOLDS)
-    model.sha256 = weights_sha256(weights)
-    return model.eval().requires_grad_(False)
+    return fill(LPIPS(net), found, weights, argument="lpips_weights", holds=_HOLDS)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -6,13 +6,25 @@ import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from msvq_fast.ops import InputError
 
+
+class Judge(nn.Module):
+    """A network with published weights.
+
+    Attributes:
+        sha256: Of the weights it was loaded from, empty for random ones.
+    """
+
+    sha256: str = ""
+
+
+Network = TypeVar("Network", bound=Judge)
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
@@ -29,7 +41,7 @@ def read_weights(source: str | Path, *, argument: str, holds: str) -> dict[str, 
         InputError: If there is no such file, or it is not a table of tensors; in one line.
     """
     path = Path(source).expanduser()
-    files = weight_files(path)
+    files = _files(path)
     if not files:
         what = "holds no .pth, .pt or .safetensors" if path.is_dir() else "does not exist"
         raise InputError(f"{argument}={str(source)!r} {what}; expected {holds}")
@@ -39,45 +51,57 @@ def read_weights(source: str | Path, *, argument: str, holds: str) -> dict[str, 
     return tensors
 
 
-def weight_files(path: Path) -> list[Path]:
+def _files(path: Path) -> list[Path]:
     """The file itself, or the weight files directly in a folder, sorted; empty if there is none."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
     return [path] if path.is_file() else []
 
 
-def weights_sha256(source: str | Path) -> str:
+def _sha256(source: str | Path) -> str:
     """SHA-256 of the bytes that `read_weights` reads, files of a folder in their order."""
     digest = hashlib.sha256()
-    for file in weight_files(Path(source).expanduser()):
+    for file in _files(Path(source).expanduser()):
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def fill(network: nn.Module, tensors: Mapping[str, Tensor], *, source: str, holds: str) -> None:
-    """Load ``tensors`` into ``network``; every parameter and statistic must be there and fit.
+def fill(
+    network: Network,
+    tensors: Mapping[str, Tensor],
+    source: str | Path,
+    *,
+    argument: str,
+    holds: str,
+) -> Network:
+    """Load ``tensors`` into ``network`` and freeze it; all it holds must be there and fit.
 
     Args:
-        network: Filled in place. The counters of batch normalisation may be missing.
-        tensors: May hold more than the network has.
-        source: The option and its value, for the message.
-        holds: What the file must hold, for the message.
+        network: Filled in place and returned, in evaluation mode and without gradients.
+        tensors: May hold more than the network has, and may lack the counters of batch
+            normalisation.
+        source: Where `read_weights` found them.
+        argument: As in `read_weights`.
+        holds: As in `read_weights`.
 
     Raises:
         InputError: For the first tensor that is missing or has another shape.
     """
     wanted = {k: v for k, v in network.state_dict().items() if not k.endswith("batches_tracked")}
+    given = f"{argument}={str(source)!r}"
     for name, own in wanted.items():
         if name not in tensors:
-            raise InputError(f"{source} has no tensor {name!r}; expected {holds}")
+            raise InputError(f"{given} has no tensor {name!r}; expected {holds}")
         if tensors[name].shape != own.shape:
             raise InputError(
-                f"{source} has {name!r} of shape {tuple(tensors[name].shape)}, expected "
+                f"{given} has {name!r} of shape {tuple(tensors[name].shape)}, expected "
                 f"{tuple(own.shape)}: {holds}"
             )
     network.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
+    network.sha256 = _sha256(source)
+    return network.eval().requires_grad_(False)
 
 
 def _read_file(file: Path, argument: str, holds: str) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from msvq_fast.models.hub import (
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
 from msvq_fast.nn.blocks import Chain, Encoder, JoinedConv
-from msvq_fast.ops.checks import InputError, check_choice
+from msvq_fast.ops.checks import InputError, check_at_least, check_choice
 
 MEMORY_MODES = ("default", "sequential", "strips")
 DEFAULT_STRIPS = 8
@@ -138,8 +138,7 @@ class Autoencoder(nn.Module, ABC):
             InputError: For an unknown mode or a number below 1.
         """
         check_choice("memory", mode, MEMORY_MODES)
-        if strips < 1:
-            raise InputError(f"strips={strips}; expected at least 1")
+        check_at_least(1, strips=strips)
         self.memory, self.strips = mode, strips
 
     def compile_parts(self, **options: Any) -> None:
@@ -221,7 +220,7 @@ class Autoencoder(nn.Module, ABC):
             codes: M grids ``(B, h_m, w_m)`` int64; scale m is computed given those below m.
         """
         self._check_image(x)
-        self._check_codes(codes, whole=True)
+        check_hierarchy(codes, self.num_scales, whole=True)
         shape = (x.shape[0], *(side // self.stride for side in x.shape[2:]))
         if codes[0].shape != shape:
             raise InputError(
@@ -343,14 +342,12 @@ class Autoencoder(nn.Module, ABC):
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """The encoder's feature maps ``(B, width, h_m, w_m)``, coarsest first."""
-        features: list[Tensor] = self.encoder(x, run=self._replayed)
-        return features
+        return self.encoder(x, run=self._replayed)
 
     def _replayed(self, part: nn.Module, x: Tensor) -> Tensor:
         """``part(x)``, kept for the backward or run again, as the memory mode says."""
         if self.memory == "default":
-            out: Tensor = part(x)
-            return out
+            return part(x)
         # Here, since it loads torch.compile: a second that no other mode has to wait for.
         from msvq_fast.nn.replay import replay
 
@@ -358,8 +355,7 @@ class Autoencoder(nn.Module, ABC):
 
     def _latent(self, m: int, feature: Tensor, z_d: Tensor | None) -> Tensor:
         """z_e,m ``(B, D, h_m, w_m)`` of the encoder's features and the coarser scale's z_d."""
-        z: Tensor = self.to_latent[m](feature, z_d)
-        return z
+        return self.to_latent[m](feature, z_d)
 
     def _lookup(self, m: int, codes: Tensor) -> Tensor:
         """z_q,m ``(B, D, h_m, w_m)`` of codes, in the dtype of the weights."""
@@ -375,6 +371,3 @@ class Autoencoder(nn.Module, ABC):
 
     def _check_image(self, x: Tensor) -> None:
         check_images(x, next(self.parameters()), self.stride)
-
-    def _check_codes(self, codes: Sequence[Tensor], *, whole: bool) -> None:
-        check_hierarchy(codes, self.num_scales, whole=whole)

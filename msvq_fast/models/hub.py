@@ -67,8 +67,7 @@ def read_results(path: str | Path, folder: Path) -> dict[str, Any]:
         ) from None
     if measured != weights_digest(folder):
         raise InputError(f"results={str(path)!r} is of other weights, SHA-256 {measured}")
-    plain: dict[str, Any] = results
-    return plain
+    return results
 
 
 def weights_digest(folder: Path) -> str:

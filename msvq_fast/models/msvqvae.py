@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from msvq_fast.models.autoencoder import Autoencoder, MSVQVAEOutput
+from msvq_fast.models.checks import check_hierarchy
 from msvq_fast.models.presets import MSVQVAEConfig
 from msvq_fast.nn.blocks import Chain, Encoder, conv, residual_stack, upsample
 from msvq_fast.ops import default_kernel_size, multiscale_loss
@@ -103,7 +104,7 @@ class MSVQVAE(Autoencoder):
             codes: One to M grids ``(B, h_m, w_m)`` int64, coarse to fine; later scales need not
                 exist yet, so a coarse image can be judged before its details are drawn.
         """
-        self._check_codes(codes, whole=False)
+        check_hierarchy(codes, self.num_scales, whole=False)
         return [self._decode_scale(m, self._lookup(m, c))[0] for m, c in enumerate(codes)]
 
     def _condition(self, m: int, z_q: Tensor) -> Tensor | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from msvq_fast.nn import GRADIENTS
-from msvq_fast.ops.checks import InputError, check_choice
+from msvq_fast.ops.checks import InputError, check_choice, check_not_negative
 from msvq_fast.ops.gaussian_blur.op import SIGMA_RULES
 
 
@@ -64,9 +63,9 @@ class AutoencoderConfig:
             raise InputError(f"decay={self.decay}; expected 0 <= decay < 1")
         check_choice("codebook_init", self.codebook_init, ("uniform", "kmeans"))
         check_choice("gradient", self.gradient, GRADIENTS)
-        for name in ("commitment_weight", "restart_below"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)}; expected a finite number >= 0")
+        check_not_negative(
+            commitment_weight=self.commitment_weight, restart_below=self.restart_below
+        )
         if not self.latents or not all(_is_count(size) for size in self.latents):
             raise InputError(f"latents={self.latents}; expected at least one positive size")
         if any(2 * a != b for a, b in zip(self.latents, self.latents[1:], strict=False)):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msvq_fast.models.autoencoder import Autoencoder, MSVQVAEOutput
+from msvq_fast.models.checks import check_hierarchy
 from msvq_fast.models.presets import VQVAE2Config
 from msvq_fast.nn.blocks import Chain, Encoder, conv, encoder_widths, residual_stack, upsample
 from msvq_fast.ops import multiscale_loss
@@ -79,7 +80,7 @@ class VQVAE2(Autoencoder):
 
     def contributions(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """The one image ``(B, 3, H, W)`` that all M grids ``(B, h_m, w_m)`` stand for."""
-        self._check_codes(codes, whole=True)
+        check_hierarchy(codes, self.num_scales, whole=True)
         return [self._decode([self._lookup(m, c) for m, c in enumerate(codes)])]
 
     def _condition(self, m: int, z_q: Tensor) -> Tensor | None:

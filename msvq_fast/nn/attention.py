@@ -121,8 +121,7 @@ class LocalAttention(nn.Module):
             bias=self._bias(query.dtype),
             backend=self.backend,
         )
-        result: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
-        return result
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
     def start(
@@ -214,8 +213,7 @@ class LocalAttention(nn.Module):
             bias=self._bias(query.dtype),
             backend=None if self.backend == "native" else self.backend,
         )
-        result: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
-        return result
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
     def _key_value(
         self, x: Tensor, grid: tuple[int, int], fine: tuple[int, int]

@@ -91,8 +91,8 @@ def residual_stack(width: int, count: int) -> list[nn.Module]:
 class Chain(nn.Sequential):
     """``nn.Sequential`` that ``compile()`` takes as one graph.
 
-    Of PyTorch's own it would compile only the `Residual` inside, since it leaves code of
-    ``torch.nn`` alone that is not called from other code that it compiles.
+    torch.compile leaves code of ``torch.nn`` alone unless other code that it compiles calls it: of
+    PyTorch's own ``nn.Sequential`` it would compile only the `Residual` inside.
     """
 
     def forward(self, x: Tensor) -> Tensor:

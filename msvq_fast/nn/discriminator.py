@@ -48,8 +48,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Verdicts ``(B, 1, h, w)`` on images ``(B, 3, H, W)``; high means photographed."""
-        verdict: Tensor = self.layers(x)
-        return verdict
+        return self.layers(x)
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:

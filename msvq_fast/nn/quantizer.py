@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msvq_fast.nn.rotation import rotate_to
-from msvq_fast.ops.checks import InputError, accumulation_dtype, check_choice, may_read
+from msvq_fast.ops.checks import (
+    InputError,
+    accumulation_dtype,
+    check_choice,
+    check_not_negative,
+    may_read,
+)
 from msvq_fast.ops.vector_quantize import (
     VectorQuantizeOutput,
     ema_update_,
@@ -35,9 +40,9 @@ class VectorQuantizer(nn.Module):
     moved. The models' ``set_memory`` keeps the quantizers out of what it runs again. A step that a
     gradient scaler skips has moved the codebook too.
 
-    Of several processes each moves its codebook by its own latents, and DistributedDataParallel
-    hands out that of the first: set ``defer_updates``, and in every step sum `code_statistics` over
-    the processes before `update_codebook`.
+    With several processes, each would move its codebook by its own latents alone, and
+    DistributedDataParallel would hand out that of the first. Set ``defer_updates``, and in every
+    step sum `code_statistics` over the processes before `update_codebook`.
 
     Args:
         num_codes: K, the number of codes.
@@ -47,8 +52,8 @@ class VectorQuantizer(nn.Module):
         decay: γ of Eq. 4, in [0, 1).
         laplace_eps: Laplace smoothing of the masses as VQ-VAE 2's code has it; 0 is Eq. 3.
         restart_below: A code whose mass is below restarts at a latent of the batch, with mass
-            ``max(1, restart_below)``; 0 never does (the paper). From the random start that is
-            every code that wins fewer than ``restart_below / (1 - γ)`` latents of the first batch.
+            ``max(1, restart_below)``; 0 never does (the paper). Since codes start without mass,
+            the first batch restarts all that win fewer than ``restart_below / (1 - γ)`` latents.
             Where updates are deferred the latents are those of the last batch alone.
         gradient: ``"straight-through"`` gives z the gradient of z_q (the paper), ``"rotation"``
             turns it as `rotate_to` says; the commitment loss's own gradient is the same in both.
@@ -82,13 +87,11 @@ class VectorQuantizer(nn.Module):
             raise InputError(f"num_codes={num_codes}, code_dim={code_dim}; both must be at least 1")
         if not 0 <= decay < 1:
             raise InputError(f"decay={decay}; expected 0 <= decay < 1")
-        for name, value in (
-            ("commitment_weight", commitment_weight),
-            ("laplace_eps", laplace_eps),
-            ("restart_below", restart_below),
-        ):
-            if not 0 <= value < math.inf:
-                raise InputError(f"{name}={value}; expected a finite number >= 0")
+        check_not_negative(
+            commitment_weight=commitment_weight,
+            laplace_eps=laplace_eps,
+            restart_below=restart_below,
+        )
         check_choice("gradient", gradient, GRADIENTS)
         self.dim = dim
         self.commitment_weight = commitment_weight

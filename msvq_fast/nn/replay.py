@@ -39,8 +39,7 @@ def replay(module: nn.Module, x: Tensor, *, strips: int = 1) -> Tensor:
     parameters = list(module.parameters())
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *parameters)):
         return _run(module, x, strips)
-    out: Tensor = _Replay.apply(module, strips, x, *parameters)
-    return out
+    return _Replay.apply(module, strips, x, *parameters)
 
 
 class _Replay(torch.autograd.Function):
@@ -64,8 +63,8 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        # The forward's parameters, also if `functional_call` had lent them; detached, since hooks
-        # on a parameter's gradient run when this node's outputs reach it, and only then.
+        # The forward's parameters, which `functional_call` may have lent. Detached: the hooks on a
+        # parameter's gradient are to run when this node's outputs reach it, and only then.
         lent = {
             name: p.detach().requires_grad_(p.requires_grad)
             for name, p in zip(ctx.names, parameters, strict=True)
@@ -95,8 +94,7 @@ def _same_autocast(state: dict[str, Any] | None) -> Iterator[None]:
 
 def _run(module: nn.Module, x: Tensor, strips: int) -> Tensor:
     if strips == 1:
-        out: Tensor = module(x)
-        return out
+        return module(x)
     layers, height = flat_layers(module), x.shape[2]
     whole: Tensor | None = None
     for chain in strips_of(layers, height, strips):

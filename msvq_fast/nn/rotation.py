@@ -55,8 +55,7 @@ def rotate_to(z: Tensor, z_q: Tensor, *, dim: int) -> Tensor:
         To ``z``: ``|z_q| / |z| Rᵀ g`` with R the rotation from z to z_q, constant; the gradient
         itself where a vector is zero or the two are opposite. None to ``z_q``. Once.
     """
-    rotated: Tensor = _Rotated.apply(z, z_q.detach(), dim)
-    return rotated
+    return _Rotated.apply(z, z_q.detach(), dim)
 
 
 def _dot(a: Tensor, b: Tensor, dim: int) -> Tensor:

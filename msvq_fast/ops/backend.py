@@ -83,8 +83,7 @@ class Op:
             return None
         if backend in self.missing:
             return self.missing[backend]
-        reason: str | None = self.kernels[backend].unsupported(*args, **kwargs)
-        return reason
+        return self.kernels[backend].unsupported(*args, **kwargs)
 
     def pick(self, *args: Any, backend: str | None = None, **kwargs: Any) -> str:
         """Choose the backend for a call with the tensors ``args``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -59,6 +60,20 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
         raise InputError(f"{name}={value!r}; expected one of {expected}")
+
+
+def check_at_least(least: int, **values: float) -> None:
+    """Raise unless all keyword numbers are ``least`` or more."""
+    for name, value in values.items():
+        if not value >= least:
+            raise InputError(f"{name}={value}; expected at least {least}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise unless all keyword numbers are finite and 0 or more."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name}={value}; expected a finite number >= 0")
 
 
 def may_read(tensor: Tensor) -> bool:

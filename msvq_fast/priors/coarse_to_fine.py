@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from msvq_fast.ops import InputError
+from msvq_fast.ops.checks import InputError, check_at_least
 from msvq_fast.priors.prior import Prior
 
 
@@ -46,8 +46,7 @@ def sample(
     last = scales - 1 if upto is None else upto
     if prior.training:
         raise InputError("prior is in training mode; expected prior.eval()")
-    if count < 1:
-        raise InputError(f"count={count}; expected at least 1")
+    check_at_least(1, count=count)
     if not 0 <= last < scales:
         raise InputError(f"upto={upto}; expected 0 <= upto < {scales}")
     if fixed is not None and len(fixed) != scales:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msvq_fast.ops import InputError
-from msvq_fast.ops.checks import accumulation_dtype, check_choice
+from msvq_fast.ops.checks import InputError, accumulation_dtype, check_at_least, check_choice
 from msvq_fast.priors.prior import Prior, PriorOutput
 from msvq_fast.priors.sampling import check_sampling, draw_codes, gumbels, uniforms
 
@@ -114,8 +113,7 @@ class MaskGITPrior(Prior):
         """
         check_sampling(temperature, top_k, top_p)
         check_choice("order", order, ("confidence", "halton"))
-        if steps < 1:
-            raise InputError(f"steps={steps}; expected at least 1")
+        check_at_least(1, steps=steps)
         for name, value in (("guidance", guidance), ("choice_temperature", choice_temperature)):
             if not math.isfinite(value):
                 raise InputError(f"{name}={value}; expected a finite number")
@@ -162,8 +160,7 @@ class MaskGITPrior(Prior):
         self, scale: int, coarser: Sequence[Tensor], own: Tensor, labels: Tensor | None
     ) -> Tensor:
         model = self.scale_model(scale)
-        logits: Tensor = model(model.embed(own, labels), model.context(coarser, labels))
-        return logits
+        return model(model.embed(own, labels), model.context(coarser, labels))
 
 
 def halton_rank(grid: tuple[int, int]) -> Tensor:

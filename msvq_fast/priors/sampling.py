@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msvq_fast.ops import InputError
+from msvq_fast.ops.checks import InputError, check_at_least
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -78,10 +78,9 @@ def draw_codes(
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise `InputError` for settings that `draw_codes` cannot use."""
-    if not temperature >= 0:
-        raise InputError(f"temperature={temperature}; expected at least 0")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k={top_k}; expected at least 1")
+    check_at_least(0, temperature=temperature)
+    if top_k is not None:
+        check_at_least(1, top_k=top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p={top_p}; expected 0 < top_p <= 1")
 

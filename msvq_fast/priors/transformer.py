@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msvq_fast.ops import InputError, local_attention
+from msvq_fast.ops.checks import check_at_least
 
 Grid = tuple[int, int]
 Memory = list[tuple[list[Tensor], list[Tensor]]]
@@ -47,13 +48,12 @@ class PriorConfig:
         object.__setattr__(self, "grids", tuple((int(h), int(w)) for h, w in self.grids))
         if not self.grids or any(min(grid) < 1 for grid in self.grids):
             raise InputError(f"grids={self.grids}; expected one (h, w) of at least 1 per scale")
-        for name in ("num_codes", "depth", "heads", "width"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}; expected at least 1")
+        check_at_least(
+            1, num_codes=self.num_codes, depth=self.depth, heads=self.heads, width=self.width
+        )
         if self.width % self.heads:
             raise InputError(f"width={self.width}; expected a multiple of heads={self.heads}")
-        if self.num_classes < 0:
-            raise InputError(f"num_classes={self.num_classes}; expected at least 0")
+        check_at_least(0, num_classes=self.num_classes)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout={self.dropout}; expected 0 <= dropout < 1")
         if self.kernels is not None:
@@ -102,8 +102,7 @@ class Block(nn.Module):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add what attention ``(B, heads, N, d)`` and the perceptron say to ``x``."""
         x = x + self.dropout(self.to_out(attended.transpose(1, 2).flatten(2)))
-        out: Tensor = x + self.dropout(self.perceptron(self.perceptron_norm(x)))
-        return out
+        return x + self.dropout(self.perceptron(self.perceptron_norm(x)))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -206,8 +205,7 @@ class ScaleTransformer(nn.Module):
             scale = len(self.grids) - 1
             attended = self._attend(query, [*keys, key], [*values, value], scale)
             x = block.finish(x, attended)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        return self.head(self.norm(x))
 
     def place(self, x: Tensor, cells: Tensor, labels: Tensor | None) -> Tensor:
         """Add positions ``cells (F,)`` of the own scale and the label to ``x (B, F, width)``."""

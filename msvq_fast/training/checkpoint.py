@@ -22,11 +22,15 @@ from safetensors import SafetensorError
 
 from msvq_fast import __version__
 from msvq_fast.models import MSVQVAE, VQVAE2
-from msvq_fast.models import weights_digest as weights_digest
 from msvq_fast.ops.checks import InputError
 from msvq_fast.priors import Prior
 
 CHECKPOINTS, STATE, OPTIMIZER = "checkpoints", "state.json", "optimizer.pt"
+VERSIONS = {
+    "msvq_fast": __version__,
+    "torch": torch.__version__,
+    "python": platform.python_version(),
+}
 _PREFIX = "step_"
 _CHUNK = 1 << 20  # bytes
 
@@ -46,12 +50,6 @@ def list_checkpoints(out: Path) -> list[Path]:
     steps = {path: path.name[len(_PREFIX) :] for path in found}
     # By number: the names of a hundred million steps and more are longer.
     return sorted((p for p, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
-
-
-def name_last(out: Path) -> str:
-    """Say in words which checkpoint of a run is the last."""
-    found = list_checkpoints(out)
-    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint yet"
 
 
 def save_checkpoint(
@@ -86,12 +84,7 @@ def save_checkpoint(
         with (temporary / OPTIMIZER).open("wb") as file:
             torch.save(optimizer, file)
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-        versions = {
-            "msvq_fast": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        text = json.dumps({**state, "versions": versions, "files": files}, indent=1)
+        text = json.dumps({**state, "versions": VERSIONS, "files": files}, indent=1)
         (temporary / STATE).write_text(text + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
@@ -162,8 +155,7 @@ def load_optimizer(path: Path) -> dict[str, Any]:
     An optimizer takes to its device what belongs there. Numbers of steps may not: read from a GPU
     they would wait for it once for every parameter and step.
     """
-    loaded: dict[str, Any] = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    return loaded
+    return torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
 
 
 def find_model(path: str | Path) -> Path:

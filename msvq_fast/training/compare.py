@@ -18,7 +18,7 @@ from msvq_fast.training.evaluate import run_evaluate
 from msvq_fast.training.judges import load_judges
 from msvq_fast.training.loop import run_train
 from msvq_fast.training.progress import is_running
-from msvq_fast.training.results import RESULTS_FILE, check_writable, write_text
+from msvq_fast.training.results import RESULTS_FILE, check_writable, write_json
 
 COMPARISON_FILE, TABLE_FILE, SETTINGS_FILE = "comparison.json", "table.txt", "settings.json"
 
@@ -68,14 +68,14 @@ def run_compare(config: CompareConfig) -> int:
             {"preset": preset, "seed": seed, **result} for (preset, seed), result in results.items()
         ],
     }
-    _write(out / COMPARISON_FILE, record)
+    write_json(out / COMPARISON_FILE, record)
     with (out / TABLE_FILE).open("w", encoding="utf-8") as file:
         print_comparison(summary, file)
     print_comparison(summary)
     for line in describe(summary):
         print(line, flush=True)
     # Pictures last, so that one that cannot be drawn does not cost the figures.
-    _write(out / COMPARISON_FILE, {**record, "half_power_cycles": _draw(config, out, plans)})
+    write_json(out / COMPARISON_FILE, {**record, "half_power_cycles": _draw(config, out, plans)})
     for name in PICTURES:
         print(f"wrote {out / name}")
     return 0
@@ -125,16 +125,12 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
                 f"out={str(out)!r} holds another comparison: {'; '.join(changed)}; "
                 "choose another out"
             )
-    _write(file, settings)
+    write_json(file, settings)
 
 
 def _has_begun(run: Path) -> bool:
     """Whether there is something that later runs would be compared with."""
     return bool(list_checkpoints(run)) or _result_file(run).exists() or is_running(run)
-
-
-def _write(file: Path, values: dict[str, Any]) -> None:
-    write_text(file, json.dumps(values, indent=1) + "\n")
 
 
 def _read_result(folder: Path) -> dict[str, Any]:

@@ -203,9 +203,9 @@ def _most_detailed(image: Tensor, window: int) -> tuple[int, int]:
     grey = image.double().mean(dim=0)
     energy = F.pad(grey.diff(dim=0).square(), (0, 0, 0, 1))
     energy = energy + F.pad(grey.diff(dim=1).square(), (0, 1, 0, 0))
-    total = F.avg_pool2d(energy[None, None], window, stride=max(1, window // 8))[0, 0]
-    place = int(total.argmax())
     step = max(1, window // 8)
+    total = F.avg_pool2d(energy[None, None], window, stride=step)[0, 0]
+    place = int(total.argmax())
     return place // total.shape[1] * step, place % total.shape[1] * step
 
 

@@ -29,6 +29,7 @@ FIGURES: dict[str, tuple[str, float, int, bool | None]] = {
 }
 
 _WIDTH = 160  # of the table in files
+_PAPER = ", paper"
 
 
 def summarize(preset: str, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
@@ -76,16 +77,14 @@ def print_comparison(summary: Mapping[str, Any], file: IO[str] | None = None) ->
     console = Console(file=file, highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
-    shown = _shown(summary)
     table = Table(header_style="bold", box=HEAVY_HEAD if console.is_terminal else None)
     table.add_column("")
     for heading in headings(summary):
         table.add_column(heading, justify="right")
-    for key, model in summary["models"].items():
-        table.add_row(NAMES[key], *[cell(model, figure) for figure in shown])
-        if summary["paper"][key] is not None:
-            row = _paper_cells(summary, key)
-            table.add_row("  paper", *row, style="dim" if console.is_terminal else None)
+    for name, cells in rows(summary):
+        paper = name.endswith(_PAPER)
+        style = "dim" if paper and console.is_terminal else None
+        table.add_row("  paper" if paper else name, *cells, style=style)
     seeds = summary["models"]["msvqvae"]["seeds"]
     console.print(
         f"{summary['preset']}: latents {'-'.join(map(str, summary['latents']))}, "
@@ -108,8 +107,9 @@ def rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     shown = _shown(summary)
     for key, model in summary["models"].items():
         yield NAMES[key], [cell(model, figure) for figure in shown]
-        if summary["paper"][key] is not None:
-            yield f"{NAMES[key]}, paper", _paper_cells(summary, key)
+        if (row := summary["paper"][key]) is not None:
+            cells = [paper_cell(row, figure, summary["suffix"]) for figure in shown]
+            yield NAMES[key] + _PAPER, cells
 
 
 def cell(model: Mapping[str, Any], figure: str) -> str:
@@ -151,10 +151,6 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
             f"{found['verdict']}"
         )
     return lines
-
-
-def _paper_cells(summary: Mapping[str, Any], key: str) -> list[str]:
-    return [paper_cell(summary["paper"][key], f, summary["suffix"]) for f in _shown(summary)]
 
 
 def _name_in_paper(figure: str, suffix: str) -> str | None:

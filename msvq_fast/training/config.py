@@ -171,12 +171,7 @@ class TrainConfig:
         """Raise InputError for the first field out of its range, in one line."""
         from msvq_fast.ops.checks import InputError
 
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise InputError(f"{name}={value}; expected at least {least}")
-            if value == float("inf"):
-                raise InputError(f"{name}={value}; expected a finite number")
+        check_least(self, _LEAST)
         if self.seed >= 2**64:
             raise InputError(f"seed={self.seed}; expected less than 2^64")
         if self.lr is not None and not 0 < self.lr < float("inf"):
@@ -326,6 +321,19 @@ _LEAST: dict[str, int] = {
     "keep_last": 1,
     "log_every": 1,
 }
+
+
+def check_least(config: object, least: Mapping[str, int]) -> None:
+    """Raise InputError for the first field below its ``least`` or infinite; None is neither."""
+    from msvq_fast.ops.checks import InputError, check_at_least
+
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None:
+            check_at_least(bound, **{name: value})
+        if value == float("inf"):
+            raise InputError(f"{name}={value}; expected a finite number")
+
 
 # Settings that decide the rounding of a run, but not what is trained.
 _HOW = ("precision", "channels_last", "backend", "compile", "memory", "deterministic")

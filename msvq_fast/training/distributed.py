@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported once a group is there, its functions' defaults keep it alive
+import torch.distributed.nn  # now: were there a group, its functions' defaults would keep it alive
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,12 +44,19 @@ class LostProcessError(WorkError):
     """Another process cannot be reached; the message is one line for people."""
 
 
-def loss_of_process(error: RuntimeError) -> str | None:
-    """Why another process cannot be reached, if that is what ``error`` says."""
+def loss_of_process(error: RuntimeError, world: World, when: str = "") -> str | None:
+    """That another process cannot be reached and why, if that is what ``error`` says."""
     # gloo raises plain errors that name the file of its own that they come from.
     if found := re.search(r"third_party/gloo[^]]*\] ([^.]*(?:\.\S[^.]*)*)", str(error)):
-        return found[1]
-    return str(error).partition("\n")[0] if isinstance(error, dist.DistError) else None
+        reason = found[1]
+    elif isinstance(error, dist.DistError):
+        reason = str(error).partition("\n")[0]
+    else:
+        return None
+    return (
+        f"process {world.rank} of {world.size} cannot reach another one{when}: {reason}; if that "
+        "one ended, its own output says why"
+    )
 
 
 @contextlib.contextmanager
@@ -65,31 +72,28 @@ def join(device: str) -> Iterator[World]:
         LostProcessError: In place of what is raised inside when another process is gone.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK", "0")) if size > 1 else 0
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device, local_rank if size > 1 else None)
     with torch.cuda.device(chosen) if chosen.type == "cuda" else contextlib.nullcontext():
+        world = World(rank, size, chosen)
         if size == 1:
-            yield World(0, 1, chosen)
+            yield world
         else:
-            with _group(rank, size, chosen) as world:
+            with _group(world):
                 yield world
 
 
 @contextlib.contextmanager
-def _group(rank: int, size: int, chosen: torch.device) -> Iterator[World]:
+def _group(world: World) -> Iterator[None]:
     # gloo for host tensors too: agreeing on a stop must not wait for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
     try:
-        yield World(rank, size, chosen)
+        yield
     except RuntimeError as error:
-        reason = loss_of_process(error)
-        if reason is None:
+        if (reason := loss_of_process(error, world)) is None:
             raise
-        raise LostProcessError(
-            f"process {rank} of {size} cannot reach another one: {reason}; if that one ended, its "
-            "own output says why"
-        ) from error
+        raise LostProcessError(reason) from error
     finally:
         leave()
 

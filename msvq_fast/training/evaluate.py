@@ -16,15 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import msvq_fast
 from msvq_fast.data import evaluation_tiles, list_images, to_float, to_uint8
 from msvq_fast.metrics import LPIPS, CodeUsage, mse, psnr_from_mse, ssim, to_unit_range
-from msvq_fast.models import MSVQVAE, VQVAE2, MSVQVAEConfig, from_pretrained, sum_contributions
+from msvq_fast.models import (
+    MSVQVAE,
+    VQVAE2,
+    MSVQVAEConfig,
+    from_pretrained,
+    sum_contributions,
+    weights_digest,
+)
 from msvq_fast.ops import InputError, default_kernel_size, gaussian_pyramid
-from msvq_fast.training.checkpoint import find_model, weights_digest
+from msvq_fast.ops.checks import check_at_least
+from msvq_fast.training.checkpoint import VERSIONS, find_model
 from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.distributed import World, all_reduce_, gather, join
-from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.inference import fitting_size, inference_mode
 from msvq_fast.training.judges import FeatureSet, Judges, compare_sets, load_judges
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import (
@@ -75,8 +82,7 @@ def evaluate(
         InputError: If there is no image, an image does not fit the model, or a reconstruction is
             not finite.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}; expected at least 1")
+    check_at_least(1, batch_size=batch_size)
     device = torch.device(device)
     world = world or World(0, 1, device)
     start = time.perf_counter()
@@ -150,8 +156,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationResult | None:
         InputError: For a bad checkpoint, data, setting, weights file or output folder, before any
             work is done where that can be known.
     """
-    if config.batch_size < 1:
-        raise InputError(f"batch_size={config.batch_size}; expected at least 1")
+    check_at_least(1, batch_size=config.batch_size)
     if (config.checkpoint is None) == (config.samples is None):
         given = "neither" if config.checkpoint is None else "both"
         raise InputError(f"evaluate needs --checkpoint or --samples, one of them; {given} given")
@@ -165,9 +170,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationResult | None:
 def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, world: World) -> EvaluationResult:
     folder = find_model(checkpoint)
     model = from_pretrained(folder)
-    size = config.size or model.config.resolution
-    if size % model.stride:
-        raise InputError(f"size={size}; this model takes multiples of {model.stride} pixels")
+    size = fitting_size(config.size, model)
     paths = list_images(config.data, split=config.split)
     skipped: dict[str, str] = {}
     tiles = evaluation_tiles(
@@ -312,9 +315,5 @@ def _conditions(
         "processes": world.size,
         "batch_size": batch_size,
         "device": f"{device.type} {name}".strip(),
-        "versions": {
-            "msvq_fast": msvq_fast.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": VERSIONS,
     }

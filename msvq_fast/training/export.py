@@ -22,13 +22,13 @@ from torch.export import Dim, ExportedProgram
 from torch.torch_version import TorchVersion
 
 import msvq_fast
-from msvq_fast.data import list_images, read_image, resize_short_side, to_float
-from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
+from msvq_fast.data import list_images, read_centre, to_float
+from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, weights_digest
 from msvq_fast.ops import InputError, nearest_code
 from msvq_fast.ops.checks import WorkError
 from msvq_fast.ops.vector_quantize import portable
-from msvq_fast.training.checkpoint import find_model, weights_digest
-from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.checkpoint import find_model
+from msvq_fast.training.inference import fitting_size, inference_mode
 from msvq_fast.training.results import check_writable, writing
 from msvq_fast.training.share_config import ExportConfig
 
@@ -78,9 +78,7 @@ def run_export(config: ExportConfig) -> None:
         _need_onnx()
     folder = find_model(config.checkpoint)
     model = from_pretrained(folder, backend="reference").eval()
-    size = config.size or model.config.resolution
-    if size < 1 or size % model.stride:
-        raise InputError(f"size={size}; this model takes multiples of {model.stride} pixels")
+    size = fitting_size(config.size, model)
     out = Path(config.out)
     check_writable(out)
     temporary = out / f".export.{os.getpid()}"
@@ -239,12 +237,8 @@ def _write(program: ExportedProgram, path: Path, inputs: list[str], outputs: lis
 
 def _photographs(size: int) -> Tensor:
     """Built-in photographs ``(3, 3, size, size)`` in [-1, 1], cut from the centre."""
-    images = []
-    for path in list_images("builtin:photos", split="val"):
-        image = resize_short_side(read_image(path), size)
-        top, left = ((side - size) // 2 for side in image.shape[1:])
-        images.append(to_float(image[:, top : top + size, left : left + size]))
-    return torch.stack(images)
+    paths = list_images("builtin:photos", split="val")
+    return to_float(torch.stack([read_centre(path, size, size) for path in paths]))
 
 
 def _need_onnx() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msvq_fast.metrics import load_lpips
 from msvq_fast.models import MSVQVAE, VQVAE2, MSVQVAEOutput
 from msvq_fast.nn.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from msvq_fast.ops.checks import InputError
@@ -192,6 +193,4 @@ def last_layer(model: MSVQVAE | VQVAE2) -> nn.Parameter:
 def _load_lpips(weights: str | None) -> nn.Module:
     if weights is None:
         raise InputError("perceptual_weight needs lpips_weights, the file of its network")
-    from msvq_fast.metrics import load_lpips
-
     return load_lpips(weights)

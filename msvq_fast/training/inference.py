@@ -1,4 +1,4 @@
-"""How a trained model is run when its figures and pictures must be exact."""
+"""How a trained model is run when its figures and pictures must be exact, and on which sizes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+from msvq_fast.models import MSVQVAE, VQVAE2
+from msvq_fast.ops import InputError
 
 
 @contextlib.contextmanager
@@ -19,3 +22,15 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def fitting_size(size: int | None, model: MSVQVAE | VQVAE2) -> int:
+    """Side of square images in pixels, by default the model's resolution.
+
+    Raises:
+        InputError: Unless the model takes it.
+    """
+    size = size or model.config.resolution
+    if size < 1 or size % model.stride:
+        raise InputError(f"size={size}; this model takes multiples of {model.stride} pixels")
+    return size

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import platform
 from collections.abc import Callable
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def versions() -> dict[str, str]:
         "msvq_fast": msvq_fast.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": metadata.version("triton") if find_spec("triton") else "not installed",
         "CUDA": f"{cuda} in torch; devices: {devices}",
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(torch.get_num_threads()),
@@ -166,11 +167,3 @@ def _sample_calls(device: str) -> dict[str, Callable[[str], object]]:
         "multiscale_loss": lambda b: ops.multiscale_loss([image, image], image, backend=b),
         "local_attention": attend,
     }
-
-
-def _version(package: str) -> str:
-    from importlib import metadata
-
-    if importlib.util.find_spec(package) is None:
-        return "not installed"
-    return metadata.version(package)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,7 @@ from msvq_fast.ops.checks import InputError
 from msvq_fast.training import checkpoint, distributed, resume
 from msvq_fast.training.config import TrainConfig, how_computed
 from msvq_fast.training.distributed import World
-from msvq_fast.training.failure import explain
 from msvq_fast.training.image_losses import ImageLosses
-from msvq_fast.training.interrupt import StopSignals
 from msvq_fast.training.optimizer import (
     WHY_UNSTABLE,
     Schedule,
@@ -33,8 +29,8 @@ from msvq_fast.training.optimizer import (
     optimizer_settings,
     warmup_steps,
 )
-from msvq_fast.training.progress import MetricsFile, open_display
-from msvq_fast.training.results import write_text
+from msvq_fast.training.progress import AUTOENCODER_COLUMNS
+from msvq_fast.training.run import Run
 from msvq_fast.training.validation import load_held_out, validate
 from msvq_fast.training.window import Window, check_weights
 
@@ -57,41 +53,30 @@ def run_train(config: TrainConfig) -> int:
         distributed.join(config.device) as world,
         distributed.determinism(config.deterministic, world),
     ):
-        run = _Run(config, world)
-        try:
-            with StopSignals() as signals:
-                return run.train(signals)
-        finally:
-            run.close()
+        return _Run(config, world).run()
 
 
-class _Run:
-    """One process of a training run.
-
-    Attributes:
-        step: Optimiser steps done; with the configuration it decides everything that follows.
-    """
+class _Run(Run):
+    config: TrainConfig
 
     def __init__(self, config: TrainConfig, world: World) -> None:
-        self.config = config
-        self.world = world
-        self.out = Path(config.out)
+        super().__init__(config, world)
         model_config = models.preset_config(config.preset, **config.model.given())
         self.model_config = model_config
         self._find_data()
         self._plan()
-        start = distributed.first_decides(
-            lambda: resume.choose_checkpoint(config, lambda text: print(text, flush=True)), world
-        )
-        state: dict[str, Any] = {"step": 0, "best": None}
+        start, state = self._choose_start()
         if start is not None:
-            state = checkpoint.read_state(start)
             resume.check_same_run(start, state, config, model_config, self.images, world.size)
-        self.step: int = state["step"]
-        self.best = resume.best_of_run(start, state, self.out)
-        resume.check_steps_left(start, self.step, self.total_steps, config)
+        self._go_on_from(start, state)
         self._build(start)
-        self._open_files(state)
+        self._open_files(
+            state,
+            grids=[f"{side}x{side}" for side in model_config.latents],
+            columns=AUTOENCODER_COLUMNS,
+            notes=self._notes(),
+            tensorboard=config.tensorboard,
+        )
 
     def _find_data(self) -> None:
         config, size = self.config, self.model_config.resolution
@@ -110,8 +95,8 @@ class _Run:
         self.reported: set[str] = set()
         self.warned = False
         self.unseen: dict[str, str] = {}  # validation images that cannot be read, and why
-        self.tiles: Tensor | None = None
-        if config.validate_every:  # now, so that an error does not come after an epoch
+        self.validates = config.validate_every > 0
+        if self.validates:  # now, so that an error does not come after an epoch
             held_out = list(list_named_images(config.data, split="val").values())
             cut: dict[str, Any] = {"size": size, "resize": config.resize, "crop": config.crop}
             limit = config.validation_tiles
@@ -119,6 +104,7 @@ class _Run:
 
     def _plan(self) -> None:
         config = self.config
+        self.group = config.batch_size * config.accumulate * self.world.size
         micro = batches_per_epoch(
             len(self.dataset), batch_size=config.batch_size, world_size=self.world.size
         )
@@ -170,7 +156,7 @@ class _Run:
             self.window.load_state_dict(saved["window"])
             self.losses.load_state_dict(saved.get("image_losses", {}))
         elif model_config.codebook_init == "kmeans":
-            with contextlib.closing(self._epoch(0)) as stream:
+            with contextlib.closing(self._batches()) as stream:
                 self.model.initialise_codebooks(self._to_device(next(stream)))
         self.wrapped = distributed.wrap(self.model, world)
         if config.compile and config.memory == "default":
@@ -178,79 +164,30 @@ class _Run:
         elif config.compile:
             self.model.compile_parts()
 
-    def _open_files(self, state: dict[str, Any]) -> None:
-        self.metrics = None
-        if self.world.leads:
-            (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            self.metrics = MetricsFile(
-                self.out, step=self.step, tensorboard=self.config.tensorboard
-            )
-            text = json.dumps(self.config.to_dict(), indent=1)
-            write_text(self.out / "config.json", text + "\n")
-        self.display = open_display(
-            leads=self.world.leads,
-            step=self.step,
-            total_steps=self.total_steps,
-            grids=[f"{side}x{side}" for side in self.model_config.latents],
-        )
+    def _notes(self) -> list[str]:
+        """What the run is, and what to beware of."""
         parameters = sum(p.numel() for p in self.model.parameters())
-        files = len(self.dataset.paths)
-        self.display.message(
+        notes = [
             f"{self.config.preset}: {parameters / 1e6:.2f} M parameters on {self.world.device}"
-            f" x {self.world.size}; {files} images, {len(self.dataset)} crops of"
+            f" x {self.world.size}; {len(self.dataset.paths)} images, {len(self.dataset)} crops of"
             f" {self.dataset.size} px an epoch; {self.steps_per_epoch} steps an epoch,"
-            f" {self.total_steps} in all; into {self.out}"
-        )
-        for reason in self.unseen.values():
-            self.display.message(f"skipped validation image: {reason}")
+            f" {self.total_steps} in all; into {self.out}",
+            *(f"skipped validation image: {reason}" for reason in self.unseen.values()),
+        ]
         if is_unstable(self.betas):
-            self.display.message(f"warning: betas={self.betas} {WHY_UNSTABLE}")
-        if self.step:
-            done = "; nothing is left to train" if self.step >= self.total_steps else ""
-            self.display.message(f"going on after step {self.step}{done}")
-            changes = resume.describe_changes(state, self.config, self.images, self.world.size)
-            changes += resume.describe_computation(state, self.config, self.world.device.type)
-            for change in changes:
-                self.display.message(f"warning: {change}")
+            notes.append(f"warning: betas={self.betas} {WHY_UNSTABLE}")
+        return notes
 
-    def close(self) -> None:
-        """Give the terminal back and close the files."""
-        self.display.close()
-        if self.metrics is not None:
-            self.metrics.close()
+    def _changes(self, state: dict[str, Any]) -> list[str]:
+        return resume.describe_changes(state, self.config, self.images, self.world.size)
 
-    def train(self, signals: StopSignals) -> int:
-        """Run to the end or to a signal; see `run_train`."""
-        self.mark = time.perf_counter()
-        self.marked_step = self.step
-        try:
-            while self.step < self.total_steps:
-                done = self.step % self.steps_per_epoch
-                with contextlib.closing(self._epoch(done)) as stream:
-                    left = min(self.steps_per_epoch - done, self.total_steps - self.step)
-                    for _ in range(left):
-                        self._optimizer_step(stream)
-                        stop = distributed.agree(signals.received or self.display.lost, self.world)
-                        self._after_step(stop)
-                        if stop:
-                            # The first process has saved: torchrun ends it as soon as one has left.
-                            distributed.agree(stop, self.world)
-                            self.display.message(f"stopped after step {self.step}, saved")
-                            return 128 + stop
-        except RuntimeError as error:
-            told = explain(error, self.step + 1, self.out, self.betas, self.world)
-            if told is None:
-                raise
-            raise told from error
-        return 0
-
-    def _epoch(self, done: int) -> Generator[Tensor, None, None]:
-        """Micro-batches of the current epoch after its first ``done`` optimiser steps."""
+    def _batches(self) -> Generator[Tensor, None, None]:
+        epoch, done = divmod(self.step, self.steps_per_epoch)
         yield from batches(
             self.dataset,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
-            epoch=self.step // self.steps_per_epoch,
+            epoch=epoch,
             start_batch=done * self.config.accumulate,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -279,6 +216,8 @@ class _Run:
         self.losses.update(self.schedule(self.step))
         self.model.update_codebooks()
         self.step += 1
+        if self.world.device.type == "cpu" and self.world.size == 1:
+            self.window.check()  # elsewhere this would wait for the device: only where it must
 
     def _to_device(self, batch: Tensor) -> Tensor:
         if self.world.device.type == "cuda":
@@ -286,48 +225,10 @@ class _Run:
         batch = batch.to(self.world.device, non_blocking=True)
         return to_float(batch).contiguous(memory_format=self.memory_format)
 
-    def _after_step(self, stop: int) -> None:
-        """Whatever is due: check, log line, validation, checkpoint."""
-        config, step = self.config, self.step
-        self.display.advance(step)
-        if self.world.device.type == "cpu" and self.world.size == 1:
-            self.window.check()  # elsewhere this would wait for the device: only where it must
-        last = step == self.total_steps
-        epoch_end = step % self.steps_per_epoch == 0
-        if last or step % config.log_every == 0:
-            self._log()
-        paused = time.perf_counter()
-        best = False
-        if self.tiles is not None:
-            every = config.validate_every * self.steps_per_epoch
-            if last or step % every == 0:
-                best = self._validate(self.tiles)
-        every = config.checkpoint_every
-        if last or best or stop or (step % every == 0 if every else epoch_end):
-            self._save()
-        self.mark += time.perf_counter() - paused
-
     def _log(self) -> None:
         self.window.check()
         summary = self.window.read()
-        now = time.perf_counter()
-        rate = (self.step - self.marked_step) / max(now - self.mark, 1e-9)
-        self.mark, self.marked_step = now, self.step
-        group = self.config.batch_size * self.config.accumulate * self.world.size
-        self._record(
-            {
-                "kind": "train",
-                "step": self.step,
-                "total_steps": self.total_steps,
-                "epoch": self.step / self.steps_per_epoch,
-                **vars(summary),
-                **self.losses.read(),
-                "lr": self.schedule(self.step - 1),
-                "steps_per_second": rate,
-                "images_per_second": rate * group,
-                "eta_seconds": (self.total_steps - self.step) / rate,
-            }
-        )
+        self._record_steps({**vars(summary), **self.losses.read()})
         warning = summary.describe_unused()
         if warning and self.step >= self.steps_per_epoch and not self.warned:
             self.warned = True
@@ -341,26 +242,21 @@ class _Run:
                 f"skipped image {len(self.reported)} of {len(self.dataset.paths)}: {reason}"
             )
 
-    def _validate(self, tiles: Tensor) -> bool:
-        """Record the held-out figures; return whether they are the best so far."""
+    def _validate(self) -> bool:
         self.window.check()
         check_weights(self.model, self.optimizer, self.step)  # NaN latents have codes and images
         errors, psnr = validate(
-            self.model, tiles, batch_size=self.config.batch_size, world=self.world
+            self.model, self.tiles, batch_size=self.config.batch_size, world=self.world
         )
         record = {"kind": "validation", "step": self.step, "mse": errors, "psnr": psnr}
-        self._record({**record, "tiles": len(tiles)})
+        count = len(self.tiles)
+        self._record({**record, "tiles": count})
         # A resumed run may have other tiles, whose figures do not compare with those before.
-        best = self.best if self.best and self.best.get("tiles") in (None, len(tiles)) else None
+        best = self.best if self.best and self.best.get("tiles") in (None, count) else None
         if not math.isfinite(psnr[-1]) or (best and not psnr[-1] > best["psnr"]):
             return False
-        self.best = {"step": self.step, "psnr": psnr[-1], "tiles": len(tiles)}
+        self.best = {"step": self.step, "psnr": psnr[-1], "tiles": count}
         return True
-
-    def _record(self, record: dict[str, Any]) -> None:
-        if self.metrics is not None:
-            self.metrics.write(record)
-        self.display.log(record)
 
     def _save(self) -> None:
         self.window.check()
@@ -389,9 +285,4 @@ class _Run:
                 "config": self.config.to_dict(),
                 "model_config": resume.describe_model(self.model_config),
             },
-        )
-        checkpoint.prune_checkpoints(
-            self.out,
-            keep_last=self.config.keep_last,
-            best_step=self.best["step"] if self.best is not None else None,
         )

@@ -134,7 +134,7 @@ class BatchMemory:
     Attributes:
         per_image: Bytes that another image adds, where images and not the gradients of the
             parameters make the peak.
-        rest: Bytes that are left for a batch of none, the state included.
+        rest: Bytes that do not grow, the state included.
     """
 
     per_image: int

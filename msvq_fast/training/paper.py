@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from msvq_fast.models import PAPER_PARAMETERS
 
 
 @dataclass(frozen=True)
@@ -30,31 +33,19 @@ class PaperRow:
     rfid: float
 
 
-PAPER_RESULTS: dict[str, PaperRow] = {
-    "vqvae2-celebahq1024-l": PaperRow(
-        2.2, (100, 69, 18), (179, 146, 35), 2.35e-3, 0.75, 0.39, 26.28, 64.47
-    ),
-    "celebahq1024-l": PaperRow(
-        54.3, (38, 76, 100), (88, 170, 163), 2.43e-3, 0.75, 0.38, 26.13, 65.05
-    ),
-    "vqvae2-celebahq1024-m": PaperRow(
-        2.2, (100, 38, 7), (135, 81, 11), 1.30e-3, 0.80, 0.28, 28.85, 38.76
-    ),
-    "celebahq1024-m": PaperRow(
-        25.3, (100, 100, 100), (222, 195, 121), 1.15e-3, 0.81, 0.25, 29.36, 38.38
-    ),
-    "vqvae2-celebahq1024-s": PaperRow(
-        2.1, (100, 100, 35), (110, 194, 54), 0.60e-3, 0.88, 0.14, 32.18, 6.44
-    ),
-    "celebahq1024-s": PaperRow(
-        13.5, (67, 72, 100), (142, 118, 109), 0.52e-3, 0.90, 0.13, 32.79, 6.98
-    ),
-    "vqvae2-imagenet256-l": PaperRow(
-        1.4, (100, 100), (559, 699), 1.79e-3, 0.82, 0.195, 27.46, 22.17
-    ),
-    "imagenet256-l": PaperRow(37.4, (100, 100), (815, 599), 1.54e-3, 0.83, 0.164, 28.10, 18.00),
-    "vqvae2-imagenet256-s": PaperRow(
-        1.3, (100, 100), (273, 380), 0.59e-3, 0.93, 0.058, 32.23, 5.39
-    ),
-    "imagenet256-s": PaperRow(9.4, (100, 100), (371, 262), 0.50e-3, 0.93, 0.046, 32.95, 4.49),
+# Of a row all but the parameters, in their order.
+_FIGURES: dict[str, tuple[Any, ...]] = {
+    "vqvae2-celebahq1024-l": ((100, 69, 18), (179, 146, 35), 2.35e-3, 0.75, 0.39, 26.28, 64.47),
+    "celebahq1024-l": ((38, 76, 100), (88, 170, 163), 2.43e-3, 0.75, 0.38, 26.13, 65.05),
+    "vqvae2-celebahq1024-m": ((100, 38, 7), (135, 81, 11), 1.30e-3, 0.80, 0.28, 28.85, 38.76),
+    "celebahq1024-m": ((100, 100, 100), (222, 195, 121), 1.15e-3, 0.81, 0.25, 29.36, 38.38),
+    "vqvae2-celebahq1024-s": ((100, 100, 35), (110, 194, 54), 0.60e-3, 0.88, 0.14, 32.18, 6.44),
+    "celebahq1024-s": ((67, 72, 100), (142, 118, 109), 0.52e-3, 0.90, 0.13, 32.79, 6.98),
+    "vqvae2-imagenet256-l": ((100, 100), (559, 699), 1.79e-3, 0.82, 0.195, 27.46, 22.17),
+    "imagenet256-l": ((100, 100), (815, 599), 1.54e-3, 0.83, 0.164, 28.10, 18.00),
+    "vqvae2-imagenet256-s": ((100, 100), (273, 380), 0.59e-3, 0.93, 0.058, 32.23, 5.39),
+    "imagenet256-s": ((100, 100), (371, 262), 0.50e-3, 0.93, 0.046, 32.95, 4.49),
+}
+PAPER_RESULTS = {
+    name: PaperRow(PAPER_PARAMETERS[name], *figures) for name, figures in _FIGURES.items()
 }

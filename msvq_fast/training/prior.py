@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
-from pathlib import Path
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -20,12 +19,10 @@ from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig, Pri
 from msvq_fast.training import checkpoint, distributed, resume
 from msvq_fast.training.config import how_computed
 from msvq_fast.training.distributed import World
-from msvq_fast.training.failure import explain
-from msvq_fast.training.interrupt import StopSignals
 from msvq_fast.training.optimizer import Schedule, load_moments, warmup_steps
 from msvq_fast.training.prior_config import PRIOR_FREE_ON_RESUME, TrainPriorConfig
-from msvq_fast.training.progress import PRIOR_COLUMNS, MetricsFile, open_display
-from msvq_fast.training.results import write_text
+from msvq_fast.training.progress import PRIOR_COLUMNS
+from msvq_fast.training.run import Run
 from msvq_fast.training.tokens import Tokens, load_tokens
 from msvq_fast.training.window import FirstBad, check_weights
 
@@ -45,12 +42,7 @@ def run_train_prior(config: TrainPriorConfig) -> int:
     """
     config.check()
     with distributed.join(config.device) as world:
-        run = _Run(config, world)
-        try:
-            with StopSignals() as signals:
-                return run.train(signals)
-        finally:
-            run.close()
+        return _Run(config, world).run()
 
 
 def build_prior(config: TrainPriorConfig, tokens: Tokens) -> AutoregressivePrior | MaskGITPrior:
@@ -105,24 +97,17 @@ def validate_prior(
     return (distributed.all_reduce_(total, world) / count).tolist()
 
 
-class _Run:
-    """One process of a training run.
-
-    Attributes:
-        step: Optimiser steps done; with the configuration it decides everything that follows.
-    """
+class _Run(Run):
+    config: TrainPriorConfig
 
     def __init__(self, config: TrainPriorConfig, world: World) -> None:
-        self.config = config
-        self.world = world
+        super().__init__(config, world)
         self.device = device = world.device
-        self.out = Path(config.out)
         self.tokens = load_tokens(config.tokens)
         self.held_out = self._load_held_out()
+        self.validates = config.validate_every > 0 and self.held_out is not None
         self._plan()
-        start = distributed.first_decides(
-            lambda: resume.choose_checkpoint(config, lambda text: print(text, flush=True)), world
-        )
+        start, state = self._choose_start()
         torch.manual_seed(config.seed)
         self.prior = build_prior(config, self.tokens)
         self.description = {
@@ -134,9 +119,7 @@ class _Run:
         }
         if self.tokens.classes:
             self.description["classes"] = list(self.tokens.classes)
-        state: dict[str, Any] = {"step": 0, "best": None}
         if start is not None:
-            state = checkpoint.read_state(start)
             # An earlier version's checkpoint lacks later options; it ran with their defaults.
             defaults = {**TrainPriorConfig(tokens="").to_dict(), "processes": 1}
             resume.check_unchanged(
@@ -146,9 +129,7 @@ class _Run:
                 PRIOR_FREE_ON_RESUME | resume.free_rates(config),
             )
             self.prior = priors.from_pretrained(start, backend=config.backend)
-        self.step: int = state["step"]
-        self.best = resume.best_of_run(start, state, self.out)
-        resume.check_steps_left(start, self.step, self.total_steps, config)
+        self._go_on_from(start, state)
         self.prior.to(device).train()
         self.optimizer = torch.optim.AdamW(
             self.prior.parameters(),
@@ -167,7 +148,17 @@ class _Run:
             if world.leads:
                 self.sums.copy_(saved["window"])
         self.wrapped = distributed.wrap(self.prior, world)
-        self._open_files(state)
+        parameters = sum(p.numel() for p in self.prior.parameters())
+        self._open_files(
+            state,
+            grids=[f"{h}x{w}" for h, w in self.tokens.grids],
+            columns=PRIOR_COLUMNS,
+            notes=[
+                f"{config.kind}, {config.attention}: {parameters / 1e6:.2f} M parameters on "
+                f"{device} x {world.size}; {len(self.tokens)} images; "
+                f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; into {self.out}"
+            ],
+        )
 
     def _load_held_out(self) -> Tokens | None:
         if self.config.validation is None:
@@ -184,6 +175,7 @@ class _Run:
 
     def _plan(self) -> None:
         config = self.config
+        self.betas = config.betas
         self.group = config.batch_size * self.world.size
         self.steps_per_epoch = len(self.tokens) // self.group
         if self.steps_per_epoch == 0:
@@ -205,68 +197,18 @@ class _Run:
         how = how_computed(config.to_dict(), self.device.type)
         self.bf16 = how["precision"] == "bf16"
 
-    def _open_files(self, state: dict[str, Any]) -> None:
-        self.metrics = None
-        if self.world.leads:
-            (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            self.metrics = MetricsFile(self.out, step=self.step, tensorboard=False)
-            text = json.dumps(self.config.to_dict(), indent=1)
-            write_text(self.out / "config.json", text + "\n")
-        self.display = open_display(
-            leads=self.world.leads,
-            step=self.step,
-            total_steps=self.total_steps,
-            grids=[f"{h}x{w}" for h, w in self.tokens.grids],
-            columns=PRIOR_COLUMNS,
-        )
-        parameters = sum(p.numel() for p in self.prior.parameters())
-        self.display.message(
-            f"{self.config.kind}, {self.config.attention}: {parameters / 1e6:.2f} M parameters on "
-            f"{self.device} x {self.world.size}; {len(self.tokens)} images; "
-            f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; into {self.out}"
-        )
-        if self.step:
-            done = "; nothing is left to train" if self.step >= self.total_steps else ""
-            self.display.message(f"going on after step {self.step}{done}")
-            changes = resume.describe_rates(state, self.config)
-            changes += resume.describe_computation(state, self.config, self.device.type)
-            for change in changes:
-                self.display.message(f"warning: {change}")
+    def _changes(self, state: dict[str, Any]) -> list[str]:
+        return resume.describe_rates(state, self.config)
 
-    def close(self) -> None:
-        """Give the terminal back and close the files."""
-        self.display.close()
-        if self.metrics is not None:
-            self.metrics.close()
+    def _batches(self) -> Generator[Tensor, None, None]:
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        order = epoch_order(len(self.tokens), seed=self.config.seed, epoch=epoch)
+        for step in range(done, self.steps_per_epoch):
+            first = step * self.group + self.world.rank * self.config.batch_size
+            yield order[first : first + self.config.batch_size]
 
-    def train(self, signals: StopSignals) -> int:
-        """Run to the end or to a signal; see `run_train_prior`."""
-        self.mark, self.marked_step = time.perf_counter(), self.step
-        epoch, order = -1, torch.zeros(0)
-        try:
-            while self.step < self.total_steps:
-                if epoch != self.step // self.steps_per_epoch:
-                    epoch = self.step // self.steps_per_epoch
-                    order = epoch_order(len(self.tokens), seed=self.config.seed, epoch=epoch)
-                first = self.step % self.steps_per_epoch * self.group
-                first += self.world.rank * self.config.batch_size
-                self._optimizer_step(order[first : first + self.config.batch_size])
-                stop = distributed.agree(signals.received or self.display.lost, self.world)
-                self._after_step(stop)
-                if stop:
-                    # The first process has saved: torchrun ends it as soon as one has left.
-                    distributed.agree(stop, self.world)
-                    self.display.message(f"stopped after step {self.step}, saved")
-                    return 128 + stop
-        except RuntimeError as error:
-            told = explain(error, self.step + 1, self.out, self.config.betas, self.world)
-            if told is None:
-                raise
-            raise told from error
-        return 0
-
-    def _optimizer_step(self, rows: Tensor) -> None:
-        config = self.config
+    def _optimizer_step(self, stream: Iterator[Tensor]) -> None:
+        config, rows = self.config, next(stream)
         codes = [c.to(self.device, non_blocking=True) for c in self.tokens.batch(rows)]
         # Masks and dropout follow from the step and the process alone, so that a resumed run needs
         # no random state.
@@ -298,24 +240,6 @@ class _Run:
         labels = self.tokens.labels[rows].masked_fill(dropped, len(self.tokens.classes))
         return labels.to(self.device, non_blocking=True)
 
-    def _after_step(self, stop: int) -> None:
-        """Whatever is due: log line, validation, checkpoint."""
-        config, step = self.config, self.step
-        self.display.advance(step)
-        last = step == self.total_steps
-        if last or step % config.log_every == 0:
-            self._log()
-        paused = time.perf_counter()
-        best = False
-        if config.validate_every and self.held_out is not None:
-            every = config.validate_every * self.steps_per_epoch
-            if last or step % every == 0:
-                best = self._validate(self.held_out)
-        every = config.checkpoint_every or self.steps_per_epoch
-        if last or best or stop or step % every == 0:
-            self._save()
-        self.mark += time.perf_counter() - paused
-
     def _reduce(self) -> None:
         """Bring the sums of all processes into rank 0's; the others' become zero."""
         self.first_bad.check()
@@ -327,26 +251,11 @@ class _Run:
         self._reduce()
         loss, *nll = (self.sums[:-1] / self.sums[-1].clamp_min(1)).tolist()
         self.sums.zero_()
-        now = time.perf_counter()
-        rate = (self.step - self.marked_step) / max(now - self.mark, 1e-9)
-        self.mark, self.marked_step = now, self.step
-        self._record(
-            {
-                "kind": "train",
-                "step": self.step,
-                "total_steps": self.total_steps,
-                "epoch": self.step / self.steps_per_epoch,
-                "loss": loss,
-                "nll": nll,
-                "lr": self.schedule(self.step - 1),
-                "steps_per_second": rate,
-                "images_per_second": rate * self.group,
-                "eta_seconds": (self.total_steps - self.step) / rate,
-            }
-        )
+        self._record_steps({"loss": loss, "nll": nll})
 
-    def _validate(self, held_out: Tokens) -> bool:
-        """Record the held-out figures; return whether they are the best so far."""
+    def _validate(self) -> bool:
+        held_out = self.held_out
+        assert held_out is not None
         self.first_bad.check()
         check_weights(self.prior, self.optimizer, self.step)
         config = self.config
@@ -365,11 +274,6 @@ class _Run:
         self.best = {"step": self.step, "nats": nats, "of": of}
         return True
 
-    def _record(self, record: dict[str, Any]) -> None:
-        if self.metrics is not None:
-            self.metrics.write(record)
-        self.display.log(record)
-
     def _save(self) -> None:
         self._reduce()
         check_weights(self.prior, self.optimizer, self.step)
@@ -387,8 +291,6 @@ class _Run:
                 "model_config": self.description,
             },
         )
-        best = None if self.best is None else self.best["step"]
-        checkpoint.prune_checkpoints(self.out, keep_last=self.config.keep_last, best_step=best)
 
 
 def _digest(tokens: Tokens) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from msvq_fast.training.config import check_least
+
 
 @dataclass
 class TrainPriorConfig:
@@ -84,12 +86,7 @@ class TrainPriorConfig:
         """Raise InputError for the first field out of its range, in one line."""
         from msvq_fast.ops.checks import InputError
 
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise InputError(f"{name}={value}; expected at least {least}")
-            if value == float("inf"):
-                raise InputError(f"{name}={value}; expected a finite number")
+        check_least(self, _LEAST)
         if not 0 < self.lr < float("inf"):
             raise InputError(f"lr={self.lr}; expected a positive finite number")
         for name in ("min_lr_fraction", "label_smoothing", "label_dropout"):

@@ -171,7 +171,7 @@ def open_display(
     step: int,
     total_steps: int,
     grids: list[str],
-    columns: tuple[Column, ...] = AUTOENCODER_COLUMNS,
+    columns: tuple[Column, ...],
 ) -> Display:
     """Return the view for this process: live on a terminal, lines in pipes and CI, else silent."""
     if not leads:
@@ -301,8 +301,7 @@ def _open_events(folder: Path, step: int) -> Any:
         raise InputError(
             "tensorboard=True, but TensorBoard is not installed; pip install tensorboard"
         ) from None
-    writer: Any = SummaryWriter  # untyped in torch
-    return writer(str(folder / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _line(record: dict[str, Any]) -> str:

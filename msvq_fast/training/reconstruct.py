@@ -24,7 +24,7 @@ from msvq_fast.data import (
 )
 from msvq_fast.metrics import mse, psnr_from_mse, to_unit_range
 from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, sum_contributions
-from msvq_fast.ops import InputError
+from msvq_fast.ops.checks import InputError, check_at_least
 from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.config import ReconstructConfig
 from msvq_fast.training.distributed import choose_device
@@ -96,8 +96,7 @@ def run_reconstruct(config: ReconstructConfig) -> Path:
     Raises:
         InputError: For a bad checkpoint, setting or output path, or if no image is left.
     """
-    if config.limit < 1:
-        raise InputError(f"limit={config.limit}; expected at least 1")
+    check_at_least(1, limit=config.limit)
     device = choose_device(config.device)
     model = from_pretrained(find_model(config.checkpoint))
     size = config.size or max(model.config.resolution, _LEAST_SIDE)

@@ -19,7 +19,7 @@ from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from msvq_fast.ops import InputError
+from msvq_fast.data import write_whole
 
 RESULTS_FILE, PER_IMAGE_FILE = "results.json", "per_image.csv"
 
@@ -165,8 +165,7 @@ class EvaluationResult:
         """Plain values for JSON, without ``per_image``; an infinite PSNR becomes None."""
         values = dataclasses.asdict(dataclasses.replace(self, per_image=()))
         del values["per_image"]
-        plain: dict[str, Any] = _without_infinities(values)
-        return plain
+        return _without_infinities(values)
 
 
 def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> None:
@@ -183,7 +182,7 @@ def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> 
     text = table.getvalue().encode(errors="backslashreplace").decode()
     folder = Path(out_dir)
     write_text(folder / PER_IMAGE_FILE, text)
-    write_text(folder / RESULTS_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
+    write_json(folder / RESULTS_FILE, result.to_dict(), indent=2)
 
 
 def print_table(result: EvaluationResult, file: IO[str] | None = None) -> None:
@@ -237,21 +236,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; folders above it are made.
+    """`write_whole` in UTF-8."""
+    write_whole(path, text.encode())
 
-    Raises:
-        InputError: If it cannot be written.
-    """
-    temporary = path.with_name(f".{secrets.token_hex(6)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+def write_json(path: Path, values: Any, *, indent: int = 1) -> None:
+    """`write_whole` as JSON."""
+    write_text(path, json.dumps(values, indent=indent) + "\n")
 
 
 def _without_infinities(value: Any) -> Any:

@@ -101,8 +101,7 @@ def best_of_run(start: Path | None, state: dict[str, Any], out: Path) -> dict[st
     """
     if start is None or start.resolve().parent != (out / CHECKPOINTS).resolve():
         return None
-    best: dict[str, Any] | None = state["best"]
-    return best
+    return state["best"]
 
 
 def check_steps_left(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -16,23 +15,22 @@ from torch import Tensor
 
 from msvq_fast import priors
 from msvq_fast.data import (
-    read_image,
-    resize_short_side,
+    read_centre,
     save_png,
     signed_to_uint8,
     to_float,
     to_uint8,
 )
-from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, sum_contributions
-from msvq_fast.ops import InputError
+from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, sum_contributions, weights_digest
+from msvq_fast.ops.checks import InputError, check_at_least
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior
 from msvq_fast.priors.maskgit import halton_rank
-from msvq_fast.training.checkpoint import STATE, find_model, read_state, weights_digest
+from msvq_fast.training.checkpoint import STATE, find_model, read_state
 from msvq_fast.training.distributed import choose_device, require_one_process
 from msvq_fast.training.inference import inference_mode
 from msvq_fast.training.prior_config import SampleConfig
 from msvq_fast.training.progress import counting
-from msvq_fast.training.results import check_writable, write_text
+from msvq_fast.training.results import check_writable, write_json
 
 _GROUPS = 4  # parts of a coarse grid that are predicted from the others
 _COLUMNS = 8
@@ -111,7 +109,7 @@ def run_sample(config: SampleConfig) -> Path:
         "scores": drawn.scores,
         "images_per_second": rate,
     }
-    write_text(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), record)
     print(f"{keep * config.variations} images in {seconds:.2f} s, {rate:.2f} images/s; wrote {out}")
     return out
 
@@ -230,11 +228,7 @@ def _inpainting(
     """The image with a grey hole, and its codes ``(1, h_m, w_m)``, -1 where they are drawn."""
     assert config.inpaint is not None
     height, width = (side * model.stride for side in prior.config.grids[0])
-    image = read_image(config.inpaint)
-    short = max(height, width)
-    image = resize_short_side(image, short)
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-    image = image[:, top : top + height, left : left + width].contiguous()
+    image = read_centre(config.inpaint, height, width)
     codes = model.encode(to_float(image.to(device))[None])
     fixed = []
     for grid in codes:
@@ -257,9 +251,9 @@ def _hole(config: SampleConfig, height: int, width: int) -> Tensor:
 
 def _check(config: SampleConfig) -> int:
     """Check what needs no model; returns how many coarse images are kept."""
-    for name in ("images", "variations", "batch_size"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}={getattr(config, name)}; expected at least 1")
+    check_at_least(
+        1, images=config.images, variations=config.variations, batch_size=config.batch_size
+    )
     if config.guidance and not config.labels:
         raise InputError(f"guidance={config.guidance} without labels; expected labels, or null")
     top, left, bottom, right = config.region

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from msvq_fast.training.distributed import World, gather
 from msvq_fast.training.inference import inference_mode
 from msvq_fast.training.judges import FeatureSet, compare_sets, load_judges
 from msvq_fast.training.progress import counting
-from msvq_fast.training.results import RESULTS_FILE, SetQuality, check_writable, write_text
+from msvq_fast.training.results import RESULTS_FILE, SetQuality, check_writable, write_json
 
 
 def run_evaluate_samples(config: EvaluateConfig, world: World) -> SetQuality:
@@ -63,7 +62,7 @@ def run_evaluate_samples(config: EvaluateConfig, world: World) -> SetQuality:
         settings = {**dataclasses.asdict(config), "skipped": skipped, "processes": world.size}
         settings["versions"] = {"torch": torch.__version__}
         record = {"samples": dataclasses.asdict(result), "settings": settings}
-        write_text(Path(config.out) / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
+        write_json(Path(config.out) / RESULTS_FILE, record, indent=2)
         print(result.describe())
         for reason in skipped.values():
             print(f"skipped: {reason}")

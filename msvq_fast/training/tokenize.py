@@ -23,12 +23,12 @@ from msvq_fast.data import (
     relative_names,
     to_float,
 )
-from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
-from msvq_fast.ops import InputError
-from msvq_fast.training.checkpoint import find_model, weights_digest
+from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, weights_digest
+from msvq_fast.ops.checks import InputError, check_at_least
+from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.config import TokenizeConfig
 from msvq_fast.training.distributed import choose_device, require_one_process
-from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.inference import fitting_size, inference_mode
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import check_writable
 from msvq_fast.training.tokens import INDEX, read_index, read_shard, write_index, write_shard
@@ -50,17 +50,15 @@ def run_tokenize(config: TokenizeConfig) -> Path:
             several processes.
     """
     require_one_process("tokenize", "start it without torchrun")
-    for name in ("batch_size", "shard_size", "repeat"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}={getattr(config, name)}; expected at least 1")
+    check_at_least(
+        1, batch_size=config.batch_size, shard_size=config.shard_size, repeat=config.repeat
+    )
     if config.crop != "random" and (config.repeat != 1 or config.flip):
         raise InputError(f"crop={config.crop} has no repeat and no flip; they are of crop=random")
     device = choose_device(config.device)
     folder = find_model(config.checkpoint)
     model = from_pretrained(folder).to(device)
-    size = config.size or model.config.resolution
-    if size < 1 or size % model.stride:
-        raise InputError(f"size={size}; this model takes multiples of {model.stride} pixels")
+    size = fitting_size(config.size, model)
     if model.config.num_codes > _MOST_CODES:
         raise InputError(f"num_codes={model.config.num_codes}; 16 bits hold {_MOST_CODES} codes")
     files, labels = _list(config)
@@ -115,7 +113,7 @@ def _list(config: TokenizeConfig) -> tuple[list[ImagePath], list[str]]:
 
 
 def _by_value(name: str) -> tuple[int, str]:
-    """Classes that are called by numbers in the order of these."""
+    """Sort key: names that are numbers in the order of these, after all others."""
     return (int(name) if name.isdecimal() else -1), name
 
 

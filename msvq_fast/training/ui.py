@@ -13,8 +13,7 @@ from torch import Tensor
 from msvq_fast import priors
 from msvq_fast.data import (
     code_map,
-    read_image,
-    resize_short_side,
+    read_centre,
     signed_to_uint8,
     to_float,
     to_uint8,
@@ -66,9 +65,7 @@ class Viewer:
     def read(self, path: str | Path) -> Tensor:
         """The centre of an image as the model takes it: ``(1, 3, S, S)`` in [-1, 1]."""
         size = self.model.config.resolution
-        image = resize_short_side(read_image(path), size)
-        top, left = ((side - size) // 2 for side in image.shape[1:])
-        return to_float(image[:, top : top + size, left : left + size].to(self.device))[None]
+        return to_float(read_centre(path, size, size).to(self.device))[None]
 
     def look(self, path: str | Path) -> tuple[Shown, Shown, Shown]:
         """Partial sums, contributions and token maps of an image, coarse to fine."""

@@ -77,11 +77,11 @@ def native_blur(
     native._C.gaussian_blur_cpu(
         x.data_ptr(),
         out.data_ptr(),
-        native._TYPES[x.dtype],
+        native.IMAGE_TYPES[x.dtype],
         (batch * channels if nchw else batch, height, width, 1 if nchw else channels),
         taps_y,
         taps_x,
-        native._BORDERS[border],
+        native.BORDERS[border],
         adjoint,
         threads,
         isa,

@@ -18,13 +18,13 @@ def arguments_of(contributions, x, grads, weights, border, radius, factors, *poi
     nchw = x.is_contiguous()
     return native._C.MultiscaleLossArguments(
         x.data_ptr(),
-        native._TYPES[x.dtype],
+        native.IMAGE_TYPES[x.dtype],
         [c.data_ptr() for c in contributions],
         [0 if g is None else g.data_ptr() for g in grads],
-        native._TYPES[contributions[0].dtype],
+        native.IMAGE_TYPES[contributions[0].dtype],
         (batch * channels if nchw else batch, height, width, 1 if nchw else channels),
         taps(2 * radius + 1),
-        native._BORDERS[border],
+        native.BORDERS[border],
         weights,
         factors,
         *(0 if p is None else p.data_ptr() for p in pointers),

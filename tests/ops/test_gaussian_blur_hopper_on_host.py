@@ -32,11 +32,11 @@ def on_host(
     ran = native._C.gaussian_blur_hopper_on_host(
         x.data_ptr(),
         out.data_ptr(),
-        native._TYPES[x.dtype],
+        native.IMAGE_TYPES[x.dtype],
         (batch * channels if nchw else batch, height, width, 1 if nchw else channels),
         taps_y,
         taps_y if taps_x is None else taps_x,
-        native._BORDERS[border],
+        native.BORDERS[border],
         adjoint,
         processors,
         order,

@@ -34,10 +34,10 @@ def on_host(
         x.data_ptr(),
         once.data_ptr(),
         twice.data_ptr(),
-        native._TYPES[x.dtype],
+        native.IMAGE_TYPES[x.dtype],
         (x.shape[0] * x.shape[1], *x.shape[2:]),
         kernel,
-        native._BORDERS[border],
+        native.BORDERS[border],
         processors,
         order,
     )

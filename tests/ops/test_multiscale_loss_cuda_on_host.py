@@ -202,7 +202,7 @@ def test_an_empty_mean_is_not_a_number() -> None:
 
 
 def test_says_what_fits_a_block() -> None:
-    reflect, replicate = native._BORDERS["reflect"], native._BORDERS["replicate"]
+    reflect, replicate = native.BORDERS["reflect"], native.BORDERS["replicate"]
     for room in (99 << 10, 163 << 10, ROOM):
         assert _C.multiscale_loss_cuda_fits(3, 31, reflect, room)
         assert _C.multiscale_loss_cuda_fits(3, 31, replicate, room)

@@ -234,8 +234,10 @@ def test_what_the_kernel_does_not_take_is_said() -> None:
         ((torch.zeros(64, 65537), codebook, 0), "up to 65536 latents"),
     ):
         assert reason in str(native_hopper.unsupported(*args))
+    built = hasattr(native_hopper._C, "vector_quantize_hopper")
+    reason = "capability 9.0" if built else "no kernel for Hopper"
     for args in ((torch.zeros(64, 65536), codebook, 0), (torch.zeros(65537, 64), codebook)):
-        assert "capability 9.0" in str(native_hopper.unsupported(*args))
+        assert reason in str(native_hopper.unsupported(*args))
 
 
 def test_without_triton_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from msvq_fast.cli import main
 from msvq_fast.data import ImageDataset, evaluation_tiles, list_images, to_float
 from msvq_fast.ops import InputError
 from msvq_fast.training import tokenize
-from msvq_fast.training.checkpoint import weights_digest
 from msvq_fast.training.tokens import load_tokens, write_shard
 
 BATCH = 3
@@ -59,7 +58,7 @@ def test_decoded_tokens_are_the_reconstruction(
     assert tokens.grids == tuple((side, side) for side in (size // 8, size // 4))
     assert len(tokens) == len(tiles) > 9 and tokens.num_codes == 300
     assert int(tokens.batch(torch.arange(len(tiles)))[0].max()) > 255  # beyond one byte
-    assert tokens.index["settings"]["weights_sha256"] == weights_digest(saved)
+    assert tokens.index["settings"]["weights_sha256"] == models.weights_digest(saved)
     with torch.no_grad():
         for start in range(0, len(tiles), BATCH):
             rows = torch.arange(start, min(start + BATCH, len(tiles)))

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from msvq_fast import _C
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
-_BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
+# ImageType and Border in C++, of the multi-scale loss too.
+IMAGE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
 _CUDA_MAX_TAPS = 129
 # Whether Hopper GPUs blur on their tensor cores where that is quicker: one blur of float16 or
 # bfloat16 (gaussian_blur_hopper.h), two of float32 in one pass (multiscale_loss_hopper.h).
 TENSOR_CORES = True
-_CPU_MAX_TAPS = 8191  # a thread keeps as many rows, each as much wider than the image
+CPU_MAX_TAPS = 8191  # a thread keeps as many rows, each as much wider than the image
 
 
 def unsupported(
@@ -24,11 +25,11 @@ def unsupported(
     """Why this call cannot run here, or None."""
     if x.device.type not in ("cpu", "cuda"):
         return f"the kernels run on CPU and CUDA tensors, x is on {x.device}"
-    if x.dtype not in _TYPES:
+    if x.dtype not in IMAGE_TYPES:
         return f"the kernels take float32, float16, bfloat16 or uint8, x is {x.dtype}"
     if x.device.type == "cpu":
-        few = max(len(taps_y), len(taps_x)) <= _CPU_MAX_TAPS
-        return None if few else f"the CPU kernel takes up to {_CPU_MAX_TAPS} taps"
+        few = max(len(taps_y), len(taps_x)) <= CPU_MAX_TAPS
+        return None if few else f"the CPU kernel takes up to {CPU_MAX_TAPS} taps"
     if not hasattr(_C, "gaussian_blur_cuda"):
         return "msvq_fast._C was built without CUDA (no nvcc was found)"
     if max(len(taps_y), len(taps_x)) > _CUDA_MAX_TAPS:
@@ -42,8 +43,7 @@ def gaussian_blur(
     x: Tensor, taps_y: Sequence[float], taps_x: Sequence[float], border: str, adjoint: bool
 ) -> Tensor:
     """Blur ``x (B, C, H, W)``, or apply the adjoint of the blur; keeps dtype and memory format."""
-    out: Tensor = _gaussian_blur(x, list(taps_y), list(taps_x), border, adjoint)
-    return out
+    return _gaussian_blur(x, list(taps_y), list(taps_x), border, adjoint)
 
 
 @torch.library.custom_op(
@@ -59,11 +59,11 @@ def _gaussian_blur(
     arguments = (
         x.data_ptr(),
         out.data_ptr(),
-        _TYPES[x.dtype],
+        IMAGE_TYPES[x.dtype],
         (planes, height, width, inner),
         taps_y,
         taps_x,
-        _BORDERS[border],
+        BORDERS[border],
         adjoint,
     )
     if x.device.type == "cpu":
@@ -75,9 +75,7 @@ def _gaussian_blur(
     return out
 
 
-@_gaussian_blur.register_fake
-def _(x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool) -> Tensor:
-    return torch.empty_like(_dense(x))
+_gaussian_blur.register_fake(lambda x, *_: torch.empty_like(_dense(x)))
 
 
 def blur_twice(x: Tensor, taps: Sequence[float], border: str) -> tuple[Tensor, Tensor]:
@@ -98,10 +96,10 @@ def _blur_twice(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tens
                 x.data_ptr(),
                 once.data_ptr(),
                 twice.data_ptr(),
-                _TYPES[x.dtype],
+                IMAGE_TYPES[x.dtype],
                 (x.shape[0] * x.shape[1], *x.shape[2:]),
                 taps,
-                _BORDERS[border],
+                BORDERS[border],
                 x.device.index,
                 torch.cuda.current_stream().cuda_stream,
             ):
@@ -111,9 +109,7 @@ def _blur_twice(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tens
     return once, _gaussian_blur(once, taps, taps, border, False)
 
 
-@_blur_twice.register_fake
-def _(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_dense(x)), torch.empty_like(_dense(x))
+_blur_twice.register_fake(lambda x, *_: (torch.empty_like(_dense(x)), torch.empty_like(_dense(x))))
 
 
 def _on_tensor_cores(device: torch.device | None = None) -> bool:

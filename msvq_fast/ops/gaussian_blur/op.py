@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast.ops.backend import Op
-from msvq_fast.ops.checks import InputError, check_choice, check_image
+from msvq_fast.ops.checks import InputError, check_at_least, check_choice, check_image
 from msvq_fast.ops.gaussian_blur import reference
 
 BORDERS = ("reflect", "symmetric", "replicate", "circular", "constant")
@@ -57,8 +57,9 @@ def gaussian_blur(
 
     Numerics:
         Taps are built in float64 and kept in float32 for every image dtype (float64 images keep
-        float64); sums run in float32 and round once. Deterministic for any number of threads. Two
-        values of a kernel's width may not exceed the largest float32 when added.
+        float64); sums run in float32 and round once. Deterministic for any number of threads.
+        Kernels add the two pixels of a tap before they multiply: such a sum may not exceed the
+        largest float32.
     """
     check_image("x", x, allow_uint8=True)
     check_choice("border", border, BORDERS)
@@ -75,8 +76,7 @@ def _blur(
     chosen = OP.pick(x, taps_y, taps_x, border, backend=backend)
     if chosen == "reference":
         return reference.gaussian_blur(x, taps_y, taps_x, border)
-    out: Tensor = _GaussianBlur.apply(x, taps_y, taps_x, border, False, chosen)
-    return out
+    return _GaussianBlur.apply(x, taps_y, taps_x, border, False, chosen)
 
 
 def gaussian_pyramid(
@@ -111,8 +111,7 @@ def gaussian_pyramid(
         last bits then differ from those of single blurs.
     """
     check_image("x", x, allow_uint8=True)
-    if num_scales < 1:
-        raise InputError(f"num_scales={num_scales}; expected at least 1")
+    check_at_least(1, num_scales=num_scales)
     kernel_size, sigma = pyramid_kernel(x, kernel_size, sigma, sigma_rule)
     taps, _ = blur_taps(kernel_size, sigma)
     check_choice("border", border, BORDERS)
@@ -158,22 +157,23 @@ def default_sigma(kernel_size: int, rule: str = "paper") -> float:
     return steps * (1 / 3) + 4 / 5 if rule == "paper" else 0.3 * steps + 0.8
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+def _pair(value: Any) -> tuple[Any, ...]:
+    """A number, or a sequence of one, as two; other sequences as they are."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    pair = pair * 2 if len(pair) == 1 else pair
+    return pair * 2 if len(pair) == 1 else pair
+
+
+def _check_sizes(kernel_size: int | Sequence[int]) -> tuple[int, int]:
+    pair = _pair(kernel_size)
     if len(pair) != 2 or any(not isinstance(k, Integral) or k < 1 or k % 2 == 0 for k in pair):
-        raise InputError(f"{name}={value}; expected an odd positive int or a pair of them (y, x)")
+        raise InputError(
+            f"kernel_size={kernel_size}; expected an odd positive int or a pair of them (y, x)"
+        )
     return int(pair[0]), int(pair[1])
 
 
-def _sigma_pair(
-    kernel_size: int | Sequence[int], sigma: float | Sequence[float] | None
-) -> tuple[float, float]:
-    if sigma is None:
-        size_y, size_x = _pair("kernel_size", kernel_size)
-        return default_sigma(size_y), default_sigma(size_x)
-    pair = tuple(sigma) if isinstance(sigma, (tuple, list)) else (sigma,)
-    pair = pair * 2 if len(pair) == 1 else pair
+def _check_sigmas(sigma: float | Sequence[float]) -> tuple[float, float]:
+    pair = _pair(sigma)
     if len(pair) != 2 or any(
         not isinstance(s, Real) or not (float(s) > 0 and math.isfinite(s)) for s in pair
     ):
@@ -194,11 +194,13 @@ def blur_taps(
     kernel_size: int | Sequence[int], sigma: float | Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Vertical and horizontal taps of `gaussian_blur`, after checking its arguments."""
-    sizes = _pair("kernel_size", kernel_size)
-    sigmas = _sigma_pair(kernel_size, sigma)
-    taps_y = _gaussian_taps(sizes[0], sigmas[0])
-    same = (sizes[0], sigmas[0]) == (sizes[1], sigmas[1])
-    return taps_y, taps_y if same else _gaussian_taps(sizes[1], sigmas[1])
+    size_y, size_x = _check_sizes(kernel_size)
+    if sigma is None:
+        sigma = default_sigma(size_y), default_sigma(size_x)
+    sigma_y, sigma_x = _check_sigmas(sigma)
+    taps_y = _gaussian_taps(size_y, sigma_y)
+    same = (size_y, sigma_y) == (size_x, sigma_x)
+    return taps_y, taps_y if same else _gaussian_taps(size_x, sigma_x)
 
 
 class _GaussianBlur(torch.autograd.Function):
@@ -216,8 +218,7 @@ class _GaussianBlur(torch.autograd.Function):
     ) -> Tensor:
         ctx.settings = (taps_y, taps_x, border)
         ctx.adjoint, ctx.backend = adjoint, backend
-        out: Tensor = OP.kernels[backend].gaussian_blur(x, taps_y, taps_x, border, adjoint)
-        return out
+        return OP.kernels[backend].gaussian_blur(x, taps_y, taps_x, border, adjoint)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -230,5 +231,4 @@ class _BlurTwice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, taps: tuple[float, ...], border: str) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = OP.kernels["native"].blur_twice(x, taps, border)
-        return out
+        return OP.kernels["native"].blur_twice(x, taps, border)

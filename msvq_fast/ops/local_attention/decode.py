@@ -71,8 +71,7 @@ def local_attention_at(
     chosen = OP.pick(*args, positions, backend=backend)
     if chosen == "reference":
         return _local_attention_at(*args, scale, positions)
-    out: Tensor = OP.kernels[chosen].local_attention_at(*args, scale, positions)
-    return out
+    return OP.kernels[chosen].local_attention_at(*args, scale, positions)
 
 
 def _local_attention_at(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,16 @@ def empty_grads(
     """Room for the gradients of q, the keys, the values and the biases that are there."""
     tables = [torch.empty(b.shape, dtype=b.dtype, device=b.device) for b in bias if b is not None]
     return [*map(empty_tokens, [q, *keys, *values]), *tables]
+
+
+def split_grads(
+    grads: list[Tensor], bias: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
+    """What `empty_grads` made room for: q's, the keys', the values', and one entry per bias."""
+    n = len(bias)
+    rest = iter(grads[1 + 2 * n :])
+    grad_bias = [None if b is None else next(rest) for b in bias]
+    return grads[0], grads[1 : 1 + n], grads[1 + n : 1 + 2 * n], grad_bias
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from msvq_fast.ops.local_attention.layout import (
     empty_tokens,
     flatten,
     rows,
+    split_grads,
 )
 from msvq_fast.ops.local_attention.windows import Windows
 
@@ -66,10 +67,7 @@ def local_attention_backward(
     grads = _local_attention_backward(
         grad_out, q, list(keys), list(values), list(bias), out, lse, sizes, rules, scale
     )
-    n = len(keys)
-    rest = iter(grads[1 + 2 * n :])
-    grad_bias = [None if b is None else next(rest) for b in bias]
-    return grads[0], grads[1 : 1 + n], grads[1 + n : 1 + 2 * n], grad_bias
+    return split_grads(grads, bias)
 
 
 @torch.library.custom_op("msvq_fast::local_attention_native", mutates_args=(), device_types="cpu")
@@ -87,17 +85,7 @@ def _local_attention(
     return out, lse
 
 
-@_local_attention.register_fake
-def _(
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    bias: list[Tensor | None],
-    sizes: list[int],
-    rules: list[bool],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    return empty_tokens(q), empty_lse(q)
+_local_attention.register_fake(lambda q, *_: (empty_tokens(q), empty_lse(q)))
 
 
 @torch.library.custom_op(
@@ -120,20 +108,9 @@ def _local_attention_backward(
     return grads
 
 
-@_local_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    bias: list[Tensor | None],
-    out: Tensor,
-    lse: Tensor,
-    sizes: list[int],
-    rules: list[bool],
-    scale: float,
-) -> list[Tensor]:
-    return empty_grads(q, keys, values, bias)
+_local_attention_backward.register_fake(
+    lambda grad_out, q, keys, values, bias, *_: empty_grads(q, keys, values, bias)
+)
 
 
 def _tokens(*tensors: Tensor) -> list[tuple[int, int, int, int]]:

@@ -87,8 +87,7 @@ def local_attention(
     chosen = OP.pick(q, keys, values, relative, windows, backend=backend)
     if chosen == "reference":
         return reference.local_attention(q, keys, values, relative, windows, scale)
-    out: Tensor = _LocalAttention.apply(windows, scale, chosen, q, *keys, *values, *relative)
-    return out
+    return _LocalAttention.apply(windows, scale, chosen, q, *keys, *values, *relative)
 
 
 def check_windows(
@@ -253,8 +252,7 @@ class _LocalAttention(torch.autograd.Function):
         out, lse = kernels.local_attention(q, keys, values, bias, windows, scale)
         ctx.windows, ctx.scale, ctx.backend = windows, scale, backend
         ctx.save_for_backward(q, out, lse, *tensors)
-        result: Tensor = out
-        return result
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:

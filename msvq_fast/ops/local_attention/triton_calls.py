@@ -158,8 +158,7 @@ def _processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; the interpreter pretends to have a few."""
     if device.type != "cuda":
         return 3
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _shares(programs: int, device: torch.device) -> tuple[int, int]:

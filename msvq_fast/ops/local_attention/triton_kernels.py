@@ -13,6 +13,7 @@ from msvq_fast.ops.local_attention.layout import (
     empty_lse,
     empty_tokens,
     flatten,
+    split_grads,
 )
 from msvq_fast.ops.local_attention.triton_calls import (
     MOST_SIDE,
@@ -91,10 +92,9 @@ def local_attention_at(
 ) -> Tensor:
     """The output of the queries at ``positions``, strided like ``q``."""
     sizes, rules = flatten(windows)
-    out: Tensor = _local_attention_at(
+    return _local_attention_at(
         q, list(keys), list(values), list(bias), positions, sizes, rules, scale
     )
-    return out
 
 
 def local_attention_backward(
@@ -113,10 +113,7 @@ def local_attention_backward(
     grads = _local_attention_backward(
         grad_out, q, list(keys), list(values), list(bias), out, lse, sizes, rules, scale
     )
-    n = len(keys)
-    rest = iter(grads[1 + 2 * n :])
-    grad_bias = [None if b is None else next(rest) for b in bias]
-    return grads[0], grads[1 : 1 + n], grads[1 + n : 1 + 2 * n], grad_bias
+    return split_grads(grads, bias)
 
 
 @torch.library.custom_op("msvq_fast::local_attention_triton", mutates_args=())
@@ -139,17 +136,7 @@ def _local_attention(
     return finished(out, result), lse
 
 
-@_local_attention.register_fake
-def _(
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    bias: list[Tensor | None],
-    sizes: list[int],
-    rules: list[bool],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    return empty_tokens(q), empty_lse(q)
+_local_attention.register_fake(lambda q, *_: (empty_tokens(q), empty_lse(q)))
 
 
 @torch.library.custom_op("msvq_fast::local_attention_at_triton", mutates_args=())
@@ -173,18 +160,7 @@ def _local_attention_at(
     return finished(out, result)
 
 
-@_local_attention_at.register_fake
-def _(
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    bias: list[Tensor | None],
-    positions: Tensor,
-    sizes: list[int],
-    rules: list[bool],
-    scale: float,
-) -> Tensor:
-    return empty_tokens(q)
+_local_attention_at.register_fake(lambda q, *_: empty_tokens(q))
 
 
 @torch.library.custom_op("msvq_fast::local_attention_backward_triton", mutates_args=())
@@ -222,17 +198,6 @@ def _local_attention_backward(
     return grads
 
 
-@_local_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    bias: list[Tensor | None],
-    out: Tensor,
-    lse: Tensor,
-    sizes: list[int],
-    rules: list[bool],
-    scale: float,
-) -> list[Tensor]:
-    return empty_grads(q, keys, values, bias)
+_local_attention_backward.register_fake(
+    lambda grad_out, q, keys, values, bias, *_: empty_grads(q, keys, values, bias)
+)

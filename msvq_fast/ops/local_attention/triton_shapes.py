@@ -135,8 +135,7 @@ LAUNCHES = _launches()
 
 def tile_side(name: str, dtype: torch.dtype, width: int, small: bool) -> int:
     """Tokens of the side of a tile of a kernel."""
-    tile: int = LAUNCHES[name, dtype, block_width(width), small, False].constants["T"]
-    return tile
+    return LAUNCHES[name, dtype, block_width(width), small, False].constants["T"]
 
 
 def launch(

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
+from msvq_fast.ops.gaussian_blur.native import BORDERS, CPU_MAX_TAPS, IMAGE_TYPES
 from msvq_fast.ops.multiscale_loss.one_pass import power_of_weights
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
-_BORDERS = {"reflect": 0, "symmetric": 1, "replicate": 2, "circular": 3, "constant": 4}
 _MAX_SCALES = 4
 # Whether Hopper GPUs blur on their tensor cores where they can (multiscale_loss_hopper.h).
 TENSOR_CORES = True
-_CPU_MAX_TAPS = 8191  # as of the blur
 
 
 def unsupported(
@@ -27,14 +25,14 @@ def unsupported(
         return f"the kernels run on CPU and CUDA tensors, x is on {x.device}"
     if len(contributions) > _MAX_SCALES:
         return f"the kernels take up to {_MAX_SCALES} scales, there are {len(contributions)}"
-    if x.dtype not in _TYPES:
+    if x.dtype not in IMAGE_TYPES:
         return f"the kernels take x in float32, float16, bfloat16 or uint8, it is {x.dtype}"
     dtype = contributions[0].dtype
-    if dtype not in _TYPES:
+    if dtype not in IMAGE_TYPES:
         return f"the kernels take float32, float16 or bfloat16, contributions are {dtype}"
     if x.device.type == "cpu":
-        few = len(taps) <= _CPU_MAX_TAPS
-        return None if few else f"the CPU kernel takes up to {_CPU_MAX_TAPS} taps"
+        few = len(taps) <= CPU_MAX_TAPS
+        return None if few else f"the CPU kernel takes up to {CPU_MAX_TAPS} taps"
     if not hasattr(_C, "multiscale_loss_cuda"):
         return "msvq_fast._C was built without CUDA (no nvcc was found)"
     if not torch.compiler.is_compiling() and not _fits(len(contributions), len(taps), border, x):
@@ -48,7 +46,7 @@ def unsupported(
 def _fits(num_scales: int, taps: int, border: str, x: Tensor) -> bool:
     properties: Any = torch.cuda.get_device_properties(x.device)  # torch's stubs lack this one
     room = properties.shared_memory_per_block_optin
-    return bool(_C.multiscale_loss_cuda_fits(num_scales, taps, _BORDERS[border], room))
+    return _C.multiscale_loss_cuda_fits(num_scales, taps, BORDERS[border], room)
 
 
 def multiscale_loss(
@@ -64,10 +62,9 @@ def multiscale_loss(
 
     The gradients are finished by `scale_`.
     """
-    out: tuple[Tensor, Tensor, list[Tensor]] = _forward(
+    return _forward(
         list(contributions), x, list(taps), border, list(weights), reduction, list(wanted)
     )
-    return out
 
 
 def multiscale_loss_backward(
@@ -81,22 +78,21 @@ def multiscale_loss_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """The ``wanted`` gradients times ``grad_loss ()``, which is read on its device."""
-    out: list[Tensor] = _backward(
+    return _backward(
         grad_loss, list(contributions), x, list(taps), border, list(weights), reduction,
         list(wanted),
     )  # fmt: skip
-    return out
 
 
 def scale_(
     grads: Sequence[Tensor], grad_loss: Tensor, weights: Sequence[float], reduction: str
 ) -> None:
-    """Multiply stored gradients by ``grad_loss`` and what they lack; reads none where that is 1."""
+    """Multiply stored gradients by ``grad_loss`` and the factor they lack, unless that makes 1."""
     _scale(list(grads), grad_loss, list(weights), reduction)
 
 
 def _factors(like: Tensor, weights: Sequence[float], reduction: str) -> tuple[float, float]:
-    """What sums over the elements of ``like`` are multiplied by, and what gradients are stored by.
+    """Factors of the sums over the elements of ``like``, and of gradients as they are stored.
 
     Gradients of a mean vanish in float16 before a loss scale reaches them, and those of large
     weights overflow: there they are stored as if the weights were of order 1, and of sums. Worked
@@ -207,10 +203,10 @@ def _scale(grads: list[Tensor], grad_loss: Tensor, weights: list[float], reducti
         return
     arguments = _C.MultiscaleLossArguments(
         0,
-        _TYPES[grads[0].dtype],
+        IMAGE_TYPES[grads[0].dtype],
         [0] * len(grads),
         [grad.data_ptr() for grad in grads],
-        _TYPES[grads[0].dtype],
+        IMAGE_TYPES[grads[0].dtype],
         (1, 1, 1, grads[0].numel()),
         [1.0],
         0,
@@ -225,9 +221,7 @@ def _scale(grads: list[Tensor], grad_loss: Tensor, weights: list[float], reducti
         _C.multiscale_loss_scale_cuda(arguments, grad_loss.device.index, stream)
 
 
-@_scale.register_fake
-def _(grads: list[Tensor], grad_loss: Tensor, weights: list[float], reduction: str) -> None:
-    return None
+_scale.register_fake(lambda *_: None)
 
 
 def _run(arguments: _C.MultiscaleLossArguments, x: Tensor) -> None:
@@ -258,13 +252,13 @@ def _arguments(
     places = iter(grads)
     return _C.MultiscaleLossArguments(
         x.data_ptr(),
-        _TYPES[x.dtype],
+        IMAGE_TYPES[x.dtype],
         [c.data_ptr() for c in contributions],
         [next(places).data_ptr() if asked else 0 for asked in wanted],
-        _TYPES[contributions[0].dtype],
+        IMAGE_TYPES[contributions[0].dtype],
         (planes, height, width, inner),
         taps,
-        _BORDERS[border],
+        BORDERS[border],
         weights,
         factors,
         upstream,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from msvq_fast.ops.checks import accumulation_dtype
-from msvq_fast.ops.multiscale_loss.targets import Blur, blurred_targets
+from msvq_fast.ops.multiscale_loss.reference import Blur, blurred_targets
 
 _PART = 1 << 20  # values
 Part = tuple[slice, slice]
@@ -35,8 +35,7 @@ def multiscale_loss(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, of images ``x`` in place of targets."""
-    out: tuple[Tensor, Tensor] = _OnePass.apply(x, blur, weights, reduction, *contributions)
-    return out
+    return _OnePass.apply(x, blur, weights, reduction, *contributions)
 
 
 class _OnePass(torch.autograd.Function):

@@ -21,7 +21,7 @@ from msvq_fast.ops.checks import (
 )
 from msvq_fast.ops.gaussian_blur.op import BORDERS, blur_taps, pyramid_kernel
 from msvq_fast.ops.multiscale_loss import one_pass, reference
-from msvq_fast.ops.multiscale_loss.targets import Blur, blurred_targets
+from msvq_fast.ops.multiscale_loss.reference import Blur
 
 OP = Op(__package__)
 
@@ -75,9 +75,9 @@ def multiscale_loss(
     Numerics:
         Targets, sums and the reduction are float32 (float64 for float64 contributions) whatever
         the dtype of the contributions or autocast; kernels add rows in float64. Deterministic, on a
-        CPU for any number of threads. Float16 gradients take ``1 / count`` and the size of the
-        weights together with the upstream gradient: a loss scale keeps them from vanishing and
-        overflowing.
+        CPU for any number of threads. Float16 gradients are multiplied by ``1 / count`` and the
+        size of the weights only together with the upstream gradient, so that a loss scale keeps
+        them from vanishing and overflowing.
     """
     if len(contributions) == 0:
         raise InputError("contributions is empty; expected M >= 1 tensors (B, C, H, W)")
@@ -103,7 +103,7 @@ def multiscale_loss(
     taps, _ = blur_taps(*kernel)
     chosen = OP.pick(contributions, x, taps, border, backend=backend)
     factors = tuple(float(weight) for weight in weights)
-    blur = (*kernel, sigma_rule, border, backend)
+    blur = (*kernel, border, backend)
     if chosen == "reference":
         with without_autocast(x.device.type):
             if backend == "reference":
@@ -123,7 +123,7 @@ def _definition(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(contributions[0].dtype)
-    targets = blurred_targets(x, len(contributions), dtype, blur)
+    targets = reference.blurred_targets(x, len(contributions), dtype, blur)
     return reference.multiscale_loss(contributions, targets, weights, reduction)
 
 

@@ -1,4 +1,4 @@
-"""The definition of the multi-scale reconstruction loss (Eq. 5-6) in plain PyTorch."""
+"""The definition of the multi-scale reconstruction loss (Eq. 5-7) in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from msvq_fast.ops.gaussian_blur import gaussian_pyramid
+
+Blur = tuple[int, float, str, str | None]  # kernel_size, sigma, border, backend
+
+
+def blurred_targets(x: Tensor, num_scales: int, dtype: torch.dtype, blur: Blur) -> list[Tensor]:
+    """M targets ``(B, C, H, W)`` in ``dtype``, coarsest first (Eq. 7).
+
+    Args:
+        x: Images in [-1, 1], or uint8 in [0, 255].
+        num_scales: M.
+        dtype: Of the result.
+        blur: Of `gaussian_pyramid`.
+    """
+    image = x.to(dtype)
+    if x.dtype == torch.uint8:
+        image = image / 127.5 - 1
+    size, sigma, border, backend = blur
+    return gaussian_pyramid(
+        image, num_scales, kernel_size=size, sigma=sigma, border=border, backend=backend
+    )
 
 
 def multiscale_loss(

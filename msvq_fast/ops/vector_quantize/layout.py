@@ -40,14 +40,14 @@ def row_strides(dim: int, *tensors: Tensor) -> tuple[list[int], list[tuple[int, 
 
 
 def codes_like(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
-    """The codes that a search returns, not set: int64, the shape of ``z`` without ``dim``."""
+    """Room for the codes of a search: int64, the shape of ``z`` without ``dim``."""
     return z.new_empty(z.shape[:dim] + z.shape[dim + 1 :], dtype=torch.int64)
 
 
 def outputs_like(
     z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All that the quantizer returns, not set."""
+    """Room for all that the quantizer returns."""
     return (
         torch.empty_like(z),
         codes_like(z, codebook, dim),

@@ -52,28 +52,22 @@ def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
 
 def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     """Code of every latent, as the reference defines it."""
-    codes: Tensor
     if z.device.type == "cuda":
         from msvq_fast.ops.vector_quantize import native_hopper
 
-        codes = native_hopper.nearest_code(z, codebook, dim)
-    else:
-        codes = _nearest_code(z, codebook, dim)
-    return codes
+        return native_hopper.nearest_code(z, codebook, dim)
+    return _nearest_code(z, codebook, dim)
 
 
 def vector_quantize(
     z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
 ) -> tuple[Tensor, ...]:
     """``(z_q, codes, commitment_loss, code_counts, code_sums)``, all from one call."""
-    out: tuple[Tensor, ...]
     if z.device.type == "cuda":
         from msvq_fast.ops.vector_quantize import native_hopper
 
-        out = native_hopper.vector_quantize(z, codebook, dim, commitment_weight)
-    else:
-        out = _vector_quantize(z, codebook, dim, commitment_weight)
-    return out
+        return native_hopper.vector_quantize(z, codebook, dim, commitment_weight)
+    return _vector_quantize(z, codebook, dim, commitment_weight)
 
 
 def vector_quantize_backward(
@@ -86,15 +80,12 @@ def vector_quantize_backward(
     commitment_weight: float,
 ) -> Tensor:
     """``grad_z_q + grad_loss 2β/numel(z) (z - e)`` in the layout of ``z``."""
-    grad_z: Tensor
+    backward: Any = _backward
     if z.device.type == "cuda":  # bound by memory: Triton's is as fast as any
         from msvq_fast.ops.vector_quantize import triton_kernels
 
-        backward: Any = triton_kernels.vector_quantize_backward
-    else:
-        backward = _backward
-    grad_z = backward(grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight)
-    return grad_z
+        backward = triton_kernels.vector_quantize_backward
+    return backward(grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight)
 
 
 def ema_update_(codebook: Tensor, *settings: Any) -> None:
@@ -230,14 +221,4 @@ def _backward(
     return grad_z if out is grad_z else grad_z.copy_(out)
 
 
-@_backward.register_fake
-def _(
-    grad_z_q: Tensor | None,
-    grad_loss: Tensor,
-    z: Tensor,
-    codes: Tensor,
-    codebook: Tensor,
-    dim: int,
-    commitment_weight: float,
-) -> Tensor:
-    return torch.empty_like(z)
+_backward.register_fake(lambda grad_z_q, grad_loss, z, *_: torch.empty_like(z))

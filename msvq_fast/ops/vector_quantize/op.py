@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from msvq_fast.ops.backend import Op
 from msvq_fast.ops.checks import (
     InputError,
     check_float,
+    check_not_negative,
     check_same_device,
     check_same_dtype,
 )
@@ -64,8 +64,7 @@ def nearest_code(
     z, codebook = z.detach(), codebook.detach()
     if chosen == "reference" or torch.onnx.is_in_onnx_export():
         return reference.nearest_code(z, codebook, dim)
-    codes: Tensor = OP.kernels[chosen].nearest_code(z, codebook, dim)
-    return codes
+    return OP.kernels[chosen].nearest_code(z, codebook, dim)
 
 
 def vector_quantize(
@@ -110,8 +109,7 @@ def vector_quantize(
         raise InputError(
             "codebook requires a gradient; expected a buffer: it is learned by ema_update_"
         )
-    if not 0 <= commitment_weight < math.inf:
-        raise InputError(f"commitment_weight={commitment_weight}; expected a finite number >= 0")
+    check_not_negative(commitment_weight=commitment_weight)
     chosen = OP.pick(z, codebook, dim, backend=backend)
     if chosen == "reference":
         out: tuple[Tensor, ...] = reference.vector_quantize(z, codebook, dim, commitment_weight)
@@ -178,9 +176,7 @@ def ema_update_(
     _check_shape("sums", sums, tuple(codebook.shape))
     if not 0 <= decay < 1:
         raise InputError(f"decay={decay}; expected a number in [0, 1)")
-    for name, value in (("laplace_eps", laplace_eps), ("restart_below", restart_below)):
-        if not 0 <= value < math.inf:
-            raise InputError(f"{name}={value}; expected a finite number >= 0")
+    check_not_negative(laplace_eps=laplace_eps, restart_below=restart_below)
     missing = restart_below > 0 and restart_vectors is None
     if missing or (restart_vectors is not None and not restart_below > 0):
         raise InputError(

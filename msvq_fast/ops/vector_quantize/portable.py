@@ -1,7 +1,7 @@
 """Nearest codes in operators that every runtime has, for graphs that leave PyTorch.
 
-The kernels cannot leave, and the definition, which `torch.onnx.export` makes of `nearest_code`,
-passes over N x K numbers three times for each of D. Here one float64 matrix product stands for it.
+A kernel cannot leave. `torch.onnx.export` makes a graph of the definition of `nearest_code`, which
+passes over N x K numbers three times for every d; one float64 matrix product takes its place here.
 """
 
 from __future__ import annotations

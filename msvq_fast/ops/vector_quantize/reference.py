@@ -27,8 +27,7 @@ def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     flat = rows.reshape(-1, codebook.shape[1])
     if torch.onnx.is_in_onnx_export():  # there the definition becomes the graph, D times unrolled
         return _nearest_of(flat, *_columns(codebook)).view(rows.shape[:-1])
-    codes: Tensor = _nearest_rows(flat, codebook)
-    return codes.view(rows.shape[:-1])
+    return _nearest_rows(flat, codebook).view(rows.shape[:-1])
 
 
 # Opaque to torch.compile: a compiler may contract the multiply-add or unroll the loop over rows.
@@ -91,8 +90,7 @@ def codebook_copy(codebook: Tensor) -> Tensor:
     copy the codebook again in the backward, after `ema_update_` has changed it in place.
     """
     if torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export():
-        copy: Tensor = _opaque_copy(codebook)
-        return copy
+        return _opaque_copy(codebook)
     return codebook.clone(memory_format=torch.contiguous_format)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -59,61 +57,9 @@ def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
     return None
 
 
+@torch.library.custom_op("msvq_fast::nearest_code_triton", mutates_args=())
 def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     """Code of every latent, as the reference defines it."""
-    codes: Tensor = _nearest_code(z, codebook, dim)
-    return codes
-
-
-def vector_quantize(
-    z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
-) -> tuple[Tensor, ...]:
-    """``(z_q, codes, commitment_loss, code_counts, code_sums)``, without a host synchronisation."""
-    out: tuple[Tensor, ...] = _vector_quantize(z, codebook, dim, commitment_weight)
-    return out
-
-
-def vector_quantize_backward(
-    grad_z_q: Tensor | None,
-    grad_loss: Tensor,
-    z: Tensor,
-    codes: Tensor,
-    codebook: Tensor,
-    dim: int,
-    commitment_weight: float,
-) -> Tensor:
-    """``grad_z_q + grad_loss 2β/numel(z) (z - e)`` in the layout of ``z``."""
-    grad_z: Tensor = _backward(grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight)
-    return grad_z
-
-
-def ema_update_(
-    codebook: Tensor,
-    cluster_size: Tensor,
-    code_sums_ema: Tensor,
-    counts: Tensor,
-    sums: Tensor,
-    decay: float,
-    laplace_eps: float,
-    restart_below: float,
-    restart_vectors: Tensor | None,
-) -> None:
-    """Move the codebook towards the mean of its latents, in place (Eq. 3-4)."""
-    _ema_update(
-        codebook,
-        cluster_size,
-        code_sums_ema,
-        counts,
-        sums,
-        decay,
-        laplace_eps,
-        restart_below,
-        restart_vectors,
-    )
-
-
-@torch.library.custom_op("msvq_fast::nearest_code_triton", mutates_args=())
-def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     codes = codes_like(z, codebook, dim)
     if codes.numel() == 0:
         return codes
@@ -125,13 +71,14 @@ def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     return codes
 
 
-_nearest_code.register_fake(codes_like)
+nearest_code.register_fake(codes_like)
 
 
 @torch.library.custom_op("msvq_fast::vector_quantize_triton", mutates_args=())
-def _vector_quantize(
+def vector_quantize(
     z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(z_q, codes, commitment_loss, code_counts, code_sums)``, without a host synchronisation."""
     num_codes, width = codebook.shape
     codebook = codebook.contiguous()
     codes = codes_like(z, codebook, dim)
@@ -176,11 +123,11 @@ def _vector_quantize(
     return z_q, codes, loss.float(), counts, sums
 
 
-_vector_quantize.register_fake(outputs_like)
+vector_quantize.register_fake(outputs_like)
 
 
 @torch.library.custom_op("msvq_fast::vector_quantize_backward_triton", mutates_args=())
-def _backward(
+def vector_quantize_backward(
     grad_z_q: Tensor | None,
     grad_loss: Tensor,
     z: Tensor,
@@ -189,6 +136,7 @@ def _backward(
     dim: int,
     commitment_weight: float,
 ) -> Tensor:
+    """``grad_z_q + grad_loss 2β/numel(z) (z - e)`` in the layout of ``z``."""
     grad_z = out = torch.empty_like(z)
     if z.numel() == 0:
         return grad_z
@@ -223,24 +171,14 @@ def _backward(
     return grad_z if out is grad_z else grad_z.copy_(out)
 
 
-@_backward.register_fake
-def _(
-    grad_z_q: Tensor | None,
-    grad_loss: Tensor,
-    z: Tensor,
-    codes: Tensor,
-    codebook: Tensor,
-    dim: int,
-    commitment_weight: float,
-) -> Tensor:
-    return torch.empty_like(z)
+vector_quantize_backward.register_fake(lambda grad_z_q, grad_loss, z, *_: torch.empty_like(z))
 
 
 @torch.library.custom_op(
     "msvq_fast::ema_update_triton",
     mutates_args=("codebook", "cluster_size", "code_sums_ema"),
 )
-def _ema_update(
+def ema_update_(
     codebook: Tensor,
     cluster_size: Tensor,
     code_sums_ema: Tensor,
@@ -251,6 +189,7 @@ def _ema_update(
     restart_below: float,
     restart_vectors: Tensor | None,
 ) -> None:
+    """Move the codebook towards the mean of its latents, in place (Eq. 3-4)."""
     num_codes, width = codebook.shape
     padded = block_width(width)
     state = [t.contiguous() for t in (codebook, cluster_size, code_sums_ema)]
@@ -282,6 +221,4 @@ def _ema_update(
             target.copy_(moved)
 
 
-@_ema_update.register_fake
-def _(*_: Any) -> None:
-    return None
+ema_update_.register_fake(lambda *_: None)

@@ -1,27 +1,23 @@
-"""Make the tables of README and docs from the presets and the result files.
-
-``--check`` only compares.
-
-python benchmarks/readme.py [--check]
-"""
+"""The tables of README and docs as Markdown, from the presets and the result files."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import sys
-from pathlib import Path
 from typing import Any
+
+from machine import RESULTS
 
 from msvq_fast.models import PAPER_PARAMETERS, PRESETS
 from msvq_fast.training.compare_report import NAMES, headings, rows
 from msvq_fast.training.info import count_parameters
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "0.1.0"
 # The figures of the priors are in benchmarks/NOTES.md.
 _NOT_SPEED = ("demo", "compare", "memory", "mismatches", "robustness", "priors")
+
+
+def _read(pattern: str) -> list[dict[str, Any]]:
+    """The result files of a name, sorted by it."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob(pattern))]
 
 
 def presets_table() -> str:
@@ -41,19 +37,25 @@ def presets_table() -> str:
 def speed_tables() -> str:
     """One table per suite, of its newest file: a row per group, what each peer took, ours first."""
     newest: dict[str, dict[str, Any]] = {}
-    for path in sorted(RESULTS.glob("*--cpu.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for record in _read("*--cpu.json"):
         suite = record["suite"]
         if suite not in newest or record["date"] > newest[suite]["date"]:
             newest[suite] = record
     return "\n\n".join(speed_table(r) for suite, r in newest.items() if suite not in _NOT_SPEED)
 
 
+def suite_tables(suite: str) -> str:
+    """The tables of a suite's result files, CPU."""
+    tables = [speed_table(record) for record in _read(f"{suite}--*--cpu.json")]
+    if any("±" in table for table in tables):
+        tables.append(
+            "± is an interquartile range of more than 30 %: other load disturbed that row."
+        )
+    return "\n\n".join(tables) if tables else "There is no result file of this op yet."
+
+
 def speed_table(record: dict[str, Any]) -> str:
     machine, versions = record["machine"], record["versions"]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for result in record["results"]:
-        groups.setdefault(result["group"], []).append(result)
     lines = [
         f"**{record['suite']}** — {machine['cpu']}, {machine['threads']} threads, "
         f"{machine['isa']}, torch {versions['torch']}, commit `{record['commit']}`",
@@ -61,7 +63,7 @@ def speed_table(record: dict[str, Any]) -> str:
         "| | ms, times slower than ours |",
         "|---|---|",
     ]
-    for group, results in groups.items():
+    for group, results in _by_group(record).items():
         if all(r["name"] != "native" for r in results):  # ours alone, in several sizes
             cells = [f"{r['name']} {_time(r)}{_added_peak(r)}" for r in results]
             lines.append(f"| {group} | {' · '.join(cells)} |")
@@ -81,16 +83,12 @@ def speed_table(record: dict[str, Any]) -> str:
 
 def gpu_tables() -> str:
     """One table per suite of a GPU's result files, ours of each group first."""
-    paths = sorted(RESULTS.glob("*--cuda.json"))
-    return "\n\n".join(gpu_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
+    return "\n\n".join(gpu_table(record) for record in _read("*--cuda.json"))
 
 
 def gpu_table(record: dict[str, Any]) -> str:
     """A row per group of which ours was measured; other ways of ours stand behind the first."""
     machine, versions = record["machine"], record["versions"]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for result in record["results"]:
-        groups.setdefault(result["group"], []).append(result)
     lines = [
         f"**{record['suite']}** — {machine['gpu']}, torch {versions['torch']}, Triton "
         f"{versions['triton']}, commit `{record['commit']}`",
@@ -98,7 +96,7 @@ def gpu_table(record: dict[str, Any]) -> str:
         "| | ms (percent of the floor) | times slower |",
         "|---|---|---|",
     ]
-    for group, results in groups.items():
+    for group, results in _by_group(record).items():
         ours = [r for r in results if r["name"].startswith("msvq_fast")]
         if not ours:
             continue
@@ -116,6 +114,13 @@ def gpu_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _by_group(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in record["results"]:
+        groups.setdefault(result["group"], []).append(result)
+    return groups
+
+
 def _added_peak(result: dict[str, Any]) -> str:
     peak = result["extra"].get("added_peak_bytes")
     return "" if peak is None else f" (+{peak / 2**20:.0f} MiB)"
@@ -123,7 +128,7 @@ def _added_peak(result: dict[str, Any]) -> str:
 
 def memory_table() -> str:
     """One optimisation step at 1024 px in every memory mode."""
-    record = json.loads(next(RESULTS.glob("memory--*.json")).read_text(encoding="utf-8"))
+    record = _read("memory--*.json")[0]
     lines = ["| | s a step | added peak MiB | predicted MiB |", "|---|---|---|---|"]
     for result in record["results"]:
         extra = result["extra"]
@@ -158,7 +163,7 @@ def _short(value: float, digits: int) -> str:
 
 def demo_table() -> str:
     """What the demo's evaluation measured."""
-    record = json.loads(next(RESULTS.glob("demo--*.json")).read_text(encoding="utf-8"))
+    record = _read("demo--*.json")[0]
     evaluation, machine = record["evaluation"], record["machine"]
     lines = [
         f"Three held-out photographs, {evaluation['images']} tiles of 64 px, images in [0, 1]; "
@@ -180,7 +185,7 @@ def demo_table() -> str:
 
 def compare_tables() -> str:
     """One table per comparison, in the paper's form, and what its directions say."""
-    record = json.loads(next(RESULTS.glob("compare--*.json")).read_text(encoding="utf-8"))
+    record = _read("compare--*.json")[0]
     parts = []
     for comparison in record["comparisons"]:
         columns = headings(comparison)
@@ -206,7 +211,7 @@ def compare_tables() -> str:
 
 def robustness_table() -> str:
     """Every way to train the codebooks, both models side by side."""
-    record = json.loads(next(RESULTS.glob("robustness--*.json")).read_text(encoding="utf-8"))
+    record = _read("robustness--*.json")[0]
     figures = {"psnr": 2, "usage": 0, "perplexity": 0}  # digits
     columns = [f"{NAMES[key]} {name}" for name in ("PSNR", "used %", "perplexity") for key in NAMES]
     lines = [
@@ -240,7 +245,7 @@ def _mean_and_spread(figure: dict[str, Any], digits: int) -> str:
 
 def mismatch_table() -> str:
     """Wrong codes: a row per way, a column per data set and K."""
-    record = json.loads(next(RESULTS.glob("mismatches--*.json")).read_text(encoding="utf-8"))
+    record = _read("mismatches--*.json")[0]
     groups = list(dict.fromkeys(r["group"] for r in record["results"]))
     rows: dict[str, list[str]] = {}
     for result in record["results"]:
@@ -254,56 +259,3 @@ def mismatch_table() -> str:
     tested = ", ".join(f"{name} {versions[name]}" for name in names)
     meaning = "; ".join(f"*{name}*: {text}" for name, text in record["data"].items())
     return "\n".join([*lines, "", f"{meaning}. {tested}, commit `{record['commit']}`."])
-
-
-PAGES = {
-    "README.md": {
-        "presets": presets_table,
-        "speed": speed_tables,
-        "gpu": gpu_tables,
-        "memory": memory_table,
-        "demo": demo_table,
-        "compare": compare_tables,
-        "robustness": robustness_table,
-    },
-    "docs/vector_quantize.md": {"mismatches": mismatch_table},
-}
-
-
-def render(text: str, page: str = "README.md") -> str:
-    """Return a page with its generated parts made anew."""
-    for name, make in PAGES[page].items():
-        pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
-        body = make()
-        text, count = re.subn(pattern, lambda m, b=body: f"{m[1]}{b}\n{m[2]}", text, flags=re.S)
-        assert count == 1, f"{page} has no place for {name}"
-    return text
-
-
-def check_option(text: str | None) -> bool:
-    """Whether the command line asks to compare only; it takes nothing else."""
-    parser = argparse.ArgumentParser(
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--check", action="store_true", help="only compare; 1 if a page is old")
-    return bool(parser.parse_args().check)
-
-
-def main() -> int:
-    """Rewrite the pages, or with ``--check`` say whether they are up to date."""
-    only_compares = check_option(__doc__)
-    stale = False
-    for page in PAGES:
-        path = ROOT / page
-        text = path.read_text(encoding="utf-8")
-        rendered = render(text, page)
-        stale |= text != rendered
-        if not only_compares:
-            path.write_text(rendered, encoding="utf-8")
-    return int(stale and only_compares)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
