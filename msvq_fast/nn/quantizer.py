@@ -36,8 +36,11 @@ class VectorQuantizer(nn.Module):
     gradient scaler skips has moved the codebook too.
 
     Of several processes each moves its codebook by its own latents, and DistributedDataParallel
-    hands out that of the first: set ``defer_updates``, and in every step sum `code_statistics` over
-    the processes before `update_codebook`.
+    hands out that of the first: set ``defer_updates``, and in every step exchange what
+    `code_statistics` gives before `update_codebook`.
+
+    To freeze a codebook is ``quantizer.eval()``, after every ``train()`` of the model around it:
+    ``requires_grad_(False)`` and ``torch.no_grad()`` do not keep a buffer from moving.
 
     Args:
         num_codes: K, the number of codes.
@@ -183,11 +186,12 @@ class VectorQuantizer(nn.Module):
         self._pending = None  # statistics of another codebook
 
     def code_statistics(self) -> tuple[Tensor, ...]:
-        """Statistics collected since the last update, to sum over processes in place.
+        """Statistics collected since the last update, for processes to exchange in place.
 
-        Counts ``(K,)`` int64, sums ``(K, D)``, and with ``restart_below`` also vectors ``(K, D)``
-        at which codes would restart. A training forward with ``defer_updates`` adds to the first
-        two, which are zero before, and replaces the third.
+        Counts ``(K,)`` int64 and sums ``(K, D)``, to be summed over the processes. With
+        ``restart_below`` also vectors ``(K, D)`` at which codes would restart: latents, so not to
+        be summed but to be those of one process, as by a broadcast. A training forward with
+        ``defer_updates`` adds to the first two, which are zero before, and replaces the third.
         """
         if self._pending is None:
             counts = torch.zeros_like(self.cluster_size, dtype=torch.int64)
