@@ -259,7 +259,7 @@ class Autoencoder(nn.Module, ABC):
         self._encode(x, lambda m, z: self._quantizer(m).initialise(z))
 
     def code_statistics(self) -> list[tuple[Tensor, ...]]:
-        """Statistics per scale, see `VectorQuantizer.code_statistics`, to reduce in place."""
+        """Statistics per scale, see `VectorQuantizer.code_statistics`, to exchange in place."""
         return [quantizer.code_statistics() for quantizer in self._quantizers()]
 
     def update_codebooks(self) -> None:
@@ -275,10 +275,16 @@ class Autoencoder(nn.Module, ABC):
             results: The ``results.json`` of an evaluation of this very model, for the card.
 
         Raises:
-            InputError: If ``results`` cannot be read or is of other weights.
+            InputError: If weights are sharded, or ``results`` cannot be read or is of others.
         """
         from safetensors.torch import save_file  # here: models run and are measured without it
 
+        for name, tensor in self.state_dict().items():
+            if hasattr(tensor, "full_tensor"):
+                raise InputError(
+                    f"{name} is sharded over processes; expected whole weights: load what "
+                    "get_model_state_dict gathers (full_state_dict=True) into another model"
+                )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}

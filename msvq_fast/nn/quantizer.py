@@ -42,7 +42,10 @@ class VectorQuantizer(nn.Module):
 
     With several processes, each would move its codebook by its own latents alone, and
     DistributedDataParallel would hand out that of the first. Set ``defer_updates``, and in every
-    step sum `code_statistics` over the processes before `update_codebook`.
+    step exchange what `code_statistics` gives before `update_codebook`.
+
+    To freeze a codebook is ``quantizer.eval()``, after every ``train()`` of the model around it:
+    ``requires_grad_(False)`` and ``torch.no_grad()`` do not keep a buffer from moving.
 
     Args:
         num_codes: K, the number of codes.
@@ -186,11 +189,12 @@ class VectorQuantizer(nn.Module):
         self._pending = None  # statistics of another codebook
 
     def code_statistics(self) -> tuple[Tensor, ...]:
-        """Statistics collected since the last update, to sum over processes in place.
+        """Statistics collected since the last update, for processes to exchange in place.
 
-        Counts ``(K,)`` int64, sums ``(K, D)``, and with ``restart_below`` also vectors ``(K, D)``
-        at which codes would restart. A training forward with ``defer_updates`` adds to the first
-        two, which are zero before, and replaces the third.
+        Counts ``(K,)`` int64 and sums ``(K, D)``, to be summed over the processes. With
+        ``restart_below`` also vectors ``(K, D)`` at which codes would restart: latents, so not to
+        be summed but to be those of one process, as by a broadcast. A training forward with
+        ``defer_updates`` adds to the first two, which are zero before, and replaces the third.
         """
         if self._pending is None:
             counts = torch.zeros_like(self.cluster_size, dtype=torch.int64)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from msvq_fast.nn.strips import Rows, flat_layers, output_height, run_rows, strips_of
+from msvq_fast.nn.strips import Rows, check_layers, flat_layers, output_height, run_rows, strips_of
+from msvq_fast.ops.checks import is_transformed
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -37,7 +38,10 @@ def replay(module: nn.Module, x: Tensor, *, strips: int = 1) -> Tensor:
         the autocast of the first.
     """
     parameters = list(module.parameters())
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *parameters)):
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    if strips > 1:
+        check_layers(flat_layers(module))
+    if not needed or is_transformed():
         return _run(module, x, strips)
     return _Replay.apply(module, strips, x, *parameters)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msvq_fast.nn.blocks import Residual
+from msvq_fast.ops.checks import InputError
 
 Rows = tuple[int, int]
 
@@ -23,6 +24,28 @@ def flat_layers(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.Sequential):
         return [layer for part in module for layer in flat_layers(part)]
     return [module]
+
+
+def check_layers(layers: Sequence[nn.Module]) -> None:
+    """Raise where a layer does something else with its weights than `run_rows`.
+
+    That runs no hooks and calls no ``forward`` of these layers: pruning and
+    ``torch.nn.utils.weight_norm`` set weights in a hook, adapters wrap the layer.
+    """
+    known = (Residual.forward, nn.Conv2d.forward, nn.ConvTranspose2d.forward)
+    for layer in layers:
+        for part in (layer, layer.inner) if isinstance(layer, Residual) else (layer,):
+            if getattr(part.forward, "__func__", None) in known:
+                if part._forward_pre_hooks:
+                    raise InputError(
+                        f"a {type(part).__name__} has a hook before its forward, which "
+                        "memory='strips' does not run; expected 'sequential' or 'default'"
+                    )
+            elif any(part.state_dict()):
+                raise InputError(
+                    f"memory='strips' cannot cut a {type(part).__name__}; expected convolutions, "
+                    "ReLU and Residual, or 'sequential' or 'default'"
+                )
 
 
 def split_rows(height: int, strips: int) -> list[Rows]:

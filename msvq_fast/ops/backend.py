@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from msvq_fast.ops.checks import InputError
+from msvq_fast.ops.checks import InputError, is_transformed
 
 Backend = Literal["reference", "native", "triton"]
 BACKENDS: tuple[Backend, ...] = ("reference", "native", "triton")
@@ -83,6 +83,8 @@ class Op:
             return None
         if backend in self.missing:
             return self.missing[backend]
+        if is_transformed():
+            return "torch.func and forward-mode differentiation see through the reference alone"
         return self.kernels[backend].unsupported(*args, **kwargs)
 
     def pick(self, *args: Any, backend: str | None = None, **kwargs: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -79,11 +80,19 @@ def check_not_negative(**values: float) -> None:
 def may_read(tensor: Tensor) -> bool:
     """Whether looking at values costs no wait for a device, and there are values to look at.
 
-    Subclasses are not looked at: a fake tensor has sizes only.
+    Subclasses are not looked at: a fake tensor has sizes only. Nor are those of `torch.func.vmap`.
     """
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not is_transformed()
     on_host = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
     return plain and on_host and tensor.numel() > 0
+
+
+def is_transformed() -> bool:
+    """Whether the call is inside of a transform of ``torch.func`` or forward-mode differentiation.
+
+    Kernels have no rules for them and would drop tangents without a word.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

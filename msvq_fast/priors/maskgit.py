@@ -193,8 +193,9 @@ def _radical_inverse(index: int, base: int) -> float:
 def _random_mask(codes: Tensor, schedule: str, generator: torch.Generator | None) -> Tensor:
     """Bool ``(B, N)`` with an exact number of cells per row drawn from the schedule."""
     batch, cells = codes.shape
-    u = torch.rand(batch, 1, generator=generator, device=codes.device)
+    # As torch.rand, which torch.compile does not trace with a generator for any batch.
+    u = torch.zeros(batch, 1, device=codes.device).uniform_(generator=generator)
     share = torch.cos(math.pi / 2 * u) if schedule == "cosine" else torch.acos(u) * 2 / math.pi
     count = (share * cells).round().clamp_min(1)
-    order = torch.rand(batch, cells, generator=generator, device=codes.device).argsort(1).argsort(1)
-    return order < count
+    places = torch.zeros(batch, cells, device=codes.device).uniform_(generator=generator)
+    return places.argsort(1).argsort(1) < count

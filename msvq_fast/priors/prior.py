@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.export import register_dataclass
 from typing_extensions import Self
 
 from msvq_fast.ops.checks import InputError, may_read
@@ -33,6 +34,10 @@ class PriorOutput:
 
     loss: Tensor
     nll: Tensor
+
+
+# As of the models' output: DistributedDataParallel(static_graph=True) finds no other tensors.
+register_dataclass(PriorOutput, serialized_type_name="msvq_fast.PriorOutput")
 
 
 class Prior(nn.Module, ABC):

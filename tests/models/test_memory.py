@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from msvq_fast import models
 from msvq_fast.nn.blocks import Residual, conv, residual_stack, upsample
@@ -290,6 +291,49 @@ def test_bad_modes() -> None:
         models.MSVQVAE(models.preset_config("tiny"), memory="less")
     with pytest.raises(InputError, match="strips=0; expected at least 1"):
         small("tiny").set_memory("strips", strips=0)
+
+
+def pruned(layer: nn.Conv2d) -> nn.Conv2d:
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+class Adapted(nn.Module):
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(pruned, "hook before"), (Adapted, "cannot cut a Adapted")]
+)
+@pytest.mark.parametrize("within", [True, False])
+def test_strips_refuse_layers_that_are_more_than_their_weights(change, message, within) -> None:
+    model = small("tiny").eval()
+    finest = model.step_two[-1]
+    first = next(layer for layer in finest if isinstance(layer, Residual))
+    if within:
+        first.inner = change(first.inner)
+    else:
+        finest[0] = change(finest[0])
+    x = images(model, dtype=torch.float32)
+    model.set_memory("sequential")
+    model(x).loss.backward()
+    model.set_memory("strips")
+    with pytest.raises(InputError, match=message):
+        model(x)
+
+
+def test_strips_take_parametrised_layers() -> None:
+    plain = small("tiny").double().eval()
+    for layer in plain.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.utils.parametrizations.weight_norm(layer)
+    lean = copy.deepcopy(plain)
+    lean.set_memory("strips", strips=5)
+    assert_same(plain, lean, images(plain))
 
 
 @pytest.mark.parametrize("memory", ["sequential", "strips"])

@@ -152,9 +152,14 @@ def test_autocast_does_not_round() -> None:
     assert inside.dtype == torch.float32 and torch.equal(inside, outside)
 
 
-def test_compiles_whole() -> None:
-    x = torch.rand(1, 3, 16, 16)
-    contributions = [torch.randn(1, 3, 16, 16, requires_grad=True) for _ in range(2)]
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("scales", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiles_whole(dtype: torch.dtype, scales: int, trained: bool) -> None:
+    x = torch.rand(1, 3, 16, 16, dtype=dtype)
+    shape = (scales, 1, 3, 16, 16)
+    contributions = [c.requires_grad_(trained) for c in torch.randn(shape, dtype=dtype)]
+    torch.compiler.reset()
     compiled = torch.compile(multiscale_loss, fullgraph=True, backend="aot_eager")
     loss, _ = compiled(contributions, x)
     want, _ = multiscale_loss(contributions, x)
@@ -170,6 +175,7 @@ def test_compiles_whole() -> None:
         ({"x": torch.zeros(1, 3, 8, 8, requires_grad=True)}, "x requires a gradient"),
         ({"x": torch.zeros(1, 3, 8, 8, device="meta")}, "is on"),
         ({"weights": [1.0]}, "weights has 1 values for 2 scales"),
+        ({"weights": torch.ones(2, requires_grad=True)}, "weights require a gradient"),
         ({"reduction": "none"}, "reduction='none'"),
         ({"kernel_size": 4}, "kernel_size=4"),
         ({"border": "mirror"}, "border='mirror'"),

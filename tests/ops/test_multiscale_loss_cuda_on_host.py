@@ -10,7 +10,9 @@ import pytest
 import torch
 from parity import EPS, assert_close
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from msvq_fast.ops import multiscale_loss
 from msvq_fast.ops.gaussian_blur.op import BORDERS
 
 if importlib.util.find_spec("msvq_fast._C") is None:
@@ -214,3 +216,11 @@ def test_says_what_fits_a_block() -> None:
     contributions, x = inputs((1, 1, 8, 300), 4)
     with pytest.raises(MemoryError):
         on_host(contributions, x, list(WEIGHTS), radius=64)
+
+
+def test_fake_images_on_a_gpu_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 8, 8, device="cuda:0")
+        assert multiscale_loss([x, x], x)[1].shape == (2,)

@@ -35,6 +35,11 @@ def multiscale_loss(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, of images ``x`` in place of targets."""
+    # torch.compile miscounts the arguments of an autograd.Function with two contributions that
+    # need no gradient.
+    if not (torch.is_grad_enabled() and any(c.requires_grad for c in contributions)):
+        loss, per_scale, _ = _run(x, blur, weights, reduction, contributions, False)
+        return loss, per_scale
     return _OnePass.apply(x, blur, weights, reduction, *contributions)
 
 
@@ -48,31 +53,13 @@ class _OnePass(torch.autograd.Function):
         reduction: str,
         *contributions: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(contributions[0].dtype)
-        # Sums of differences of order 1: half precision would lose them divided by the count, or
-        # multiplied by a large weight.
-        power = power_of_weights(weights)
-        wanted = any(ctx.needs_input_grad)
-        sums = [torch.zeros_like(c) for c in contributions] if wanted else []
-        squares = []
-        for images, channels in _parts(x):
-            part = [c[images, channels] for c in contributions]
-            targets = blurred_targets(x[images, channels], len(part), dtype, blur)
-            differences = _differences(part, targets)
-            squares.append(torch.stack([d.square().sum() for d in differences]))
-            running: Tensor | None = None
-            for m in reversed(range(len(sums))):
-                weighted = differences.pop() * (weights[m] / power)
-                running = weighted if running is None else running + weighted
-                sums[m][images, channels] = running
-        per_scale = torch.stack(squares).sum(0)  # (M,)
-        ctx.factor = 2.0 * power
+        loss, per_scale, sums = _run(x, blur, weights, reduction, contributions, True)
+        ctx.factor = 2.0 * power_of_weights(weights)
         if reduction == "mean":
-            per_scale = per_scale / x.numel()
             ctx.factor /= max(x.numel(), 1)
         ctx.save_for_backward(*sums)
         ctx.mark_non_differentiable(per_scale)
-        return (per_scale * per_scale.new_tensor(weights)).sum(), per_scale
+        return loss, per_scale
 
     @staticmethod
     @once_differentiable
@@ -83,6 +70,37 @@ class _OnePass(torch.autograd.Function):
             needed = ctx.needs_input_grad[4 + i]
             grads.append((running.to(factor.dtype) * factor).to(running.dtype) if needed else None)
         return None, None, None, None, *grads
+
+
+def _run(
+    x: Tensor,
+    blur: Blur,
+    weights: Sequence[float],
+    reduction: str,
+    contributions: Sequence[Tensor],
+    wanted: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loss, its terms and, if ``wanted``, the gradients without their factor."""
+    dtype = accumulation_dtype(contributions[0].dtype)
+    # Sums of differences of order 1: half precision would lose them divided by the count, or
+    # multiplied by a large weight.
+    power = power_of_weights(weights)
+    sums = [torch.zeros_like(c) for c in contributions] if wanted else []
+    squares = []
+    for images, channels in _parts(x):
+        part = [c[images, channels] for c in contributions]
+        targets = blurred_targets(x[images, channels], len(part), dtype, blur)
+        differences = _differences(part, targets)
+        squares.append(torch.stack([d.square().sum() for d in differences]))
+        running: Tensor | None = None
+        for m in reversed(range(len(sums))):
+            weighted = differences.pop() * (weights[m] / power)
+            running = weighted if running is None else running + weighted
+            sums[m][images, channels] = running
+    per_scale = torch.stack(squares).sum(0)  # (M,)
+    if reduction == "mean":
+        per_scale = per_scale / x.numel()
+    return (per_scale * per_scale.new_tensor(weights)).sum(), per_scale, sums
 
 
 def _differences(contributions: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:

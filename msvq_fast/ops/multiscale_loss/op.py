@@ -17,6 +17,7 @@ from msvq_fast.ops.checks import (
     check_image,
     check_same_device,
     check_same_dtype,
+    is_transformed,
     without_autocast,
 )
 from msvq_fast.ops.gaussian_blur.op import BORDERS, blur_taps, pyramid_kernel
@@ -96,6 +97,10 @@ def multiscale_loss(
         raise InputError("x requires a gradient; the loss differentiates contributions only")
     if weights is None:
         weights = [1.0] * len(contributions)
+    if any(isinstance(weight, Tensor) and weight.requires_grad for weight in weights):
+        raise InputError(
+            "weights require a gradient; expected numbers: it reaches contributions only"
+        )
     if len(weights) != len(contributions):
         raise InputError(f"weights has {len(weights)} values for {len(contributions)} scales")
     check_choice("border", border, BORDERS)
@@ -106,12 +111,20 @@ def multiscale_loss(
     blur = (*kernel, border, backend)
     if chosen == "reference":
         with without_autocast(x.device.type):
-            if backend == "reference":
+            if backend == "reference" or is_transformed():
                 return _definition(contributions, x, blur, factors, reduction)
             return one_pass.multiscale_loss(contributions, x, blur, factors, reduction)
-    loss, per_scale = _MultiscaleLoss.apply(
-        x, blur, taps, border, factors, reduction, recompute, chosen, *contributions
-    )
+    # Without a gradient no autograd.Function: torch.compile miscounts the arguments of one with
+    # two contributions.
+    if not (torch.is_grad_enabled() and any(c.requires_grad for c in contributions)):
+        nothing = [False] * len(contributions)
+        loss, per_scale, _ = OP.kernels[chosen].multiscale_loss(
+            contributions, x, taps, border, factors, reduction, nothing
+        )
+    else:
+        loss, per_scale = _MultiscaleLoss.apply(
+            x, blur, taps, border, factors, reduction, recompute, chosen, *contributions
+        )
     return loss, per_scale
 
 
