@@ -159,6 +159,8 @@ def test_many_threads_read_one_shard(root: Path) -> None:
     [
         ("a-{000..002}.tar", ["a-000.tar", "a-001.tar", "a-002.tar"]),
         ("a-{8..11}.tar", ["a-8.tar", "a-9.tar", "a-10.tar", "a-11.tar"]),
+        ("a-{0..10}.tar", [f"a-{i}.tar" for i in range(11)]),  # a lone 0 asks for no zeros
+        ("a-{9..010}.tar", ["a-009.tar", "a-010.tar"]),
         ("{a,b}/x.tar", ["a/x.tar", "b/x.tar"]),
         ("{a-{0..1},b}-{x,y}.tar", [f"{p}-{q}.tar" for p in ("a-0", "a-1", "b") for q in "xy"]),
         ("plain.tar", ["plain.tar"]),
