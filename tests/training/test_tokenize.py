@@ -211,8 +211,12 @@ def test_unreadable_files_are_left_out(
         assert list(tokens.index["skipped"]) == ["b.png"]
         assert {name.partition(":")[0] for name in tokens.names()} == {"a.png"}
     (data / "a.png").unlink()
-    assert main(arguments(saved, pictures, tmp_path / "none", f"--data={data}", "--split=all")) == 2
+    options = (f"--data={data}", "--split=all")
+    assert main(arguments(saved, pictures, tmp_path / "none", *options)) == 2
     assert "none of the 1 images can be read" in capsys.readouterr().err
+    shutil.copy(pictures / "train" / "0.png", data / "b.png")  # mended, it is tried again
+    assert main(arguments(saved, pictures, tmp_path / "none", *options)) == 0
+    assert load_tokens(tmp_path / "none").index["skipped"] == {}
 
 
 def test_every_file_is_counted(
