@@ -223,10 +223,16 @@ def _fingerprint(path: Path) -> dict[str, int]:
 
 
 def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+    """Make a file, or the names in a folder, survive a power cut.
+
+    Raises:
+        OSError: If the disk has lost a file; some systems cannot open or sync a folder.
+    """
+    folder = path.is_dir()
+    with contextlib.suppress(OSError) if folder else contextlib.nullcontext():
+        # Windows syncs only what may be written.
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
