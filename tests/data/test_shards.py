@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 import threading
 from collections.abc import Callable
@@ -179,6 +180,8 @@ def test_globs_and_relative_patterns(
     write(root / "deep/er/shard-9.tar", {"a.png": b""})
     assert len(paths(f"wds:{root}/shard-00[01].tar")) == 11
     assert len(paths(f"wds:{root}/**/*.tar")) == 13
+    monkeypatch.setenv("HOME", str(root))
+    assert len(paths("wds:~/shard-00[01].tar")) == 11
     monkeypatch.chdir(root)
     assert paths("wds:shard-002.tar") == ["shard-002.tar/20.png"]
     assert paths("wds:*.tar", "val") == [
@@ -261,6 +264,9 @@ def test_a_shard_is_indexed_once_until_it_changes(
         assert paths(uri) == before
     write(root / "shard-000.tar", {"new.png": picture(0)})
     assert paths(uri) == [f"{root}/shard-000.tar/new.png"]
+    write(root / "shard-000.tar", {"old.png": picture(0)})  # as large, but later
+    os.utime(root / "shard-000.tar", ns=(1, 1))
+    assert paths(uri) == [f"{root}/shard-000.tar/old.png"]
 
 
 # --- what is broken ---
