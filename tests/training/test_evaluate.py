@@ -24,7 +24,8 @@ SMALL = {"width": 8, "code_dim": 8, "num_residual_blocks": 1}
 
 @pytest.fixture
 def model():
-    return from_preset("tiny", latents=(4, 8, 16), num_codes=32, **SMALL)
+    options = {"latents": (4, 8, 16), "num_codes": 32, "sigma_rule": "opencv"}
+    return from_preset("tiny", **options, **SMALL)
 
 
 def tiles(count=5, size=32):
@@ -44,7 +45,7 @@ def test_figures_are_those_of_the_metrics_on_the_whole_set(model):
         codes = model.encode(x)
         partials = [to_unit_range(model.decode(codes, upto=m)) for m in range(3)]
     image = to_unit_range(x)
-    blur = gaussian_pyramid(x, 3, kernel_size=default_kernel_size(64))
+    blur = gaussian_pyramid(x, 3, kernel_size=default_kernel_size(64), sigma_rule="opencv")
     assert [q.scale for q in result.reconstructions] == [0, 1, 2]
     for m, quality in enumerate(result.reconstructions):
         error = mse(partials[m], image)
@@ -74,7 +75,14 @@ def test_figures_are_those_of_the_metrics_on_the_whole_set(model):
 
 def test_batches_do_not_change_the_figures(model):
     seen = []
-    one = evaluate(model, tiles(), batch_size=1)
+    tf32 = []
+    one = evaluate(
+        model,
+        tiles(),
+        batch_size=1,
+        progress=lambda _: tf32.append(torch.backends.cudnn.allow_tf32),
+    )
+    assert tf32 == [False] * 5
     all_ = evaluate(model, iter(tiles()), batch_size=5, progress=seen.append)
     assert seen == [5]
     assert one.codebooks == all_.codebooks
