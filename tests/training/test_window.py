@@ -41,9 +41,9 @@ def test_a_summary_holds_means_and_counts_of_its_steps_alone() -> None:
 
 
 def test_scales_that_use_few_codes_are_named() -> None:
-    sums = Window(1, 1, 20, ONE)
-    for used, warned in ((1, True), (2, False)):
-        sums.add(output(1.0, [1.0], [0.0], [1] * used + [0] * (20 - used)), 1)
+    sums = Window(1, 1, 200, ONE)
+    for used, warned in ((19, True), (20, False)):
+        sums.add(output(1.0, [1.0], [0.0], [1] * used + [0] * (200 - used)), 1)
         found = sums.read().describe_unused()
         assert (found is not None) == warned
         assert found is None or "less than 10 % of the codes of scale 0" in found
