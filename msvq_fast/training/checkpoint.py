@@ -95,8 +95,6 @@ def save_checkpoint(
         (temporary / STATE).write_text(text + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
-        if final.exists():  # only a run that went back past a corrupt checkpoint gets here
-            shutil.rmtree(final)
         temporary.rename(final)
         _sync(final.parent)
     except BaseException as error:
