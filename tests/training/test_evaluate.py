@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import resource
 import shutil
 import tarfile
 
@@ -17,7 +18,7 @@ from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError, default_kernel_size, gaussian_pyramid
 from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.evaluate import evaluate, run_evaluate
-from msvq_fast.training.results import print_table, write_results
+from msvq_fast.training.results import print_table, write_results, write_text
 
 SMALL = {"width": 8, "code_dim": 8, "num_residual_blocks": 1}
 
@@ -292,6 +293,19 @@ def test_bad_settings_stop_the_command(model, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         run_evaluate(EvaluateConfig(**{**options, **change}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_keeps_the_figures_of_before(tmp_path):
+    file = tmp_path / "results.json"
+    write_text(file, "before\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write '.*results\.json': File too large"):
+            write_text(file, "after" * 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_text() == "before\n" and list(tmp_path.iterdir()) == [file]
 
 
 def test_an_unwritable_output_stops_the_command_before_the_work(model, tmp_path, monkeypatch):
