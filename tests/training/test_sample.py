@@ -13,6 +13,7 @@ from msvq_fast.data import read_image, resize_short_side, to_float, to_uint8
 from msvq_fast.ops import InputError
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig
 from msvq_fast.training import sample
+from msvq_fast.training.prior_config import SampleConfig
 from msvq_fast.training.sample import coarse_scores
 
 NUM_CODES = 6
@@ -111,8 +112,15 @@ def test_variations_depend_on_the_image_alone(
         decoded.append(codes[1])
         return real(model, codes)
 
-    real = sample._decode
+    def numbered(*arguments: Any, **options: Any) -> list[torch.Tensor]:
+        if "coarser" in options:
+            numbers.append(options["first"])
+        return draw(*arguments, **options)
+
+    real, draw = sample._decode, priors.sample
+    numbers: list[torch.Tensor] = []
     monkeypatch.setattr(sample, "_decode", spy)
+    monkeypatch.setattr(priors, "sample", numbered)
     _, prior = load(folders, kind)
     plain, seen = priors.sample(prior, 9)[1], {}
     for options in (
@@ -127,9 +135,16 @@ def test_variations_depend_on_the_image_alone(
             for image, drawn in zip(kept, codes, strict=True):
                 assert torch.equal(drawn, seen.setdefault((image, v), drawn))
     assert len(seen) == 9 * 3
+    assert len(torch.cat(numbers).unique()) == 9 * 3  # no image's variation is drawn as another's
     for image in range(9):
         assert torch.equal(seen[image, 0], plain[image])
         assert not torch.equal(seen[image, 1], seen[image, 2])
+
+
+def test_the_hole_has_the_cells_whose_centres_it_holds() -> None:
+    config = SampleConfig(prior="", checkpoint="", region=(0.1, 0.3, 0.6, 0.9))
+    hole = sample._hole(config, 4, 4)
+    assert hole.nonzero().tolist() == [[y, x] for y in (0, 1) for x in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("kind", ["autoregressive", "maskgit"])
