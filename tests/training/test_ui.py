@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from msvq_fast.cli import main
-from msvq_fast.data import signed_to_uint8
+from msvq_fast.data import signed_to_uint8, to_uint8
 from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError
 from msvq_fast.priors import MaskGITPrior, PriorConfig
@@ -67,8 +67,10 @@ def test_it_shows_sums_contributions_and_codes(viewer: Viewer, folder: Path) -> 
     for picture, _ in (*sums, *contributions, *maps):
         assert picture.shape == (256, 256, 3) and picture.dtype == np.uint8
     assert np.array_equal(contributions[0][0], sums[1][0]), "the first sum is the first part"
+    x = viewer.read(folder / "picture.png")
+    assert np.array_equal(sums[0][0][4::8, 4::8].transpose(2, 0, 1), to_uint8(x[0]).numpy())
     with torch.no_grad():
-        codes = viewer.model.eval().encode(viewer.read(folder / "picture.png"))
+        codes = viewer.model.eval().encode(x)
         part = viewer.model.contributions(codes)[1]
     gain = common_gain([part])
     assert contributions[1][1] == f"contribution 1 around grey, x {gain}" and gain > 1
@@ -81,6 +83,19 @@ def test_a_prior_of_images_of_another_size_is_refused(viewer: Viewer) -> None:
     larger = PriorConfig(((8, 8), (16, 16)), num_codes=16, width=32, heads=2, depth=1)
     with pytest.raises(InputError, match=r"draws grids .*16\)\); the page shows images of 32 px"):
         Viewer(viewer.model, MaskGITPrior(larger), torch.device("cpu"))
+
+
+def test_a_prior_of_other_codes_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", sys)  # not needed before the page
+    config = PriorConfig(GRIDS, num_codes=6, width=32, heads=2, depth=1)
+    MaskGITPrior(config).save_pretrained(tmp_path)
+    assert main(["ui", f"--checkpoint={folder / 'model'}", f"--prior={tmp_path}"]) == 2
+    assert "of 6 codes; " in capsys.readouterr().err
 
 
 def test_drawings_keep_the_coarse_codes(
