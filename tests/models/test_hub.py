@@ -151,6 +151,10 @@ def test_what_the_hub_says_is_one_line(
     with pytest.raises(InputError, match=r"no local folder and the hub says: 404: no such rep.*y$"):
         from_pretrained("me/nothing")
 
+    for folder in ("./nothing", "/nothing"):  # no names of repositories
+        with pytest.raises(InputError, match=r"nothing/config\.json does not exist"):
+            from_pretrained(folder)
+
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("401: log in\nwith more lines")
 

@@ -178,6 +178,16 @@ def test_any_number_of_scales_and_labels(kind: type, kernels, scales: int) -> No
     assert any(not torch.equal(a, b) for a, b in zip(codes, others, strict=True))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
+def test_no_label_is_a_row_of_its_own(kind: type) -> None:
+    scale, codes = prior(kind, num_classes=3).scale_model(0), random_codes(GRIDS)[0].flatten(1)
+    for row in range(4):
+        before = scale.embed(codes)
+        scale.labels.weight[row] += 1
+        assert torch.equal(scale.embed(codes), before) == (row < 3)
+
+
 @pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
 def test_coarse_keys_are_computed_once_per_scale(
     kind: type, monkeypatch: pytest.MonkeyPatch

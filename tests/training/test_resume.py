@@ -52,7 +52,10 @@ def test_a_run_in_another_folder_finds_a_best_of_its_own(
 def test_every_byte_of_a_large_file_counts(tmp_path: Path) -> None:
     large = {"moments": torch.zeros(3 << 18)}  # 3 MiB
     folder = save_checkpoint(
-        tmp_path, model=from_preset("tiny"), optimizer=large, state={"step": 1, "config": {}}
+        tmp_path,
+        model=from_preset("tiny"),
+        optimizer=large,
+        state={"step": 1, "config": {}, "model_config": {}},
     )
     state = json.loads((folder / "state.json").read_text())
     verify(folder, state)
@@ -61,6 +64,8 @@ def test_every_byte_of_a_large_file_counts(tmp_path: Path) -> None:
         file.write(b"\1")
     with pytest.raises(InputError, match=r"optimizer\.pt is corrupt: its checksum"):
         verify(folder, state)
+    with pytest.raises(InputError, match=r"optimizer\.pt is corrupt"):  # also where it is named
+        find_model(folder)
 
 
 def test_another_way_to_compute_is_a_warning(
