@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError, default_kernel_size, gaussian_pyramid
 from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.evaluate import evaluate, run_evaluate
-from msvq_fast.training.results import print_table, write_results, write_text
+from msvq_fast.training.results import SetQuality, print_table, write_results, write_text
 
 SMALL = {"width": 8, "code_dim": 8, "num_residual_blocks": 1}
 
@@ -293,6 +294,28 @@ def test_bad_settings_stop_the_command(model, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         run_evaluate(EvaluateConfig(**{**options, **change}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_set_is_described_in_a_line():
+    found = SetQuality(
+        suffix="",
+        extractor="Inception",
+        sha256="0123456789abcdef" * 4,
+        dim=5,
+        images=20,
+        originals=30,
+        fd=1.5,
+        kid=0.0025,
+        inception_score=(3.0, 0.25),
+        inception_score_originals=(4.0, 0.5),
+    )
+    rest = "20 images, 30 originals, Inception, 5 features, weights sha256 0123456789abcdef"
+    line = f"FID 1.500, KID 2.500e-3, IS 3.000 ± 0.250 (originals 4.000); {rest}"
+    assert found.describe() == line
+    other = dataclasses.replace(found, suffix="-X", fd=None)
+    assert other.describe().startswith(
+        "FD-X not given below 10 images (force_fd), KID-X 2.500e-3, IS-X 3.000"
+    )
 
 
 def test_a_full_disk_keeps_the_figures_of_before(tmp_path):

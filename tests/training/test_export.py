@@ -141,6 +141,9 @@ def test_wrong_tokens_are_told_from_rounding() -> None:
         found = model.encode(x)[1]
         found[0, 0, 0] = twin
         assert export.compare_codes(model, x, [codes[0], found])["within_rounding_of_a_tie"] == 1
+        book[twin] = z + (z - book[codes[1][0, 0, 0]]) * 1.05  # no rounding goes that far
+        with pytest.raises(export.ExportError, match="1 of 32 tokens of scale 1 that differ"):
+            export.compare_codes(model, x, [codes[0], found])
 
 
 def test_wrong_images_are_told_from_rounding() -> None:
