@@ -131,7 +131,8 @@ def _expand(pattern: str) -> list[str]:
                 f"data 'wds:...': {{{choices[0]}}} is neither a range such as {{000..009}} nor a "
                 "choice such as {train,val}"
             )
-        width = max(map(len, bounds.groups())) if bounds[1].startswith("0") else 0
+        padded = any(re.match("0[0-9]", bound) for bound in bounds.groups())
+        width = max(map(len, bounds.groups())) if padded else 0
         choices = [f"{i:0{width}}" for i in range(int(bounds[1]), int(bounds[2]) + 1)]
     tails = _expand(pattern[end + 1 :])
     heads = [pattern[:start] + text for choice in choices for text in _expand(choice)]

@@ -7,7 +7,7 @@ stands, its configuration, and length and CRC-32 of the other files).
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import os
 import platform
@@ -32,6 +32,7 @@ VERSIONS = {
     "python": platform.python_version(),
 }
 _PREFIX = "step_"
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of a file system
 _CHUNK = 1 << 20  # bytes
 
 
@@ -88,8 +89,6 @@ def save_checkpoint(
         (temporary / STATE).write_text(text + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
-        if final.exists():  # only a run that went back past a corrupt checkpoint gets here
-            shutil.rmtree(final)
         temporary.rename(final)
         _sync(final.parent)
     except BaseException as error:
@@ -215,10 +214,19 @@ def _fingerprint(path: Path) -> dict[str, int]:
 
 
 def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make a file, or the names in a folder, survive a power cut.
+
+    Raises:
+        OSError: If the disk has lost a file; some systems cannot sync one, or open a folder.
+    """
+    folder = path.is_dir()
     try:
-        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        # Windows syncs only what may be written.
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not folder and error.errno not in _CANNOT_SYNC:
+            raise

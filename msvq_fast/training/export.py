@@ -9,8 +9,8 @@ import importlib
 import io
 import json
 import logging
-import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -81,8 +81,7 @@ def run_export(config: ExportConfig) -> None:
     size = fitting_size(config.size, model)
     out = Path(config.out)
     check_writable(out)
-    temporary = out / f".export.{os.getpid()}"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix=".export.", dir=out))
     try:
         with inference_mode(model):
             checks = _export(model, size, config.format, temporary)

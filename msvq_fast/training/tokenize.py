@@ -216,8 +216,9 @@ def _write_shards(
             shard = write_shard(out, len(index["shards"]), crops, codes, labels or None)
             index["shards"].append(shard)
         index["files_done"] = number + 1
-        index["complete"] = last and bool(index["shards"])
-        write_index(out, index)
+        index["complete"] = last
+        if index["shards"]:  # else no file could be read, and the next run tries all of them again
+            write_index(out, index)
         written += len(crops)
         crops.clear()
         labels.clear()

@@ -88,18 +88,16 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros(0, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
     try:
+        # A process without tiles has one empty batch.
         for batch in tiles[world.rank :: world.size].split(batch_size):
             x = to_float(batch.to(world.device))
             reference = to_unit_range(x)
             sums = itertools.accumulate(model.contributions(model.encode(x)))
             errors = torch.stack([mse(to_unit_range(s), reference).sum() for s in sums])
-            total = errors if total.numel() == 0 else total + errors
+            total = total + errors
     finally:
         model.train(was_training)
-    if total.numel() == 0:  # more processes than tiles
-        outputs = model.num_scales if isinstance(model, MSVQVAE) else 1
-        total = torch.zeros(outputs, dtype=torch.float64, device=world.device)
     mean = all_reduce_(total, world) / len(tiles)
     return mean.tolist(), psnr_from_mse(mean).tolist()

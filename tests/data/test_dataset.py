@@ -75,6 +75,7 @@ def test_random_crops_are_pieces_of_the_image(images: list[Path]) -> None:
             places += [(y, x, flipped) for y, x in match.nonzero().tolist()]
     assert len(places) == 40 and len(set(places)) >= 38
     assert 8 < sum(flipped for _, _, flipped in places) < 32
+    assert {flipped for y, _, flipped in places if y < 12} == {False, True}
     assert max(y for y, _, _ in places) > 18 and max(x for _, x, _ in places) > 34
 
 
@@ -113,6 +114,8 @@ def test_large_jpeg_is_decoded_reduced_yet_alike(tmp_path: Path) -> None:
     ((_, full),) = evaluation_tiles([tmp_path / "x.jpg"], size=64)
     assert not torch.equal(tile, full)
     assert (tile.float() - full.float()).abs().mean() < 1.5
+    tile = ImageDataset([tmp_path / "x.jpg"], size=300, crop="center", flip=False).get(0, 0)
+    assert torch.equal(tile, next(evaluation_tiles([tmp_path / "x.jpg"], size=300))[1])
 
 
 def test_samples_do_not_depend_on_history(images: list[Path]) -> None:
@@ -386,6 +389,7 @@ def test_unreadable_files_in_evaluation(images: list[Path]) -> None:
     assert list(skipped) == [str(images[1])]
     with pytest.raises(InputError, match="none of the 1 images can be read"):
         list(evaluation_tiles(images[1:2], size=8, skipped={}))
+    assert not list(evaluation_tiles(images[1:2], size=8, skipped={}, rank=0, world_size=2))
 
 
 def test_evaluation_options_are_refused_at_once(images: list[Path]) -> None:

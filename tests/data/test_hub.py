@@ -99,11 +99,12 @@ def test_its_own_splits_are_taken(hf: Any, tmp_path: Path, val: str) -> None:
         list_images(f"{uri}:valid", split="all")
 
 
-def test_a_single_split_is_split_by_hash(hf: Any, tmp_path: Path) -> None:
-    uri = f"hf:{save(hf, tmp_path / 'set', train=[photo(0)] * 100)}"
+@pytest.mark.parametrize("only", ["train", "test"])
+def test_a_single_split_is_split_by_hash(hf: Any, tmp_path: Path, only: str) -> None:
+    uri = f"hf:{save(hf, tmp_path / 'set', **{only: [photo(0)] * 100})}"
     train, val = names(uri, "train"), names(uri, "val")
     assert 2 <= len(val) <= 25
-    assert sorted(train + val) == names(uri, "all") == [f"train/{row:08d}" for row in range(100)]
+    assert sorted(train + val) == names(uri, "all") == [f"{only}/{row:08d}" for row in range(100)]
     split_of(hf, [photo(0)] * 200).save_to_disk(tmp_path / "more")
     longer = [name.partition("/")[2] for name in names(f"hf:{tmp_path / 'more'}", "all")]
     assert longer == [f"{row:08d}" for row in range(200)]
@@ -127,6 +128,8 @@ def test_one_of_several_configurations(hf: Any, tmp_path: Path) -> None:
         list_images(f"hf:{root}@huge", split="all")
     root.rename(root.with_name("set@large"))
     assert len(list_images(f"hf:{root}@large@small", split="all")) == 1
+    uri = f"hf:{save(hf, tmp_path / 'me@home', train=[photo(3)])}"  # a folder, no configuration
+    assert [row.read() for row in list_images(uri, split="all")] == [photo(3)]
 
 
 def test_a_folder_of_image_files_is_read_from_them(hf: Any, tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ def test_broken_files_are_named_in_one_line(tmp_path: Path) -> None:
             read_image(tmp_path / name)
         assert repr(str(tmp_path / name)) in one_line(error)
         assert reason in str(error.value)
+        assert error.value.may_pass == (name in ("folder.png", "absent.png"))
 
 
 def test_pixel_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

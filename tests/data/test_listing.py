@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import msvq_fast.data
-from msvq_fast.data import list_images, read_image
+from msvq_fast.data import list_images, listing, read_image
 from msvq_fast.ops.checks import InputError
 
 PHOTOS = Path(msvq_fast.data.__file__).parent / "photos"
@@ -98,6 +99,23 @@ def test_hash_split_stays_when_files_are_added_or_the_folder_moves(tmp_path: Pat
     touch(large, *(f"{i}.png" for i in range(200)))
     assert set(names_of(small, "val")) < set(names_of(large, "val"))
     assert set(names_of(small, "train")) < set(names_of(large, "train"))
+    # For good: another version would train on what was held out.
+    assert names_of(small, "val") == [f"{i}.png" for i in (11, 26, 42, 44, 50, 61, 79, 92, 96, 97)]
+
+
+def test_hash_split_does_not_depend_on_how_accents_are_stored(tmp_path: Path) -> None:
+    names = [f"é{i}.png" for i in range(40)]
+    touch(tmp_path / "composed", *names)
+    touch(tmp_path / "apart", *(unicodedata.normalize("NFD", name) for name in names))
+    composed, apart = (names_of(tmp_path / folder, "val") for folder in ("composed", "apart"))
+    assert set(composed).isdisjoint(apart)
+    assert [unicodedata.normalize("NFC", name) for name in apart] == composed
+
+
+def test_hash_split_leaves_one_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "_VAL_SHARE", 1.0)  # as where all names happen to lie below it
+    touch(tmp_path, *(f"{i}.png" for i in range(3)))
+    assert len(names_of(tmp_path, "train")) == 1 and len(names_of(tmp_path, "val")) == 2
 
 
 def test_linked_folders_are_followed_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 import threading
 from collections.abc import Callable
@@ -159,6 +160,8 @@ def test_many_threads_read_one_shard(root: Path) -> None:
     [
         ("a-{000..002}.tar", ["a-000.tar", "a-001.tar", "a-002.tar"]),
         ("a-{8..11}.tar", ["a-8.tar", "a-9.tar", "a-10.tar", "a-11.tar"]),
+        ("a-{0..10}.tar", [f"a-{i}.tar" for i in range(11)]),  # a lone 0 asks for no zeros
+        ("a-{9..010}.tar", ["a-009.tar", "a-010.tar"]),
         ("{a,b}/x.tar", ["a/x.tar", "b/x.tar"]),
         ("{a-{0..1},b}-{x,y}.tar", [f"{p}-{q}.tar" for p in ("a-0", "a-1", "b") for q in "xy"]),
         ("plain.tar", ["plain.tar"]),
@@ -177,6 +180,8 @@ def test_globs_and_relative_patterns(
     write(root / "deep/er/shard-9.tar", {"a.png": b""})
     assert len(paths(f"wds:{root}/shard-00[01].tar")) == 11
     assert len(paths(f"wds:{root}/**/*.tar")) == 13
+    monkeypatch.setenv("HOME", str(root))
+    assert len(paths("wds:~/shard-00[01].tar")) == 11
     monkeypatch.chdir(root)
     assert paths("wds:shard-002.tar") == ["shard-002.tar/20.png"]
     assert paths("wds:*.tar", "val") == [
@@ -259,6 +264,9 @@ def test_a_shard_is_indexed_once_until_it_changes(
         assert paths(uri) == before
     write(root / "shard-000.tar", {"new.png": picture(0)})
     assert paths(uri) == [f"{root}/shard-000.tar/new.png"]
+    write(root / "shard-000.tar", {"old.png": picture(0)})  # as large, but later
+    os.utime(root / "shard-000.tar", ns=(1, 1))
+    assert paths(uri) == [f"{root}/shard-000.tar/old.png"]
 
 
 # --- what is broken ---

@@ -54,6 +54,8 @@ def test_frechet_distance_of_known_gaussians():
     y = 2 * x + torch.tensor([3.0, 4.0])
     assert frechet_distance(x, y) == pytest.approx(25 + 2 * (2 / 3), rel=1e-12)
     assert frechet_distance(x, x) < 1e-12
+    sets = [features(20, 8, seed) for seed in range(20)]  # rounding would put some below 0
+    assert all(0 <= frechet_distance(x, x) < 1e-12 for x in sets)
 
 
 def test_kernel_distance_is_its_double_sum():

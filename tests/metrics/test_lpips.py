@@ -111,6 +111,12 @@ def test_reads_published_names(net, tmp_path):
     x, y = images()
     assert torch.equal(loaded(x, y), model(x, y).detach())
     assert not any(p.requires_grad for p in loaded.parameters())
+    heads = tmp_path / "weights" / "heads.pth"
+    tensors = torch.load(heads, weights_only=True)
+    torch.save({"state_dict": {name: 2 * w for name, w in tensors.items()}}, heads)
+    other = load_lpips(tmp_path / "weights")
+    torch.testing.assert_close(other(x, y), 2 * loaded(x, y))
+    assert other.sha256 != loaded.sha256  # every file counts
 
 
 def test_reads_the_state_dict_of_the_lpips_package(tmp_path):

@@ -125,6 +125,8 @@ def test_a_model_goes_to_the_hub_and_comes_back(
     files = {path.name for path in (hub.root / "me/model").iterdir()}
     assert files == {"README.md", "config.json", "model.safetensors"}
     assert "| 1 | 0." in (hub.root / "me/model" / "README.md").read_text()
+    from_pretrained(saved).push_to_hub("me/other", token="secret")
+    assert hub.calls[2:] == [("token", "secret"), ("create", "me/other", False)]
     x = torch.zeros(1, 3, 64, 64)
     expected = from_pretrained(saved).encode(x)
     for load in (from_pretrained, VQVAE2.from_pretrained):
@@ -148,6 +150,10 @@ def test_what_the_hub_says_is_one_line(
 ) -> None:
     with pytest.raises(InputError, match=r"no local folder and the hub says: 404: no such rep.*y$"):
         from_pretrained("me/nothing")
+
+    for folder in ("./nothing", "/nothing"):  # no names of repositories
+        with pytest.raises(InputError, match=r"nothing/config\.json does not exist"):
+            from_pretrained(folder)
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("401: log in\nwith more lines")

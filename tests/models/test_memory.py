@@ -150,6 +150,23 @@ def test_weights_cast_without_a_graph_serve_no_run_with_one(mode: str) -> None:
         assert torch.cosine_similarity(grad.flatten(), p.grad.flatten(), 0) > 0.999
 
 
+def test_a_second_derivative_is_refused() -> None:
+    model = small("tiny")
+    x = images(model, dtype=torch.float32).requires_grad_()
+    out = replay(model.encoder.scales[0], x)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_strips_keep_the_layout() -> None:
+    model = small("tiny").to(memory_format=torch.channels_last)
+    x = images(model, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    for strips in (1, 3):
+        out = replay(model.encoder.scales[0], x, strips=strips)
+        assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
+
+
 def test_what_is_kept_and_when_it_runs() -> None:
     runs: list[int] = []
     model = small("celebahq1024-s", width=32)

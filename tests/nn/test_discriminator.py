@@ -19,6 +19,8 @@ def test_it_is_that_of_vqgan_but_for_the_normalisation() -> None:
     norms = 2 * (128 + 256 + 512)
     judge = PatchDiscriminator(256)
     assert sum(p.numel() for p in judge.parameters()) == weights + 64 + 1 + norms
+    kernels = [p for p in judge.parameters() if p.dim() == 4]
+    assert [float(p.detach().std()) for p in kernels] == pytest.approx([0.02] * 5, rel=0.1)
 
 
 def test_a_verdict_depends_on_no_other_image() -> None:

@@ -178,6 +178,24 @@ def test_any_number_of_scales_and_labels(kind: type, kernels, scales: int) -> No
     assert any(not torch.equal(a, b) for a, b in zip(codes, others, strict=True))
 
 
+@torch.no_grad()
+def test_every_scale_has_its_own_settings() -> None:
+    model = prior(AutoregressivePrior)
+    settings = [{"temperature": 0.0}, {"temperature": 9.0}]
+    a, b = (sample(model, 2, seed=seed, settings=settings) for seed in (1, 2))
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
+def test_no_label_is_a_row_of_its_own(kind: type) -> None:
+    scale, codes = prior(kind, num_classes=3).scale_model(0), random_codes(GRIDS)[0].flatten(1)
+    for row in range(4):
+        before = scale.embed(codes)
+        scale.labels.weight[row] += 1
+        assert torch.equal(scale.embed(codes), before) == (row < 3)
+
+
 @pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
 def test_coarse_keys_are_computed_once_per_scale(
     kind: type, monkeypatch: pytest.MonkeyPatch
@@ -219,6 +237,8 @@ def test_variations_keep_the_coarse_codes_and_fixed_codes_stay(kind: type) -> No
     fixed[:, 2:5] = torch.randint(11, (2, 3, 8))
     inpainted = sample(model, 2, seed=1, coarser=coarse, fixed=[None, fixed])[1]
     assert torch.equal(inpainted[:, 2:5], fixed[:, 2:5])
+    both = sample(model, 2, seed=1, fixed=[coarse[0], fixed])
+    assert torch.equal(both[0], coarse[0]) and torch.equal(both[1][:, 2:5], fixed[:, 2:5])
     assert inpainted.min() >= 0 and not torch.equal(inpainted[:, 5:], a[1][:, 5:])
 
 

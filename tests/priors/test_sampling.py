@@ -60,6 +60,21 @@ def test_truncation(options: dict, allowed: set[int]) -> None:
     assert set(drawn.tolist()) == allowed
 
 
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_p": 0.7}])
+def test_what_is_left_is_drawn_in_its_own_proportions(options: dict[str, float]) -> None:
+    logits = torch.tensor([1.0, 2.2, 0.5, 0.0])  # the last code is none of those left
+    drawn = draw_codes(logits.expand(40000, 4), uniforms(0, torch.arange(40000)), **options)
+    p = logits[:2].double().softmax(-1)
+    share = torch.bincount(drawn, minlength=4) / 40000
+    assert ((share[:2] - p).abs() < 4 * (p * (1 - p) / 40000).sqrt()).all()
+    assert share[2:].tolist() == [0, 0]
+
+
+def test_a_code_that_has_the_share_is_enough() -> None:
+    drawn = draw_codes(torch.zeros(100, 2), uniforms(0, torch.arange(100)), top_p=0.5)
+    assert not drawn.any()
+
+
 def test_zero_temperature_and_the_ends_of_the_interval() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [-torch.inf, 0.0, -torch.inf]])
     ends = torch.tensor([2.0**-54, 1 - 2.0**-53], dtype=torch.float64)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from msvq_fast.training.checkpoint import (
     list_checkpoints,
     prune_checkpoints,
     read_state,
+    save_checkpoint,
 )
 from msvq_fast.training.progress import MetricsFile
 
@@ -284,6 +287,48 @@ def test_a_full_disk_leaves_the_older_checkpoints(
         assert "step_00000002: " in error and "File too large" in error and error.count("\n") == 1
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     from_pretrained(find_model(tmp_path))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    named: list[set[int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_sync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def note_name(path: Path, target: Path) -> Path:
+        named.append(set(synced))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_name)
+    folder = save_checkpoint(
+        tmp_path, model=from_preset("tiny"), optimizer={}, state={"step": 1, "config": {}}
+    )
+    assert {path.stat().st_ino for path in (folder, *folder.iterdir())} <= named[-1]
+    assert synced[-1] == folder.parent.stat().st_ino
+
+
+def test_a_disk_that_loses_a_file_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_folders:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    parts: dict[str, Any] = {"model": from_preset("tiny"), "optimizer": {}, "state": {"step": 1}}
+    of_folders, number = False, errno.EIO
+    with pytest.raises(OSError, match=r"cannot write checkpoint .*step_00000001: Input/output"):
+        save_checkpoint(tmp_path, **parts)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    for step, of_folders in enumerate((False, True)):  # some file systems cannot
+        number, parts["state"] = errno.EINVAL, {"step": step}
+        assert save_checkpoint(tmp_path, **parts) == checkpoint_path(tmp_path, step)
 
 
 def test_metrics_that_cannot_be_written_are_named(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from msvq_fast import models, priors
 from msvq_fast.cli import main
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig
+from msvq_fast.training import sample
 from msvq_fast.training.checkpoint import checkpoint_path, find_model
 from msvq_fast.training.tokens import load_tokens, write_index, write_shard
 
@@ -159,6 +160,36 @@ def test_a_prior_learns_the_classes_and_draws_them(
     assert record["labels"] == [("c", "b, b")[i % 2] for i in record["kept"]]
     # Coarse images of their class are nearly certain, given the class.
     assert min(record["scores"][i] for i in record["kept"]) > -0.5
+
+
+def test_every_batch_is_of_the_classes_of_its_images(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"num_codes": NUM_CODES, "depth": 1, "heads": 2, "width": 16}
+    prior = MaskGITPrior(PriorConfig(tuple(GRIDS), num_classes=3, **sizes))
+    prior.save_pretrained(tmp_path / "prior")
+    asked, scored = [], []
+    draw, score = priors.sample, sample.coarse_scores
+
+    def note_draw(*arguments: Any, first: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+        asked.append((first % 2**32, options["labels"]))
+        return draw(*arguments, first=first, **options)
+
+    def note_score(
+        prior: MaskGITPrior, codes: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        scored.append(labels)
+        return score(prior, codes, labels)
+
+    monkeypatch.setattr(priors, "sample", note_draw)
+    monkeypatch.setattr(sample, "coarse_scores", note_score)
+    places = [f"--prior={tmp_path / 'prior'}", f"--checkpoint={model}", "--device=cpu"]
+    options = ['--labels=["2","0"]', "--images=5", "--batch_size=3", "--reject=keep=3"]
+    out = f"--out={tmp_path / 'grid.png'}"
+    assert main(["sample", *places, *options, "--variations=2", out]) == 0
+    numbers, labels = (torch.cat(parts) for parts in zip(*asked, strict=True))
+    assert len(numbers) == 5 + 2 * 3 and torch.equal(labels, 2 * (numbers % 2 == 0))
+    assert torch.cat(scored).tolist() == [2, 0, 2, 0, 2]
 
 
 def test_dropped_labels_follow_from_the_step(tokens: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -15,7 +16,13 @@ from msvq_fast.ops import InputError
 from msvq_fast.training import compare
 from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.compare_config import CompareConfig
-from msvq_fast.training.compare_figures import PICTURES, _half_power, _most_detailed
+from msvq_fast.training.compare_figures import (
+    PICTURES,
+    _half_power,
+    _most_detailed,
+    _psnr,
+    _View,
+)
 from msvq_fast.training.compare_report import describe, headings, print_comparison, rows, summarize
 from msvq_fast.training.paper import PAPER_RESULTS
 from msvq_fast.training.progress import MetricsFile
@@ -81,7 +88,15 @@ def test_both_models_are_trained_alike(done):
 def test_finished_runs_are_not_run_again(done, pictures, monkeypatch, capsys):
     monkeypatch.setattr(compare, "run_train", lambda config: pytest.fail("trained again"))
     before = (done / "comparison.json").read_text()
+    drawn, draw = [], compare.draw_comparison
+
+    def note(folders, *rest, **options):
+        drawn.extend(folder.parent.parent.name for folder in folders.values())
+        return draw(folders, *rest, **options)
+
+    monkeypatch.setattr(compare, "draw_comparison", note)
     assert compare.run_compare(config(pictures, done)) == 0
+    assert drawn == ["vqvae2-imagenet256-s-seed0", "imagenet256-s-seed0"]
     assert capsys.readouterr().out.count("finished before") == 4
     assert (done / "comparison.json").read_text() == before
 
@@ -97,11 +112,51 @@ def test_a_lost_evaluation_is_made_again_from_the_trained_model(done, pictures, 
     assert after["codebooks"] == before["codebooks"]
 
 
-def test_another_comparison_in_the_same_folder_is_refused(done, pictures):
+def test_another_comparison_in_the_same_folder_is_refused(done, pictures, tmp_path):
     before = (done / "settings.json").read_text()
     with pytest.raises(InputError, match="holds another comparison: steps is 2 there and 3 here"):
         compare.run_compare(config(pictures, done, steps=3))
     assert (done / "settings.json").read_text() == before
+    shutil.copytree(done, tmp_path / "copy")
+    for run in (tmp_path / "copy" / "runs").iterdir():
+        shutil.rmtree(run / "checkpoints")  # for their room; the figures are still there
+    with pytest.raises(InputError, match="holds another comparison"):
+        compare.run_compare(config(pictures, tmp_path / "copy", steps=3))
+
+
+def test_settings_reach_training_and_evaluation():
+    given = CompareConfig(
+        data="data",
+        epochs=4,
+        steps=5,
+        batch_size=3,
+        accumulate=2,
+        lr=1e-3,
+        betas=(0.1, 0.2),
+        schedule="constant",
+        resize=300,
+        precision="bf16",
+        channels_last="on",
+        workers=7,
+        log_every=9,
+        device="cpu",
+        lpips_weights="lpips.pth",
+        extractor="efflite0",
+        inception_weights="inception.pth",
+        efflite0_weights="eff.pth",
+        force_fd=True,
+    )
+    own = {field.name for field in dataclasses.fields(given)} - {"preset", "out"}
+    training = given.training("imagenet256-s", 6, "run")
+    evaluation = given.evaluation("run", "figures")
+    reached = set()
+    for part, others in ((training, {"lpips_weights"}), (evaluation, {"batch_size"})):
+        shared = own & {field.name for field in dataclasses.fields(part)} - others
+        assert {n: getattr(part, n) for n in shared} == {n: getattr(given, n) for n in shared}
+        reached |= shared
+    of_models = {"width_scale", "resolution", "codebook_init", "restart_below", "gradient"}
+    assert own - reached == {*of_models, "seeds", "pictures"}
+    assert training.seed == 6 and evaluation.checkpoint == "run"
 
 
 def test_a_first_try_that_failed_may_be_corrected(pictures, tmp_path, monkeypatch):
@@ -236,6 +291,20 @@ def test_a_direction_needs_seeds_that_do_not_overlap(ours, base, here, verdict):
     assert "kid" not in found["directions"] and "lpips" not in found["directions"]
 
 
+def test_nothing_is_decided_where_the_paper_sees_no_difference():
+    results = {}
+    for seed in (0, 1):
+        # Too few images for a Fréchet distance in one run: the others' mean is not theirs.
+        results["vqvae2-imagenet256-s", seed] = result(0.01, 50.0, kid=0.05, fd=seed or None)
+        results["imagenet256-s", seed] = result(0.01, 50.0, kid=0.05, fd=3.0)
+        results["imagenet256-s", seed]["reconstructions"][0]["ssim"] = 0.6
+    found = summarize("imagenet256-s", results)
+    equal = {"paper": "equal", "here": "better", "verdict": "undecided"}
+    assert found["directions"]["ssim"] == equal
+    assert found["models"]["vqvae2"]["figures"]["fd"] is None
+    assert found["models"]["msvqvae"]["figures"]["fd"]["mean"] == 3.0
+
+
 def test_rows_are_means_and_spreads_beside_the_paper():
     found = summary([0.010, 0.012], [0.014, 0.016], kid=0.05)
     assert headings(found)[-1] == "rKID-EffLite0 e-3"
@@ -298,6 +367,12 @@ def test_half_power():
     power[9] = 1.0
     assert _half_power(power) > 9.5
     assert _half_power(torch.zeros(16, dtype=torch.float64)) is None
+
+
+def test_the_psnr_beside_a_row_is_that_of_the_whole_sum():
+    image = torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    grey, near = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.8)
+    assert _psnr(_View([grey, near], [], []), image, 1) == "20.00"  # off by 0.1 of [0, 1]
 
 
 def test_the_most_detailed_window():

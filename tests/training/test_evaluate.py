@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
 import os
+import resource
 import shutil
 import tarfile
 
@@ -17,14 +19,15 @@ from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError, default_kernel_size, gaussian_pyramid
 from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.evaluate import evaluate, run_evaluate
-from msvq_fast.training.results import print_table, write_results
+from msvq_fast.training.results import SetQuality, print_table, write_results, write_text
 
 SMALL = {"width": 8, "code_dim": 8, "num_residual_blocks": 1}
 
 
 @pytest.fixture
 def model():
-    return from_preset("tiny", latents=(4, 8, 16), num_codes=32, **SMALL)
+    options = {"latents": (4, 8, 16), "num_codes": 32, "sigma_rule": "opencv"}
+    return from_preset("tiny", **options, **SMALL)
 
 
 def tiles(count=5, size=32):
@@ -44,7 +47,7 @@ def test_figures_are_those_of_the_metrics_on_the_whole_set(model):
         codes = model.encode(x)
         partials = [to_unit_range(model.decode(codes, upto=m)) for m in range(3)]
     image = to_unit_range(x)
-    blur = gaussian_pyramid(x, 3, kernel_size=default_kernel_size(64))
+    blur = gaussian_pyramid(x, 3, kernel_size=default_kernel_size(64), sigma_rule="opencv")
     assert [q.scale for q in result.reconstructions] == [0, 1, 2]
     for m, quality in enumerate(result.reconstructions):
         error = mse(partials[m], image)
@@ -74,7 +77,14 @@ def test_figures_are_those_of_the_metrics_on_the_whole_set(model):
 
 def test_batches_do_not_change_the_figures(model):
     seen = []
-    one = evaluate(model, tiles(), batch_size=1)
+    tf32 = []
+    one = evaluate(
+        model,
+        tiles(),
+        batch_size=1,
+        progress=lambda _: tf32.append(torch.backends.cudnn.allow_tf32),
+    )
+    assert tf32 == [False] * 5
     all_ = evaluate(model, iter(tiles()), batch_size=5, progress=seen.append)
     assert seen == [5]
     assert one.codebooks == all_.codebooks
@@ -284,6 +294,41 @@ def test_bad_settings_stop_the_command(model, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         run_evaluate(EvaluateConfig(**{**options, **change}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_set_is_described_in_a_line():
+    found = SetQuality(
+        suffix="",
+        extractor="Inception",
+        sha256="0123456789abcdef" * 4,
+        dim=5,
+        images=20,
+        originals=30,
+        fd=1.5,
+        kid=0.0025,
+        inception_score=(3.0, 0.25),
+        inception_score_originals=(4.0, 0.5),
+    )
+    rest = "20 images, 30 originals, Inception, 5 features, weights sha256 0123456789abcdef"
+    line = f"FID 1.500, KID 2.500e-3, IS 3.000 ± 0.250 (originals 4.000); {rest}"
+    assert found.describe() == line
+    other = dataclasses.replace(found, suffix="-X", fd=None)
+    assert other.describe().startswith(
+        "FD-X not given below 10 images (force_fd), KID-X 2.500e-3, IS-X 3.000"
+    )
+
+
+def test_a_full_disk_keeps_the_figures_of_before(tmp_path):
+    file = tmp_path / "results.json"
+    write_text(file, "before\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write '.*results\.json': File too large"):
+            write_text(file, "after" * 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_text() == "before\n" and list(tmp_path.iterdir()) == [file]
 
 
 def test_an_unwritable_output_stops_the_command_before_the_work(model, tmp_path, monkeypatch):

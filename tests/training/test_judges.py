@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from msvq_fast.cli import main
-from msvq_fast.data import to_float, to_uint8
+from msvq_fast.data import evaluation_tiles, list_images, to_float, to_uint8
 from msvq_fast.metrics import LPIPS, FeatureExtractor, frechet_distance, kernel_distance
 from msvq_fast.metrics.efflite0 import EfficientNetLite0
 from msvq_fast.models import from_preset
@@ -108,6 +108,12 @@ def test_the_parts_of_the_inception_score_hold_all_classes_whatever_the_processe
     alone.add(names, images)
     one = compare_sets(extractor, alone, alone, paired=False, force_fd=False, world=ONE)
     assert 8 < one.inception_score[0] <= 10  # in the order of the files it is 1
+    assert one.inception_score[1] > 0  # of ten parts
+    alike = FeatureSet(extractor)
+    alike.add(names, images[:1].expand(400, -1, -1, -1))
+    other = compare_sets(extractor, alone, alike, paired=False, force_fd=False, world=ONE)
+    assert other.inception_score == pytest.approx((1, 0))
+    assert other.inception_score_originals == one.inception_score_originals
     shares = [FeatureSet(extractor) for _ in range(2)]
     for rank, share in enumerate(shares):
         share.add(names[rank::2], images[rank::2])
@@ -175,6 +181,22 @@ def test_samples_are_compared_as_a_set(tmp_path, capsys):
     assert saved["fd"] == pytest.approx(0, abs=1e-6)
     assert saved["images"] == saved["originals"] == 5
     assert "FD-EffLite0 0.000" in capsys.readouterr().out
+
+
+def test_samples_are_cut_as_the_originals_and_are_no_pairs(tmp_path, monkeypatch):
+    judges = "msvq_fast.training.samples_evaluation.load_judges"
+    monkeypatch.setattr(judges, lambda *_: Judges(extractor=Colours()))
+    data = folder_of_images(tmp_path / "images", 5)
+    cut = {"size": 32, "resize": 40, "crop": "tiles"}
+    options = {"data": str(data), "split": "all", "samples": str(data), "device": "cpu", **cut}
+    run_evaluate(EvaluateConfig(out=str(tmp_path / "out"), **options))
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())["samples"]
+    images = torch.stack([t for _, t in evaluation_tiles(list_images(data, split="all"), **cut)])
+    features = Colours()(images)[0]
+    assert saved["images"] == len(images)
+    # An image and its equal count as any two: the distance lies below 0.
+    assert saved["kid"] == pytest.approx(kernel_distance(features, features), rel=1e-6)
+    assert saved["kid"] < -1e-4
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,12 @@ from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError
 from msvq_fast.training import reconstruct
 from msvq_fast.training.config import ReconstructConfig
-from msvq_fast.training.reconstruct import reconstruct_grid, run_reconstruct
+from msvq_fast.training.reconstruct import (
+    _fitted,
+    common_gain,
+    reconstruct_grid,
+    run_reconstruct,
+)
 
 SMALL = {"width": 8, "code_dim": 8, "num_residual_blocks": 1, "num_codes": 32}
 
@@ -70,6 +75,18 @@ def test_faint_detail_is_amplified_and_said_so(tmp_path, drawn, monkeypatch):
     reconstruct_grid(model, [("black", image)], tmp_path / "grid.png")
     assert drawn["column_labels"][1:3] == ["contribution 0", "contribution 1\naround grey, x 16"]
     assert torch.equal(drawn["rows"][0][2], signed_to_uint8(faint[0], 16))
+
+
+def test_a_few_bright_values_do_not_set_the_gain():
+    faint = torch.full((1000,), 0.06)
+    for bright, gain in ((4, 16), (20, 1)):
+        faint[:bright] = 1
+        assert common_gain([faint[:500], faint[500:]]) == gain
+
+
+def test_a_large_jpeg_is_never_decoded_smaller_than_shown(tmp_path):
+    path = photo(tmp_path / "x.jpg", 640, 480)
+    assert _fitted(path, 200, 8).shape == (3, 200, 264)
 
 
 def test_vqvae2_has_one_reconstruction_and_every_token_map(tmp_path, drawn):

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from msvq_fast.models import from_preset
+from msvq_fast.ops import InputError
 from msvq_fast.training import loop
-from msvq_fast.training.checkpoint import checkpoint_path, find_model, list_checkpoints, read_state
+from msvq_fast.training.checkpoint import (
+    checkpoint_path,
+    find_model,
+    list_checkpoints,
+    read_state,
+    save_checkpoint,
+    verify,
+)
 from msvq_fast.training.config import TrainConfig
 from msvq_fast.training.prior_config import TrainPriorConfig
 from msvq_fast.training.resume import describe_changes, describe_computation
@@ -34,6 +45,27 @@ def test_a_run_in_another_folder_finds_a_best_of_its_own(
     assert find_model(second) == checkpoint_path(second, 10)
     assert train(second, "--steps=20", f"--resume={second}", *schedule) == 0
     assert find_model(second) == checkpoint_path(second, 10)
+    shutil.rmtree(checkpoint_path(second, 10))  # as where only the last was copied
+    assert find_model(second) == checkpoint_path(second, 20)
+
+
+def test_every_byte_of_a_large_file_counts(tmp_path: Path) -> None:
+    large = {"moments": torch.zeros(3 << 18)}  # 3 MiB
+    folder = save_checkpoint(
+        tmp_path,
+        model=from_preset("tiny"),
+        optimizer=large,
+        state={"step": 1, "config": {}, "model_config": {}},
+    )
+    state = json.loads((folder / "state.json").read_text())
+    verify(folder, state)
+    with (folder / "optimizer.pt").open("r+b") as file:
+        file.seek(1 << 19)
+        file.write(b"\1")
+    with pytest.raises(InputError, match=r"optimizer\.pt is corrupt: its checksum"):
+        verify(folder, state)
+    with pytest.raises(InputError, match=r"optimizer\.pt is corrupt"):  # also where it is named
+        find_model(folder)
 
 
 def test_another_way_to_compute_is_a_warning(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 
 from msvq_fast import models, priors
 from msvq_fast.cli import main
-from msvq_fast.data import read_image, resize_short_side, to_float, to_uint8
+from msvq_fast.data import read_image, resize_short_side, signed_to_uint8, to_float, to_uint8
 from msvq_fast.ops import InputError
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig
 from msvq_fast.training import sample
+from msvq_fast.training.checkpoint import weights_digest
+from msvq_fast.training.prior_config import SampleConfig
 from msvq_fast.training.sample import coarse_scores
 
 NUM_CODES = 6
@@ -69,9 +72,11 @@ def test_the_grid_is_contributions_above_their_sum(
     model, prior = load(folders, kind)
     codes = priors.sample(prior, 3, seed=5)
     with torch.no_grad():
-        images, (c_0, _) = to_uint8(model.decode(codes)), model.contributions(codes)
+        images, (c_0, c_1) = to_uint8(model.decode(codes)), model.contributions(codes)
+    assert grid["row_labels"][1].endswith("x 4")
+    parts = (to_uint8(c_0), signed_to_uint8(c_1, 4), images)
     # Batches of another size round the convolutions otherwise.
-    for shown, expected in ((grid["rows"][2], images), (grid["rows"][0], to_uint8(c_0))):
+    for shown, expected in zip(grid["rows"], parts, strict=True):
         difference = torch.stack(shown).int() - expected.int()
         assert difference.abs().max() <= 1
     assert grid["row_labels"][::2] == ["contribution 0", "image"]
@@ -111,8 +116,15 @@ def test_variations_depend_on_the_image_alone(
         decoded.append(codes[1])
         return real(model, codes)
 
-    real = sample._decode
+    def numbered(*arguments: Any, **options: Any) -> list[torch.Tensor]:
+        if "coarser" in options:
+            numbers.append(options["first"])
+        return draw(*arguments, **options)
+
+    real, draw = sample._decode, priors.sample
+    numbers: list[torch.Tensor] = []
     monkeypatch.setattr(sample, "_decode", spy)
+    monkeypatch.setattr(priors, "sample", numbered)
     _, prior = load(folders, kind)
     plain, seen = priors.sample(prior, 9)[1], {}
     for options in (
@@ -127,9 +139,28 @@ def test_variations_depend_on_the_image_alone(
             for image, drawn in zip(kept, codes, strict=True):
                 assert torch.equal(drawn, seen.setdefault((image, v), drawn))
     assert len(seen) == 9 * 3
+    assert len(torch.cat(numbers).unique()) == 9 * 3  # no image's variation is drawn as another's
     for image in range(9):
         assert torch.equal(seen[image, 0], plain[image])
         assert not torch.equal(seen[image, 1], seen[image, 2])
+
+
+def test_a_prior_of_another_models_codes_is_refused(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prior, grid = tmp_path / "prior", tmp_path / "grid.png"
+    shutil.copytree(folders["maskgit"], prior)
+    for digest, code in ((weights_digest(folders["model"]), 0), ("ab", 2)):
+        learnt = {"step": 1, "config": {}, "model_config": {"weights_sha256": digest}, "files": {}}
+        (prior / "state.json").write_text(json.dumps(learnt))
+        assert run({**folders, "maskgit": prior}, grid, "maskgit", "--images=1") == code
+    assert f"{prior} learnt codes of another model than" in capsys.readouterr().err
+
+
+def test_the_hole_has_the_cells_whose_centres_it_holds() -> None:
+    config = SampleConfig(prior="", checkpoint="", region=(0.1, 0.3, 0.6, 0.9))
+    hole = sample._hole(config, 4, 4)
+    assert hole.nonzero().tolist() == [[y, x] for y in (0, 1) for x in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("kind", ["autoregressive", "maskgit"])

@@ -19,7 +19,7 @@ from msvq_fast.cli import main
 from msvq_fast.data import ImageDataset, evaluation_tiles, list_images, to_float
 from msvq_fast.ops import InputError
 from msvq_fast.training import tokenize
-from msvq_fast.training.tokens import load_tokens, write_shard
+from msvq_fast.training.tokens import Tokens, load_tokens, read_shard, write_index, write_shard
 
 BATCH = 3
 
@@ -210,8 +210,12 @@ def test_unreadable_files_are_left_out(
         assert list(tokens.index["skipped"]) == ["b.png"]
         assert {name.partition(":")[0] for name in tokens.names()} == {"a.png"}
     (data / "a.png").unlink()
-    assert main(arguments(saved, pictures, tmp_path / "none", f"--data={data}", "--split=all")) == 2
+    options = (f"--data={data}", "--split=all")
+    assert main(arguments(saved, pictures, tmp_path / "none", *options)) == 2
     assert "none of the 1 images can be read" in capsys.readouterr().err
+    shutil.copy(pictures / "train" / "0.png", data / "b.png")  # mended, it is tried again
+    assert main(arguments(saved, pictures, tmp_path / "none", *options)) == 0
+    assert load_tokens(tmp_path / "none").index["skipped"] == {}
 
 
 def test_every_file_is_counted(
@@ -264,17 +268,51 @@ def test_settings_that_cannot_work(
     assert not out.exists()
 
 
+def test_shards_are_on_the_disk_before_they_have_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    replace = Path.replace
+
+    def note_name(path: Path, target: Path) -> Path:
+        assert path.stat().st_ino in synced
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", note_name)
+    shard = write_shard(tmp_path, 0, ["a"], [torch.zeros(1, 2, 2, dtype=torch.int64)])
+    write_index(tmp_path, {"shards": [shard]})
+    assert len(synced) == 2
+
+
+def test_more_codes_than_16_bits_hold_are_refused(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"width": 8, "code_dim": 1, "num_residual_blocks": 1, "num_codes": 2**16 + 1}
+    models.from_preset("tiny", resolution=16, latents=(2, 4), **small).save_pretrained(tmp_path)
+    assert main(arguments(tmp_path, pictures, tmp_path / "out")) == 2
+    assert "num_codes=65537; 16 bits hold 65536 codes" in capsys.readouterr().err
+    largest = torch.full((1, 1, 1), 2**16 - 1)
+    shard = write_shard(tmp_path, 0, ["a"], [largest])
+    tokens = Tokens(tmp_path, {}, [read_shard(tmp_path, shard)["codes_0"]], None)
+    assert torch.equal(tokens.batch(torch.tensor([0]))[0], largest)
+
+
 def test_other_tokens_are_not_overwritten(
     saved: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(saved, pictures, tmp_path)) == 0
     before = everything(tmp_path)
-    for option in ("--size=8", "--batch_size=4", "--split=val"):
+    others = ("--size=8", "--batch_size=4", "--split=val", "--shard_size=2", "--resize=20")
+    for option in (*others, "--crop=center", "--seed=1"):
         assert main(arguments(saved, pictures, tmp_path, option)) == 2
         error = capsys.readouterr().err
         assert f"{tmp_path / 'tokens.json'} is of other tokens: " in error
         name = option[2:].partition("=")[0]
         assert f"{name} is {json.loads(before['tokens.json'])['settings'][name]}" in error
+    for option in ("--repeat=2", "--flip"):
+        assert main(arguments(saved, pictures, tmp_path, "--crop=random", option)) == 2
+        assert f"; {option[2:].partition('=')[0]} is " in capsys.readouterr().err
     assert everything(tmp_path) == before
 
 
@@ -324,6 +362,10 @@ def test_altered_shards_are_named(
     assert "shard_00002.safetensors is corrupt" in capsys.readouterr().err
     shard.unlink()
     with pytest.raises(InputError, match=r"cannot read .*shard_00002.safetensors: No such file"):
+        load_tokens(tmp_path)
+    index = (tmp_path / "tokens.json").read_text().replace('"schema": 1', '"schema": 2')
+    (tmp_path / "tokens.json").write_text(index)
+    with pytest.raises(InputError, match="not an index of tokens: schema 2; this version reads 1"):
         load_tokens(tmp_path)
     (tmp_path / "tokens.json").write_text("{}")
     with pytest.raises(InputError, match="is not an index of tokens"):

@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 
 from msvq_fast.cli import main
+from msvq_fast.data import signed_to_uint8, to_uint8
 from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError
 from msvq_fast.priors import MaskGITPrior, PriorConfig
+from msvq_fast.training.reconstruct import common_gain
 from msvq_fast.training.ui import Viewer
 
 SMALL = {"resolution": 32, "latents": (4, 8), "width": 16, "code_dim": 8, "num_codes": 16}
@@ -66,7 +68,14 @@ def test_it_shows_sums_contributions_and_codes(viewer: Viewer, folder: Path) -> 
         assert picture.shape == (256, 256, 3) and picture.dtype == np.uint8
     assert np.array_equal(contributions[0][0], sums[1][0]), "the first sum is the first part"
     x = viewer.read(folder / "picture.png")
-    codes = viewer.model.eval().encode(x)
+    assert np.array_equal(sums[0][0][4::8, 4::8].transpose(2, 0, 1), to_uint8(x[0]).numpy())
+    with torch.no_grad():
+        codes = viewer.model.eval().encode(x)
+        part = viewer.model.contributions(codes)[1]
+    gain = common_gain([part])
+    assert contributions[1][1] == f"contribution 1 around grey, x {gain}" and gain > 1
+    shown = contributions[1][0][4::8, 4::8].transpose(2, 0, 1)  # every pixel is 8 x 8
+    assert np.abs(shown.astype(int) - signed_to_uint8(part[0], gain).numpy()).max() <= 1
     assert f"codes 1, 8x8, {len(codes[1].unique())} different" == maps[1][1]
 
 
@@ -76,12 +85,40 @@ def test_a_prior_of_images_of_another_size_is_refused(viewer: Viewer) -> None:
         Viewer(viewer.model, MaskGITPrior(larger), torch.device("cpu"))
 
 
-def test_drawings_keep_the_coarse_codes(viewer: Viewer, folder: Path) -> None:
+def test_a_prior_of_other_codes_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", sys)  # not needed before the page
+    config = PriorConfig(GRIDS, num_codes=6, width=32, heads=2, depth=1)
+    MaskGITPrior(config).save_pretrained(tmp_path)
+    assert main(["ui", f"--checkpoint={folder / 'model'}", f"--prior={tmp_path}"]) == 2
+    assert "of 6 codes; " in capsys.readouterr().err
+
+
+def test_drawings_keep_the_coarse_codes(
+    viewer: Viewer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, decode = [], viewer.model.decode
+
+    def note(codes: list[torch.Tensor]) -> torch.Tensor:
+        decoded.append(codes)
+        return decode(codes)
+
+    monkeypatch.setattr(viewer.model, "decode", note)
     drawn = viewer.redraw(folder / "picture.png", 3, seed=5)
     again = viewer.redraw(folder / "picture.png", 3, seed=5)
     assert len(drawn) == 3
     assert all(np.array_equal(a[0], b[0]) for a, b in zip(drawn, again, strict=True))
     assert not np.array_equal(drawn[0][0], drawn[1][0])
+    viewer.redraw(folder / "picture.png", 3, seed=6)
+    coarse = viewer.model.encode(viewer.read(folder / "picture.png"))[0]
+    assert all(torch.equal(codes[0], coarse.expand(3, -1, -1)) for codes in decoded)
+    assert torch.equal(decoded[0][1], decoded[1][1]) and not torch.equal(
+        *(c[1] for c in decoded[1:])
+    )
     with pytest.raises(InputError, match="count=9; expected 1 to 8"):
         viewer.redraw(folder / "picture.png", 9, seed=5)
     with pytest.raises(InputError, match="drawing needs one"):
