@@ -14,7 +14,6 @@ from msvq_fast.data import read_image, resize_short_side, signed_to_uint8, to_fl
 from msvq_fast.ops import InputError
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig
 from msvq_fast.training import sample
-from msvq_fast.training.checkpoint import weights_digest
 from msvq_fast.training.prior_config import SampleConfig
 from msvq_fast.training.sample import coarse_scores
 
@@ -150,7 +149,7 @@ def test_a_prior_of_another_models_codes_is_refused(
 ) -> None:
     prior, grid = tmp_path / "prior", tmp_path / "grid.png"
     shutil.copytree(folders["maskgit"], prior)
-    for digest, code in ((weights_digest(folders["model"]), 0), ("ab", 2)):
+    for digest, code in ((models.weights_digest(folders["model"]), 0), ("ab", 2)):
         learnt = {"step": 1, "config": {}, "model_config": {"weights_sha256": digest}, "files": {}}
         (prior / "state.json").write_text(json.dumps(learnt))
         assert run({**folders, "maskgit": prior}, grid, "maskgit", "--images=1") == code
