@@ -12,6 +12,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compiler_first() -> None:
+    """Let torch.compile note PyTorch's own functions before a test has others in their place."""
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

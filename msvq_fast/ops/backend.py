@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import warnings
+from collections.abc import Callable
+from inspect import signature
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +33,7 @@ NOT_BUILT = (
     "(pip install -v says what is missing)"
 )
 _MODULES = {"native": "native", "triton": "triton_kernels"}
+_LIBRARY = torch.library.Library("msvq_fast", "FRAGMENT")
 
 
 def is_built() -> bool:
@@ -54,6 +58,53 @@ class KernelVariant(NamedTuple):
     barrier: bool = False  # and a barrier of the block: it writes what several warps read
     fp_fusion: bool = True  # whether a product may be contracted with the addition after it
     max_registers: int | None = None  # of a thread, from sm_90 on; 255 everywhere
+
+
+def kernel_op(
+    name: str, *devices: str, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
+    """Make a raw kernel call the PyTorch op ``msvq_fast::name``, which torch.compile leaves whole.
+
+    As `torch.library.custom_op`, whose first call loads all of torch.compile and whose every call
+    takes longer than many a kernel; but who calls the op has to care for gradients: it has none.
+
+    Args:
+        name: Of the op.
+        *devices: The device types it runs on; any if none is named.
+        mutates: The arguments that it changes in place.
+    """
+
+    def register(call: Callable[..., Any]) -> torch._ops.OpOverload:
+        schema = torch.library.infer_schema(call, mutates_args=mutates)
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        changed = [
+            i for i, argument in enumerate(signature(call).parameters) if argument in mutates
+        ]
+
+        untraced: Callable[..., Any] | None = None
+
+        def run(*args: Any) -> Any:
+            # torch.compile, once loaded, may look at any frame; what a kernel does is not for it.
+            nonlocal untraced
+            kernel = call
+            if "torch._dynamo" in sys.modules:
+                kernel = untraced = untraced or torch.compiler.disable(call)
+            out = kernel(*args)
+            for i in changed:
+                _count_change(args[i])
+            return out
+
+        for key in [d.upper() for d in devices] or ["CompositeExplicitAutograd"]:
+            _LIBRARY.impl(name, run, key)
+        return getattr(torch.ops.msvq_fast, name).default
+
+    return register
+
+
+def _count_change(changed: Tensor | list[Tensor]) -> None:
+    """Let autograd notice that a kernel wrote what an earlier step may have saved."""
+    tensors = [changed] if isinstance(changed, Tensor) else changed
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 class Op:

@@ -1,7 +1,10 @@
-"""Which backend runs: the order of every device, no silent fallback, one warning on CUDA."""
+"""Which backend runs, without a silent fallback; kernels as ops of PyTorch."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from msvq_fast.ops import InputError, backend
-from msvq_fast.ops.backend import Op
+from msvq_fast.ops.backend import Op, kernel_op
 
 
 @pytest.fixture
@@ -76,3 +79,52 @@ def test_what_is_asked_for_runs_or_raises(op: Op, name: str) -> None:
         op.pick(on("cpu"), backend=name)
     with pytest.raises(InputError, match="backend='cuda'; expected None or one of"):
         op.pick(on("cpu"), backend="cuda")
+
+
+def test_a_first_call_does_not_load_the_compiler() -> None:
+    code = (
+        "import sys, torch; from msvq_fast import ops\n"
+        "x, codes = torch.rand(2, 3, 16, 16), torch.rand(4, 3)\n"
+        "for backend in (None, 'reference'): ops.nearest_code(x, codes, dim=1, backend=backend)\n"
+        "ops.vector_quantize(x, codes, dim=1); ops.multiscale_loss([x, x], x)\n"
+        "ops.local_attention(x.flatten(2)[..., None], [x.flatten(2)[..., None]],"
+        " [x.flatten(2)[..., None]], grids=[(16, 16)], kernels=[3])\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_autograd_notices_what_a_kernel_changes() -> None:
+    scale = getattr(torch.ops.msvq_fast, "multiscale_loss_scale_native", None)
+    if scale is None:
+        pytest.skip("needs the C++ extension")
+    weight, saved = torch.ones(3, requires_grad=True), torch.ones(3)
+    out = (weight * saved).sum()
+    scale([saved], torch.tensor(1.0), [1.0], "sum")  # by 1: not even a write in place tells
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_a_compiler_does_not_trace_a_kernel() -> None:
+    traced: list[bool] = []
+
+    @kernel_op("kernel_of_a_test", "cpu")
+    def double(x: Tensor) -> Tensor:
+        traced.append(torch.compiler.is_compiling())
+        return 2 * x
+
+    def call(x: Tensor) -> Tensor:
+        outs: list[Tensor] = []  # eval and re.sub are not traced: the op is called as it is
+
+        def add(_: object) -> str:
+            eval("outs.append(double(x))", {"double": double, "outs": outs, "x": x})
+            return ""
+
+        re.sub("a", add, "a")
+        return outs[0]
+
+    x = torch.rand(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the frames that it leaves alone
+        out = torch.compile(call, backend="eager")(x)
+    assert torch.equal(out, 2 * x) and traced == [False]

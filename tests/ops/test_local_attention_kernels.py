@@ -111,6 +111,15 @@ def test_memory_is_linear_in_the_tokens():
     assert all(g.isfinite().all() for g in grads)
 
 
+def test_second_backward_raises():
+    grids, kernels = [(2, 3), (4, 6)], [3, 3]
+    (q, keys, values, _), flat = leaves(grids, width=4, dtype=torch.float32)
+    out = local_attention(q, keys, values, grids=grids, kernels=kernels, backend="native")
+    grad, *_ = torch.autograd.grad(out.sum(), flat, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
 def call():
     grids, kernels = [(2, 3), (4, 6)], [3, 3]
     q, keys, values, bias = make_inputs(grids, width=4, dtype=torch.float32, bias_sizes=[3, None])

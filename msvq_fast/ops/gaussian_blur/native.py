@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
+from msvq_fast.ops.backend import kernel_op
 
 # ImageType and Border in C++, of the multi-scale loss too.
 IMAGE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
@@ -46,9 +47,7 @@ def gaussian_blur(
     return _gaussian_blur(x, list(taps_y), list(taps_x), border, adjoint)
 
 
-@torch.library.custom_op(
-    "msvq_fast::gaussian_blur_native", mutates_args=(), device_types=("cpu", "cuda")
-)
+@kernel_op("gaussian_blur_native", "cpu", "cuda")
 def _gaussian_blur(
     x: Tensor, taps_y: list[float], taps_x: list[float], border: str, adjoint: bool
 ) -> Tensor:
@@ -75,7 +74,7 @@ def _gaussian_blur(
     return out
 
 
-_gaussian_blur.register_fake(lambda x, *_: torch.empty_like(_dense(x)))
+torch.library.register_fake(_gaussian_blur, lambda x, *_: torch.empty_like(_dense(x)))
 
 
 def blur_twice(x: Tensor, taps: Sequence[float], border: str) -> tuple[Tensor, Tensor]:
@@ -84,10 +83,8 @@ def blur_twice(x: Tensor, taps: Sequence[float], border: str) -> tuple[Tensor, T
     return once, twice
 
 
-@torch.library.custom_op(
-    "msvq_fast::gaussian_blur_twice_native", mutates_args=(), device_types="cuda"
-)
-def _blur_twice(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tensor]:
+def levels_of(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tensor]:
+    """As `blur_twice`, for the op that it calls."""
     one_pass = x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0
     if one_pass and _on_tensor_cores(x.device):
         once, twice = torch.empty_like(x), torch.empty_like(x)
@@ -109,7 +106,10 @@ def _blur_twice(x: Tensor, taps: list[float], border: str) -> tuple[Tensor, Tens
     return once, _gaussian_blur(once, taps, taps, border, False)
 
 
-_blur_twice.register_fake(lambda x, *_: (torch.empty_like(_dense(x)), torch.empty_like(_dense(x))))
+_blur_twice = kernel_op("gaussian_blur_twice_native", "cuda")(levels_of)
+torch.library.register_fake(
+    _blur_twice, lambda x, *_: (torch.empty_like(_dense(x)), torch.empty_like(_dense(x)))
+)
 
 
 def _on_tensor_cores(device: torch.device | None = None) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
+from msvq_fast.ops.backend import kernel_op
 from msvq_fast.ops.local_attention.layout import (
     empty_grads,
     empty_lse,
@@ -70,7 +71,7 @@ def local_attention_backward(
     return split_grads(grads, bias)
 
 
-@torch.library.custom_op("msvq_fast::local_attention_native", mutates_args=(), device_types="cpu")
+@kernel_op("local_attention_native", "cpu")
 def _local_attention(
     q: Tensor,
     keys: list[Tensor],
@@ -85,12 +86,10 @@ def _local_attention(
     return out, lse
 
 
-_local_attention.register_fake(lambda q, *_: (empty_tokens(q), empty_lse(q)))
+torch.library.register_fake(_local_attention, lambda q, *_: (empty_tokens(q), empty_lse(q)))
 
 
-@torch.library.custom_op(
-    "msvq_fast::local_attention_backward_native", mutates_args=(), device_types="cpu"
-)
+@kernel_op("local_attention_backward_native", "cpu")
 def _local_attention_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -108,8 +107,9 @@ def _local_attention_backward(
     return grads
 
 
-_local_attention_backward.register_fake(
-    lambda grad_out, q, keys, values, bias, *_: empty_grads(q, keys, values, bias)
+torch.library.register_fake(
+    _local_attention_backward,
+    lambda grad_out, q, keys, values, bias, *_: empty_grads(q, keys, values, bias),
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from msvq_fast.ops.backend import Op
 from msvq_fast.ops.checks import InputError, check_choice, check_float
@@ -256,14 +257,18 @@ class _LocalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, out, lse, *tensors = ctx.saved_tensors
-        keys, values, bias = _split(tensors)
-        grad_q, grad_keys, grad_values, grad_bias = OP.kernels[
-            ctx.backend
-        ].local_attention_backward(
-            grad_out, q, keys, values, bias, out, lse, ctx.windows, ctx.scale
-        )
-        return None, None, None, grad_q, *grad_keys, *grad_values, *grad_bias
+        return _run_backward(ctx, grad_out, *ctx.saved_tensors)
+
+
+@once_differentiable
+def _run_backward(
+    ctx: Any, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, *tensors: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    keys, values, bias = _split(tensors)
+    grad_q, grad_keys, grad_values, grad_bias = OP.kernels[ctx.backend].local_attention_backward(
+        grad_out, q, keys, values, bias, out, lse, ctx.windows, ctx.scale
+    )
+    return None, None, None, grad_q, *grad_keys, *grad_values, *grad_bias
 
 
 def _split(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:

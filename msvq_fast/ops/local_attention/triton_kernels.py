@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from msvq_fast.ops.backend import kernel_op
 from msvq_fast.ops.local_attention.layout import (
     empty_grads,
     empty_lse,
@@ -116,7 +117,7 @@ def local_attention_backward(
     return split_grads(grads, bias)
 
 
-@torch.library.custom_op("msvq_fast::local_attention_triton", mutates_args=())
+@kernel_op("local_attention_triton")
 def _local_attention(
     q: Tensor,
     keys: list[Tensor],
@@ -136,10 +137,10 @@ def _local_attention(
     return finished(out, result), lse
 
 
-_local_attention.register_fake(lambda q, *_: (empty_tokens(q), empty_lse(q)))
+torch.library.register_fake(_local_attention, lambda q, *_: (empty_tokens(q), empty_lse(q)))
 
 
-@torch.library.custom_op("msvq_fast::local_attention_at_triton", mutates_args=())
+@kernel_op("local_attention_at_triton")
 def _local_attention_at(
     q: Tensor,
     keys: list[Tensor],
@@ -160,10 +161,10 @@ def _local_attention_at(
     return finished(out, result)
 
 
-_local_attention_at.register_fake(lambda q, *_: empty_tokens(q))
+torch.library.register_fake(_local_attention_at, lambda q, *_: empty_tokens(q))
 
 
-@torch.library.custom_op("msvq_fast::local_attention_backward_triton", mutates_args=())
+@kernel_op("local_attention_backward_triton")
 def _local_attention_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -198,6 +199,7 @@ def _local_attention_backward(
     return grads
 
 
-_local_attention_backward.register_fake(
-    lambda grad_out, q, keys, values, bias, *_: empty_grads(q, keys, values, bias)
+torch.library.register_fake(
+    _local_attention_backward,
+    lambda grad_out, q, keys, values, bias, *_: empty_grads(q, keys, values, bias),
 )

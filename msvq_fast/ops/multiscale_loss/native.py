@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
+from msvq_fast.ops.backend import kernel_op
 from msvq_fast.ops.gaussian_blur.native import BORDERS, CPU_MAX_TAPS, IMAGE_TYPES
 from msvq_fast.ops.multiscale_loss.one_pass import power_of_weights
 
@@ -106,9 +107,7 @@ def _factors(like: Tensor, weights: Sequence[float], reduction: str) -> tuple[fl
     return factor, 1 / power_of_weights(weights) if like.dtype == torch.float16 else factor
 
 
-@torch.library.custom_op(
-    "msvq_fast::multiscale_loss_native", mutates_args=(), device_types=("cpu", "cuda")
-)
+@kernel_op("multiscale_loss_native", "cpu", "cuda")
 def _forward(
     contributions: list[Tensor],
     x: Tensor,
@@ -134,23 +133,17 @@ def _forward(
     return loss[0].clone(), loss[1:].clone(), grads
 
 
-@_forward.register_fake
-def _(
-    contributions: list[Tensor],
-    x: Tensor,
-    taps: list[float],
-    border: str,
-    weights: list[float],
-    reduction: str,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    terms = x.new_empty(len(contributions), dtype=torch.float32)
-    return terms.new_empty(()), terms, _grads(_dense(contributions), wanted)
-
-
-@torch.library.custom_op(
-    "msvq_fast::multiscale_loss_backward_native", mutates_args=(), device_types=("cpu", "cuda")
+torch.library.register_fake(
+    _forward,
+    lambda contributions, x, *settings: (
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty(len(contributions), dtype=torch.float32),
+        _grads(_dense(contributions), settings[-1]),
+    ),
 )
+
+
+@kernel_op("multiscale_loss_backward_native", "cpu", "cuda")
 def _backward(
     grad_loss: Tensor,
     contributions: list[Tensor],
@@ -175,25 +168,13 @@ def _backward(
     return grads
 
 
-@_backward.register_fake
-def _(
-    grad_loss: Tensor,
-    contributions: list[Tensor],
-    x: Tensor,
-    taps: list[float],
-    border: str,
-    weights: list[float],
-    reduction: str,
-    wanted: list[bool],
-) -> list[Tensor]:
-    return _grads(_dense(contributions), wanted)
-
-
-@torch.library.custom_op(
-    "msvq_fast::multiscale_loss_scale_native",
-    mutates_args=("grads",),
-    device_types=("cpu", "cuda"),
+torch.library.register_fake(
+    _backward,
+    lambda _, contributions, *settings: _grads(_dense(contributions), settings[-1]),
 )
+
+
+@kernel_op("multiscale_loss_scale_native", "cpu", "cuda", mutates=("grads",))
 def _scale(grads: list[Tensor], grad_loss: Tensor, weights: list[float], reduction: str) -> None:
     factor, stored = _factors(grads[0], weights, reduction)
     late = factor / stored
@@ -223,7 +204,7 @@ def _scale(grads: list[Tensor], grad_loss: Tensor, weights: list[float], reducti
         _C.multiscale_loss_scale_cuda(arguments, grad_loss.device.index, stream)
 
 
-_scale.register_fake(lambda *_: None)
+torch.library.register_fake(_scale, lambda *_: None)
 
 
 def _run(arguments: _C.MultiscaleLossArguments, x: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
+from msvq_fast.ops.backend import kernel_op
 from msvq_fast.ops.vector_quantize.layout import (
     LATENT_TYPES,
     codes_like,
@@ -116,7 +117,7 @@ def _like(tensor: Tensor, layout: Tensor) -> Tensor:
     return tensor if same else torch.empty_like(layout).copy_(tensor)
 
 
-@torch.library.custom_op("msvq_fast::nearest_code_native", mutates_args=(), device_types="cpu")
+@kernel_op("nearest_code_native", "cpu")
 def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     codes = codes_like(z, codebook, dim)
     codebook = codebook.contiguous()
@@ -143,10 +144,10 @@ def _nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     return codes
 
 
-_nearest_code.register_fake(codes_like)
+torch.library.register_fake(_nearest_code, codes_like)
 
 
-@torch.library.custom_op("msvq_fast::vector_quantize_native", mutates_args=(), device_types="cpu")
+@kernel_op("vector_quantize_native", "cpu")
 def _vector_quantize(
     z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -183,12 +184,10 @@ def _vector_quantize(
     return z_q, codes, torch.tensor(loss, dtype=torch.float32), counts, sums
 
 
-_vector_quantize.register_fake(outputs_like)
+torch.library.register_fake(_vector_quantize, outputs_like)
 
 
-@torch.library.custom_op(
-    "msvq_fast::vector_quantize_backward_native", mutates_args=(), device_types="cpu"
-)
+@kernel_op("vector_quantize_backward_native", "cpu")
 def _backward(
     grad_z_q: Tensor | None,
     grad_loss: Tensor,
@@ -221,4 +220,4 @@ def _backward(
     return grad_z if out is grad_z else grad_z.copy_(out)
 
 
-_backward.register_fake(lambda grad_z_q, grad_loss, z, *_: torch.empty_like(z))
+torch.library.register_fake(_backward, lambda grad_z_q, grad_loss, z, *_: torch.empty_like(z))

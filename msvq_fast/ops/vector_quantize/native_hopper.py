@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import _C
+from msvq_fast.ops.backend import kernel_op
 from msvq_fast.ops.vector_quantize.layout import (
     LATENT_TYPES,
     codes_like,
@@ -85,10 +86,8 @@ def search_codes(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     return codes
 
 
-nearest_code = torch.library.custom_op(
-    "msvq_fast::nearest_code_hopper", search_codes, mutates_args=(), device_types="cuda"
-)
-nearest_code.register_fake(codes_like)
+nearest_code = kernel_op("nearest_code_hopper", "cuda")(search_codes)
+torch.library.register_fake(nearest_code, codes_like)
 
 
 def quantize(
@@ -113,10 +112,8 @@ def quantize(
     return z_q, codes, loss, counts, sums
 
 
-vector_quantize = torch.library.custom_op(
-    "msvq_fast::vector_quantize_hopper", quantize, mutates_args=(), device_types="cuda"
-)
-vector_quantize.register_fake(outputs_like)
+vector_quantize = kernel_op("vector_quantize_hopper", "cuda")(quantize)
+torch.library.register_fake(vector_quantize, outputs_like)
 
 
 def _quantize(

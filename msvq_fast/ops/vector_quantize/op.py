@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from msvq_fast.ops.backend import Op
 from msvq_fast.ops.checks import (
@@ -256,7 +257,12 @@ class _VectorQuantize(torch.autograd.Function):
         dim, commitment_weight, backend = ctx.settings
         if grad_loss is None:
             return grad_z_q, None, None, None, None
-        grad_z = OP.kernels[backend].vector_quantize_backward(
-            grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight
+        grad_z = _run_backward(
+            ctx, backend, grad_z_q, grad_loss, z, codes, codebook, dim, commitment_weight
         )
         return grad_z, None, None, None, None
+
+
+@once_differentiable
+def _run_backward(_: Any, backend: str, *args: Any) -> Tensor:
+    return OP.kernels[backend].vector_quantize_backward(*args)

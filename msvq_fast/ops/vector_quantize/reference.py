@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msvq_fast.ops.backend import kernel_op
 from msvq_fast.ops.checks import accumulation_dtype
 
 _CHUNK_DISTANCES = 2**17  # float64 distances held at once: 1 MiB, never N x K
@@ -31,7 +32,7 @@ def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
 
 
 # Opaque to torch.compile: a compiler may contract the multiply-add or unroll the loop over rows.
-@torch.library.custom_op("msvq_fast::nearest_code_reference", mutates_args=())
+@kernel_op("nearest_code_reference")
 def _nearest_rows(rows: Tensor, codebook: Tensor) -> Tensor:
     codes = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
     columns, bad_codes = _columns(codebook)
@@ -59,9 +60,9 @@ def _nearest_of(rows: Tensor, columns: Tensor, bad_codes: Tensor) -> Tensor:
     return distance.masked_fill_(bad_codes, torch.inf).argmin(dim=1).masked_fill_(bad_rows, 0)
 
 
-@_nearest_rows.register_fake
-def _(rows: Tensor, codebook: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[0], dtype=torch.int64)
+torch.library.register_fake(
+    _nearest_rows, lambda rows, _: rows.new_empty(rows.shape[0], dtype=torch.int64)
+)
 
 
 def vector_quantize(
@@ -94,14 +95,12 @@ def codebook_copy(codebook: Tensor) -> Tensor:
     return codebook.clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("msvq_fast::codebook_copy", mutates_args=())
+@kernel_op("codebook_copy")
 def _opaque_copy(codebook: Tensor) -> Tensor:
     return codebook.clone(memory_format=torch.contiguous_format)
 
 
-@_opaque_copy.register_fake
-def _(codebook: Tensor) -> Tensor:
-    return codebook.new_empty(codebook.shape)
+torch.library.register_fake(_opaque_copy, lambda codebook: codebook.new_empty(codebook.shape))
 
 
 def code_statistics(z: Tensor, codes: Tensor, codebook: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from msvq_fast.ops.backend import kernel_op
 from msvq_fast.ops.vector_quantize import triton_outputs
 from msvq_fast.ops.vector_quantize.layout import codes_like, outputs_like, row_strides
 from msvq_fast.ops.vector_quantize.triton_calls import (
@@ -57,7 +58,7 @@ def unsupported(z: Tensor, codebook: Tensor, dim: int = -1) -> str | None:
     return None
 
 
-@torch.library.custom_op("msvq_fast::nearest_code_triton", mutates_args=())
+@kernel_op("nearest_code_triton")
 def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     """Code of every latent, as the reference defines it."""
     codes = codes_like(z, codebook, dim)
@@ -71,10 +72,10 @@ def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     return codes
 
 
-nearest_code.register_fake(codes_like)
+torch.library.register_fake(nearest_code, codes_like)
 
 
-@torch.library.custom_op("msvq_fast::vector_quantize_triton", mutates_args=())
+@kernel_op("vector_quantize_triton")
 def vector_quantize(
     z: Tensor, codebook: Tensor, dim: int, commitment_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -123,10 +124,10 @@ def vector_quantize(
     return z_q, codes, loss.float(), counts, sums
 
 
-vector_quantize.register_fake(outputs_like)
+torch.library.register_fake(vector_quantize, outputs_like)
 
 
-@torch.library.custom_op("msvq_fast::vector_quantize_backward_triton", mutates_args=())
+@kernel_op("vector_quantize_backward_triton")
 def vector_quantize_backward(
     grad_z_q: Tensor | None,
     grad_loss: Tensor,
@@ -171,13 +172,12 @@ def vector_quantize_backward(
     return grad_z if out is grad_z else grad_z.copy_(out)
 
 
-vector_quantize_backward.register_fake(lambda grad_z_q, grad_loss, z, *_: torch.empty_like(z))
-
-
-@torch.library.custom_op(
-    "msvq_fast::ema_update_triton",
-    mutates_args=("codebook", "cluster_size", "code_sums_ema"),
+torch.library.register_fake(
+    vector_quantize_backward, lambda grad_z_q, grad_loss, z, *_: torch.empty_like(z)
 )
+
+
+@kernel_op("ema_update_triton", mutates=("codebook", "cluster_size", "code_sums_ema"))
 def ema_update_(
     codebook: Tensor,
     cluster_size: Tensor,
@@ -221,4 +221,4 @@ def ema_update_(
             target.copy_(moved)
 
 
-ema_update_.register_fake(lambda *_: None)
+torch.library.register_fake(ema_update_, lambda *_: None)
