@@ -90,8 +90,8 @@ def kernel_op(
             if "torch._dynamo" in sys.modules:
                 kernel = untraced = untraced or torch.compiler.disable(call)
             out = kernel(*args)
-            for i in changed:
-                _count_change(args[i])
+            for i in changed:  # autograd may have saved what a kernel writes
+                torch.autograd.graph.increment_version(args[i])
             return out
 
         for key in [d.upper() for d in devices] or ["CompositeExplicitAutograd"]:
@@ -99,12 +99,6 @@ def kernel_op(
         return getattr(torch.ops.msvq_fast, name).default
 
     return register
-
-
-def _count_change(changed: Tensor | list[Tensor]) -> None:
-    """Let autograd notice that a kernel wrote what an earlier step may have saved."""
-    tensors = [changed] if isinstance(changed, Tensor) else changed
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 class Op:
