@@ -20,18 +20,13 @@ from msvq_fast import models
 from msvq_fast.models.autoencoder import MSVQVAEOutput
 from msvq_fast.ops import InputError
 from msvq_fast.training.distributed import leave
+from tests.training.two_processes import tripled
 
 TINY = ("tiny", "vqvae2-tiny")
 
 
 def images() -> torch.Tensor:
     return torch.rand(2, 3, 64, 64) * 2 - 1
-
-
-def tripled(gradients: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    done.set_result(3 * gradients)
-    return done
 
 
 def train_static_graph(folder: str) -> None:

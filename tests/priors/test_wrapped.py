@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from msvq_fast import priors
 from msvq_fast.training.distributed import leave
+from tests.training.two_processes import tripled
 
 KINDS = (priors.AutoregressivePrior, priors.MaskGITPrior)
 CODES = [torch.arange(size * size).view(1, size, size).expand(2, -1, -1) % 16 for size in (4, 8)]
@@ -20,12 +21,6 @@ CODES = [torch.arange(size * size).view(1, size, size).expand(2, -1, -1) % 16 fo
 def small(kind: type[priors.Prior]) -> priors.Prior:
     grids = ((4, 4), (8, 8))
     return kind(priors.PriorConfig(grids=grids, num_codes=16, width=32, heads=4, depth=2))
-
-
-def tripled(gradients: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    done.set_result(3 * gradients)
-    return done
 
 
 def train_static_graph(folder: str) -> None:
