@@ -132,7 +132,7 @@ struct LossArguments {
   int border;
   std::vector<double> weights;
   std::array<double, 2> factors;  // of the loss, of the gradients
-  Pointer upstream, partials, loss;
+  Pointer upstream, partials, loss, per_scale;
 };
 
 msvq::MultiscaleLossParams multiscale_loss_params(const LossArguments& a) {
@@ -160,6 +160,7 @@ msvq::MultiscaleLossParams multiscale_loss_params(const LossArguments& a) {
   params.upstream = reinterpret_cast<const float*>(a.upstream);
   params.partials = reinterpret_cast<double*>(a.partials);
   params.loss = reinterpret_cast<float*>(a.loss);
+  params.per_scale = reinterpret_cast<float*>(a.per_scale);
   return params;
 }
 
@@ -349,10 +350,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LossArguments>(m, "MultiscaleLossArguments")
       .def(py::init<Pointer, int, std::vector<Pointer>, std::vector<Pointer>, int,
                     std::array<int64_t, 4>, std::vector<float>, int, std::vector<double>,
-                    std::array<double, 2>, Pointer, Pointer, Pointer>(),
+                    std::array<double, 2>, Pointer, Pointer, Pointer, Pointer>(),
            py::arg("x"), py::arg("x_type"), py::arg("contributions"), py::arg("grads"),
            py::arg("type"), py::arg("size"), py::arg("taps"), py::arg("border"), py::arg("weights"),
-           py::arg("factors"), py::arg("upstream"), py::arg("partials"), py::arg("loss"));
+           py::arg("factors"), py::arg("upstream"), py::arg("partials"), py::arg("loss"),
+           py::arg("per_scale"));
   m.def("multiscale_loss_cpu", &multiscale_loss_cpu, py::arg("arguments"), py::arg("threads"),
         py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
   m.attr("MULTISCALE_LOSS_PARTIALS") = msvq::kMaxLossBlocks * msvq::kMaxScales;

@@ -25,8 +25,9 @@ struct MultiscaleLossParams {
   double loss_factor, grad_factor;  // 1 / count for a mean; a gradient may be finished later
   const float* upstream;            // on the tensors' device, times every gradient; null: 1
   double* partials;                 // CUDA: kMaxLossBlocks * kMaxScales; null: no loss is asked for
-  float* loss;  // the weighted sum, then the term of every scale; null: none is asked for
-  int threads;  // CPU
+  float* loss;                      // the weighted sum; null: none is asked for
+  float* per_scale;                 // the term of every scale; null where `loss` is
+  int threads;                      // CPU
 };
 
 MSVQ_CPU_KERNEL(multiscale_loss, MultiscaleLossParams)

@@ -342,9 +342,9 @@ void finish(const MultiscaleLossParams& p, const double* sums, int64_t count) {
     double sum = 0;
     for (int64_t i = 0; i < count; ++i) sum += sums[i * kMaxScales + m];
     weighted += p.weights[m] * (sum * p.loss_factor);
-    p.loss[1 + m] = static_cast<float>(sum * p.loss_factor);
+    p.per_scale[m] = static_cast<float>(sum * p.loss_factor);
   }
-  p.loss[0] = static_cast<float>(weighted);
+  *p.loss = static_cast<float>(weighted);
 }
 
 }  // namespace

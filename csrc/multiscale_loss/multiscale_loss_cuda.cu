@@ -95,11 +95,7 @@ int multiscale_loss_cuda(const MultiscaleLossParams& g, int device, void* stream
       return cuda::launch<decltype(radius)::value>(g, on, blocks);
     });
   if (error != cudaSuccess || !g.partials) return error;
-  return multiscale_loss_sum_cuda(g, blocks, stream);
-}
-
-int multiscale_loss_sum_cuda(const MultiscaleLossParams& g, int64_t blocks, void* stream) {
-  cuda::multiscale_loss_sum_kernel<<<1, cuda::kLossThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+  cuda::multiscale_loss_sum_kernel<<<1, cuda::kLossThreads, 0, on.stream>>>(
       cuda::loss_sum(g, blocks));
   return cudaGetLastError();
 }
@@ -107,9 +103,14 @@ int multiscale_loss_sum_cuda(const MultiscaleLossParams& g, int64_t blocks, void
 int multiscale_loss_scale_cuda(const MultiscaleLossParams& g, int device, void* stream) {
   const int64_t blocks = (cuda::count(g) + cuda::kLossThreads - 1) / cuda::kLossThreads;
   if (blocks == 0) return cudaSuccess;
-  const cudaError_t error = cudaSetDevice(device);
+  int processors = 0;
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const unsigned grid = static_cast<unsigned>(blocks < kMaxLossBlocks ? blocks : kMaxLossBlocks);
+  // No more than run at a time: where the factor is 1, as mostly, starting them is all there is.
+  const int64_t most = int64_t{8} * processors;
+  const unsigned grid = static_cast<unsigned>(blocks < most ? blocks : most);
   cuda::multiscale_loss_scale_kernel<<<grid, cuda::kLossThreads, 0,
                                        static_cast<cudaStream_t>(stream)>>>(cuda::loss_scale(g));
   return cudaGetLastError();

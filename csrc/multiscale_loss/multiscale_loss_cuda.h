@@ -162,8 +162,6 @@ inline bool loss_fits(int64_t num_scales, int64_t radius, Border border, int64_t
 
 // Run on the stream of the CUDA device with this index; return a cudaError_t.
 int multiscale_loss_cuda(const MultiscaleLossParams& params, int device, void* stream);
-// Writes the loss from what `blocks` blocks left in `partials`.
-int multiscale_loss_sum_cuda(const MultiscaleLossParams& params, int64_t blocks, void* stream);
 // Multiplies the gradients by grad_factor * *upstream; reads none where that is 1.
 int multiscale_loss_scale_cuda(const MultiscaleLossParams& params, int device, void* stream);
 

@@ -9,9 +9,7 @@
 namespace msvq {
 namespace cuda {
 
-struct LossSumState {
-  double sum[kMaxScales];
-};
+struct LossSumState {};  // nothing is kept from phase to phase
 
 // One block adds up what the blocks left, in a fixed order, and writes the loss.
 struct LossSum {
@@ -20,30 +18,40 @@ struct LossSum {
   int num_scales;
   double weights[kMaxScales];
   double factor;
-  float* loss;
+  float *loss, *per_scale;
 
+  // A thread's sums are of one scale, thread % kMaxScales: all threads read together what lies
+  // together, and the barriers serve all scales.
   MSVQ_DEVICE void run(Block<LossSumState>& block, const Shared<double>& sums) const {
-    double weighted = 0;  // thread 0's
-    MSVQ_UNROLL
-    for (int m = 0; m < kMaxScales; ++m) {
-      if (m >= num_scales) continue;
+    static_assert((kMaxScales & (kMaxScales - 1)) == 0, "half of a block holds whole scales");
+    block.each([&](int thread, LossSumState&) {
+      double sum = 0, part[4];  // all four are read before one is waited for
+      const int64_t end = thread % kMaxScales < num_scales ? count * kMaxScales : 0;
+      for (int64_t i = thread; i < end; i += 4 * kLossThreads) {
+        MSVQ_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const int64_t at = i + k * kLossThreads;
+          part[k] = at < end ? partials[at] : 0;
+        }
+        MSVQ_UNROLL
+        for (int k = 0; k < 4; ++k) sum += part[k];
+      }
+      sums[thread] = sum;
+    });
+    MSVQ_NO_UNROLL
+    for (int half = kLossThreads / 2; half >= kMaxScales; half /= 2)
       block.each([&](int thread, LossSumState&) {
-        double sum = 0;
-        for (int64_t i = thread; i < count; i += kLossThreads) sum += partials[i * kMaxScales + m];
-        sums[thread] = sum;
+        if (thread < half) sums[thread] += sums[thread + half];
       });
-      MSVQ_NO_UNROLL
-      for (int half = kLossThreads / 2; half > 0; half /= 2)
-        block.each([&](int thread, LossSumState&) {
-          if (thread < half) sums[thread] += sums[thread + half];
-        });
-      block.each([&](int thread, LossSumState&) {
-        if (thread != 0) return;
-        weighted += weights[m] * (sums[0] * factor);
-        loss[1 + m] = static_cast<float>(sums[0] * factor);
-        loss[0] = static_cast<float>(weighted);
-      });
-    }
+    block.each([&](int thread, LossSumState&) {
+      if (thread < num_scales) per_scale[thread] = static_cast<float>(sums[thread] * factor);
+      if (thread != 0) return;
+      double weighted = 0;
+      MSVQ_UNROLL
+      for (int m = 0; m < kMaxScales; ++m)
+        if (m < num_scales) weighted += weights[m] * (sums[m] * factor);
+      *loss = static_cast<float>(weighted);
+    });
   }
 };
 
@@ -83,7 +91,11 @@ struct LossScale {
 };
 
 inline LossSum loss_sum(const MultiscaleLossParams& g, int64_t blocks) {
-  LossSum sum{g.partials, blocks, static_cast<int>(g.num_scales), {}, g.loss_factor, g.loss};
+  LossSum sum{};
+  sum.partials = g.partials, sum.count = blocks;
+  sum.num_scales = static_cast<int>(g.num_scales);
+  sum.factor = g.loss_factor;
+  sum.loss = g.loss, sum.per_scale = g.per_scale;
   for (int m = 0; m < sum.num_scales; ++m) sum.weights[m] = g.weights[m];
   return sum;
 }

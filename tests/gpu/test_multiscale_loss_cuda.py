@@ -141,3 +141,30 @@ def test_a_bad_pixel_on_tensor_cores(device: str) -> None:
         bad = ~grad.isfinite()
         assert int(bad.sum()) == (2 * reach + 1) ** 2
         assert bool(bad[0, 1, 60 - reach : 61 + reach, 260 - reach : 261 + reach].all())
+
+
+@hopper
+def test_the_op_on_tensor_cores_in_a_graph(device: str) -> None:
+    """Its sum begins before the pass has ended: what it and later kernels read is whole."""
+    contributions, x = inputs((2, 3, 304, 272), 3)
+    given = [c.to(device).requires_grad_() for c in contributions]
+    x = x.to(device)
+
+    def step() -> tuple[Tensor, ...]:
+        loss, terms = multiscale_loss(given, x, kernel_size=31, backend="native")
+        return (loss, terms, *(g.clone() for g in torch.autograd.grad(loss, given)))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for _ in range(20):
+        with torch.no_grad():
+            for tensor in (x, *given):
+                tensor.normal_()
+        graph.replay()
+        want = step()
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

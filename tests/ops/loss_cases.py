@@ -12,10 +12,14 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 WEIGHTS = (1.0, 0.5, 2.0, 0.25)
 
 
-def arguments_of(contributions, x, grads, weights, border, radius, factors, *pointers):  # type: ignore[no-untyped-def]
+def arguments_of(  # type: ignore[no-untyped-def]
+    contributions, x, grads, weights, border, radius, factors, upstream, partials, out
+):
+    """``out`` is the loss, then the term of every scale, or None."""
     native = OP.kernels["native"]
     batch, channels, height, width = x.shape
     nchw = x.is_contiguous()
+    pointers = (upstream, partials, out, None if out is None else out[1:])
     return native._C.MultiscaleLossArguments(
         x.data_ptr(),
         native.IMAGE_TYPES[x.dtype],

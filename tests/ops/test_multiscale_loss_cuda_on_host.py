@@ -43,7 +43,8 @@ def on_host(
         for c, a in zip(contributions, asked, strict=True)
     ]
     scalar = None if upstream is None else torch.tensor(upstream)
-    partials = torch.empty(_C.MULTISCALE_LOSS_PARTIALS, dtype=torch.float64) if loss else None
+    nothing = torch.tensor(float("nan"), dtype=torch.float64)  # where no block leaves a sum
+    partials = nothing.repeat(_C.MULTISCALE_LOSS_PARTIALS) if loss else None
     out = torch.empty(1 + scales) if loss else None
     factor = (1 / x.numel() if x.numel() else float("inf")) if reduction == "mean" else 1.0
     arguments = arguments_of(
@@ -182,10 +183,11 @@ def test_the_cut_into_tasks_changes_no_gradient(radius: int, border: str) -> Non
 
 
 @pytest.mark.parametrize("radius", [1, 5])
-def test_more_tasks_than_blocks(radius: int) -> None:
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+def test_more_tasks_than_blocks(scales: int, radius: int) -> None:
     """A block then runs several, and a thread of the last sum adds up several blocks."""
-    check(*inputs((4200, 1, 2, 3), 2), "reflect", radius, blocks=1)
-    check(*inputs((600, 1, 2, 4), 2), "reflect", radius, blocks=500)
+    check(*inputs((4200, 1, 2, 3), scales), "reflect", radius, blocks=1)
+    check(*inputs((600, 1, 2, 4), scales), "reflect", radius, blocks=500)
 
 
 def test_a_bad_pixel_stays_in_its_windows() -> None:

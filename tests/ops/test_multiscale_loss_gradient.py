@@ -293,6 +293,14 @@ def test_exports_with_any_batch() -> None:
     torch.testing.assert_close(got, Loss()(contributions, x))
 
 
+def test_no_result_shares_memory() -> None:
+    contributions, x = inputs((2, 3, 8, 8), 3)
+    kernel = ([0.25, 0.5, 0.25], "reflect", WEIGHTS[:3], "mean")
+    loss, per_scale, grads = native.multiscale_loss(contributions, x, *kernel, [True] * 3)
+    for result in (loss, per_scale, *grads):
+        assert result.untyped_storage().nbytes() == result.nbytes
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_registration(layout: str) -> None:
     contributions, x = inputs((2, 3, 8, 8), 2)

@@ -119,7 +119,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     contributions = _dense(contributions)
     grads = _grads(contributions, wanted)
-    loss = x.new_empty(1 + len(contributions), dtype=torch.float32)
+    loss = x.new_empty((), dtype=torch.float32)
+    per_scale = x.new_empty(len(contributions), dtype=torch.float32)
     cuda = x.device.type == "cuda"
     partials = x.new_empty(_C.MULTISCALE_LOSS_PARTIALS if cuda else 0, dtype=torch.float64)
     x = _like(x, contributions[0])
@@ -127,10 +128,11 @@ def _forward(
         _arguments(
             contributions, x, grads, wanted, taps, border, weights,
             _factors(contributions[0], weights, reduction), 0, partials.data_ptr(), loss.data_ptr(),
+            per_scale.data_ptr(),
         ),
         x,
     )  # fmt: skip
-    return loss[0].clone(), loss[1:].clone(), grads
+    return loss, per_scale, grads
 
 
 torch.library.register_fake(
@@ -161,7 +163,7 @@ def _backward(
     _run(
         _arguments(
             contributions, x, grads, wanted, taps, border, weights, (1.0, factor),
-            grad_loss.data_ptr(), 0, 0,
+            grad_loss.data_ptr(), 0, 0, 0,
         ),
         x,
     )  # fmt: skip
@@ -198,6 +200,7 @@ def _scale(grads: list[Tensor], grad_loss: Tensor, weights: list[float], reducti
         grad_loss.data_ptr(),
         0,
         0,
+        0,
     )
     with torch.cuda.device(grad_loss.device):
         stream = torch.cuda.current_stream().cuda_stream
@@ -229,6 +232,7 @@ def _arguments(
     upstream: int,
     partials: int,
     loss: int,
+    per_scale: int,
 ) -> _C.MultiscaleLossArguments:
     batch, channels, height, width = x.shape
     planes, inner = (batch * channels, 1) if x.is_contiguous() else (batch, channels)
@@ -247,6 +251,7 @@ def _arguments(
         upstream,
         partials,
         loss,
+        per_scale,
     )
 
 
