@@ -13,8 +13,8 @@ namespace msvq {
 
 template <bool kLoss>
 static void run(const cuda::LossBandParams& params, int order) {
-  constexpr int kBytes = sizeof(cuda::LossBandShared);
-  const auto shared = std::make_unique<cuda::LossBandShared>();
+  constexpr int kBytes = sizeof(cuda::LossBandShared<kLoss>);
+  const auto shared = std::make_unique<cuda::LossBandShared<kLoss>>();
   char* const memory = reinterpret_cast<char*>(shared.get());
   for (int block = 0; block < params.blocks; ++block) {
     memset(memory, 0xFF, kBytes);  // NaN

@@ -10,9 +10,9 @@ namespace {
 template <bool kLoss>
 __global__ void __launch_bounds__(kLossBandThreads, 1)
     levels_bands_kernel(const __grid_constant__ LossBandParams p) {
-  if constexpr (kLoss) asm volatile("griddepcontrol.launch_dependents;");  // loss_bands_sum_kernel
+  if (kLoss && p.partials) asm volatile("griddepcontrol.launch_dependents;");  // the sum
   extern __shared__ float4 memory[];
-  BandLevels<kLoss>(p, *reinterpret_cast<LossBandShared*>(memory)).run();
+  BandLevels<kLoss>(p, *reinterpret_cast<LossBandShared<kLoss>*>(memory)).run();
 }
 
 // May be launched while the blocks whose sums it adds still run, and waits until all of them have
@@ -47,7 +47,7 @@ cudaError_t launch(const ParamsFor& params_for, int device, void* stream, int& b
   if (error != cudaSuccess) return error;
   const LossBandParams params = params_for(processors);
   blocks = params.blocks;
-  constexpr int kBytes = sizeof(LossBandShared);
+  constexpr int kBytes = sizeof(LossBandShared<kLoss>);
   const auto kernel = levels_bands_kernel<kLoss>;
   const std::lock_guard<std::mutex> lock(launching());
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);

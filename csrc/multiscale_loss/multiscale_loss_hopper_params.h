@@ -9,9 +9,10 @@ namespace msvq {
 namespace cuda {
 
 constexpr int kLossBandScales = 3;
-constexpr int kLossBandBlocks = 16;  // of 16 pixels, of a strip
-// On each side a strip reads two blocks more of x, and one more of x blurred once.
-constexpr int kLossBandWarps = kLossBandBlocks + 4;
+// Pairs of blocks of 16 pixels, of a strip: one for every warp. On each side a strip reads a pair
+// more of x, of which the nearer block is blurred once too.
+constexpr int kLossBandPairs = 8;
+constexpr int kLossBandWarps = kLossBandPairs + 2;
 constexpr int kLossBandThreads = 32 * kLossBandWarps;
 constexpr int kLossBandAhead = 4;   // blocks of rows read before the first is compared
 constexpr int kLossBandSteps = 64;  // compared in one go
@@ -25,7 +26,7 @@ struct LossBandParams {
   float* levels[2];  // x blurred twice and once, of a pyramid in place of a loss
   Border border;
   int height, width, radius;
-  int strip_blocks, count_x;       // blocks of 16 pixels of a strip; strips of a plane
+  int strip_pairs, count_x;        // pairs of blocks of a strip; strips of a plane
   int steps;                       // of 16 rows, of a plane
   int strips, blocks;              // of all planes; thread blocks that share their steps
   int share, rest;                 // steps of a thread block; thread blocks that have one more
@@ -43,7 +44,7 @@ inline bool is_banded(const MultiscaleLossParams& g) {
       g.border == Border::reflect || g.border == Border::symmetric || g.border == Border::circular;
   bool fits = g.num_scales == kLossBandScales && g.type == ImageType::float32 &&
               g.x_type == g.type && g.inner == 1 && folds && g.radius >= kBandLeast &&
-              g.radius <= kBandHalo && g.width % kBand == 0 && g.height % kBand == 0 &&
+              g.radius <= kBandHalo && g.width % (2 * kBand) == 0 && g.height % kBand == 0 &&
               g.width >= kBandPixels / 4 * 3 && g.height > 0 && g.height < kBand << 14 &&
               g.planes > 0 && g.height < (int64_t{1} << 30) / g.width &&
               g.planes < (int64_t{1} << 31) / (g.height * g.width);
@@ -66,9 +67,9 @@ inline LossBandParams loss_band_params(const MultiscaleLossParams& g, int64_t pr
     p.wanted |= g.grads[m] ? 1 << m : 0;
     p.factors[m] = static_cast<float>(2 * g.weights[m] * g.grad_factor);
   }
-  const int wide = p.width / kBand;
-  p.count_x = (wide + kLossBandBlocks - 1) / kLossBandBlocks;
-  p.strip_blocks = (wide + p.count_x - 1) / p.count_x;
+  const int wide = p.width / (2 * kBand);
+  p.count_x = (wide + kLossBandPairs - 1) / kLossBandPairs;
+  p.strip_pairs = (wide + p.count_x - 1) / p.count_x;
   p.steps = p.height / kBand;
   p.strips = static_cast<int>(g.planes * p.count_x);
   const int64_t units = int64_t{p.strips} * p.steps;
