@@ -131,6 +131,8 @@ def step(bench: Bench, n: int, k: int, half: bool, name: str) -> Case:
     moved, flops = floors.quantize_cost(data.n, data.k, D, data.itemsize)
     moved += data.n * (3 * D * data.itemsize + 8) + 4 * data.k * D * 4  # the backward, the update
     upstream = torch.randn_like(z)
+    # On the device beforehand: a copy from the host would make it wait inside the step.
+    one = torch.ones((), device=z.device)
     mass, total = torch.ones(data.k, device=z.device), codebook.clone()
     forward, update = plain_quantize, plain_update
     if name == "torch.compile":
@@ -138,14 +140,14 @@ def step(bench: Bench, n: int, k: int, half: bool, name: str) -> Case:
 
     def ours() -> Tensor:
         out = vector_quantize(z, codebook, backend=data.backend)
-        (grad,) = torch.autograd.grad([out.z_q, out.commitment_loss], z, [upstream, ONE.to(z)])
+        (grad,) = torch.autograd.grad([out.z_q, out.commitment_loss], z, [upstream, one])
         counts, sums = out.code_counts, out.code_sums
         ema_update_(codebook, mass, total, counts, sums, decay=DECAY, backend=data.backend)
         return grad
 
     def plain() -> Tensor:
         z_q, loss, codes = forward(z, codebook)
-        (grad,) = torch.autograd.grad([z_q, loss], z, [upstream, ONE.to(loss)])
+        (grad,) = torch.autograd.grad([z_q, loss], z, [upstream, one])
         update(z, codes, codebook, mass, total)
         return grad
 
@@ -174,7 +176,6 @@ def step(bench: Bench, n: int, k: int, half: bool, name: str) -> Case:
     return Case(run, check, Cost(moved, flops))
 
 
-ONE = torch.ones(())
 PEER_STEPS = ("torch.compile", "torch eager", "vector-quantize-pytorch")
 
 

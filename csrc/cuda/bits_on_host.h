@@ -64,6 +64,7 @@ inline float fmaxf(float a, float b) {
 inline float larger_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline float quick_root(float x) { return sqrtf(x); }
 
 inline uint32_t pack_halves(float low, float high) {

@@ -78,6 +78,12 @@ struct LevelsBlur : LossTiles<kLoss> {
     return __uint_as_float(scale > 12 ? static_cast<unsigned>(bits) << 23 : ~0u);
   }
 
+  // Likewise, for averages of what has these factors: no larger than the largest of it.
+  static MSVQ_WARPS int scale_for_factors(float a, float b, float c) {
+    const unsigned most = max(max(__float_as_uint(a), __float_as_uint(b)), __float_as_uint(c));
+    return max(127 + 127 - kBandTapScale - static_cast<int>(most >> 23), 12);
+  }
+
   // Of value[2 j + h], pairs [2 i] and [2 i + 1].
   static MSVQ_WARPS void split_all(const float (&value)[8], int scale, Parts& parts) {
     const float factor = power_of_two(scale);
@@ -126,13 +132,10 @@ struct LevelsBlur : LossTiles<kLoss> {
            static_cast<unsigned>(blur * (Shared::kBlocks - 1)) * kSumsTile;
   }
 
-  // Adds a block of rows to the sums down of a blur and leaves those that it completes.
+  // Adds a block of rows, which `scale` is for, to the sums down of a blur and leaves those that it
+  // completes.
   template <int kBlur, int kBlocks>
-  MSVQ_WARPS void blur_down(const float (&value)[kBlocks][8], bool leaves, bool opens) {
-    float most = fabsf(value[0][0]);
-    MSVQ_UNROLL
-    for (int i = 1; i < 8 * kBlocks; ++i) most = larger_or_nan(most, fabsf(value[i / 8][i % 8]));
-    const int scale = scale_for(most);
+  MSVQ_WARPS void blur_down(const float (&value)[kBlocks][8], int scale, bool leaves, bool opens) {
     Parts parts[kBlocks];
     MSVQ_UNROLL
     for (int w = 0; w < kBlocks; ++w) split_all(value[w], scale, parts[w]);
@@ -207,9 +210,9 @@ struct LevelsBlur : LossTiles<kLoss> {
     return {{from[0], from[32]}};
   }
 
-  // The blur of the warp's pixels: [j][2 i + h] is row 4 q + 2 h + j, column 2 g + i. False if it
-  // is of what is not finite, which the zeros of a band then carry too far.
-  MSVQ_WARPS bool blur_along(int blur, unsigned of_turn, Products (&sum)[2]) const {
+  // The blur of the warp's pixels: [j][2 i + h] is row 4 q + 2 h + j, column 2 g + i. Returns its
+  // scale; where it is of what is not finite the zeros of a band have carried that too far.
+  MSVQ_WARPS int blur_along(int blur, unsigned of_turn, Products (&sum)[2]) const {
     const float* const factors = shared.factors[blur][own_warp()] + (of_turn >> 30 & 1);
     const float left = factors[-2], own = factors[0], right = factors[2];
     const Parts parts[4] = {parts_left(blur, of_turn, -1), parts_left(blur, of_turn, 0),
@@ -229,26 +232,26 @@ struct LevelsBlur : LossTiles<kLoss> {
       sum[0][j][k] = own * products[0][j][k] + left * from_left[j][k];
       sum[1][j][k] = own * products[1][j][k] + right * from_right[j][k];
     }
-    const float all = left + own + right;
-    return all == all;
+    return scale_for_factors(left, own, right);
   }
 
   // Likewise the first blur of an outer warp's near block.
-  MSVQ_WARPS void blur_near_along(Products (&sum)[1]) const {
+  MSVQ_WARPS int blur_near_along(Products (&sum)[1]) const {
     const int first = is_leftmost() ? 0 : -1;
     const float* const factors = shared.factors[0][own_warp()] + (turn >> 30 & 1);
+    const float of[kBandBlocks] = {factors[2 * first], factors[0], factors[2 * first + 2]};
     MSVQ_UNROLL
     for (int k = 0; k < kBandBlocks; ++k) {
-      const float factor = factors[k == 1 ? 0 : k == 0 ? 2 * first : 2 * first + 2];
       const Parts parts[1] = {parts_left(0, turn, first + k)};
       Products products[1] = {};
       multiply_parts(k, parts, products);
       MSVQ_UNROLL
       for (int i = 0; i < 8; ++i) {
         float& own = sum[0][i / 4][i % 4];
-        own = (k == 0 ? 0.0f : own) + factor * products[0][i / 4][i % 4];
+        own = (k == 0 ? 0.0f : own) + of[k] * products[0][i / 4][i % 4];
       }
     }
+    return scale_for_factors(of[0], of[1], of[2]);
   }
 
   // The blocks of x of this turn, as they were copied.
@@ -260,7 +263,10 @@ struct LevelsBlur : LossTiles<kLoss> {
       const float2 two = pair(x_tile(turn), w, r);
       value[w][r % 2 * 2 + r / 2] = two.x, value[w][4 + r % 2 * 2 + r / 2] = two.y;
     }
-    blur_down<0>(value, leaves, opens);
+    float most = fabsf(value[0][0]);
+    MSVQ_UNROLL
+    for (int i = 1; i < 16; ++i) most = larger_or_nan(most, fabsf(value[i / 8][i % 8]));
+    blur_down<0>(value, scale_for(most), leaves, opens);
   }
 
   // The first blur of the blocks of rows from row y on, kept if it is `seen`, and the sums down of
@@ -268,12 +274,12 @@ struct LevelsBlur : LossTiles<kLoss> {
   MSVQ_WARPS void blur_again(bool seen, int y, bool leaves, bool opens) {
     if (!is_inner()) {
       Products sum[1];
-      blur_near_along(sum);
-      down_again(sum, leaves, opens);
+      const int scale = blur_near_along(sum);
+      down_again(sum, scale, leaves, opens);
       return;
     }
     Products sum[2];
-    blur_along(0, turn, sum);
+    const int scale = blur_along(0, turn, sum);
     if (!kLoss && seen) this->write(p.levels[1], sum, y);
     if (kLoss && seen) {
       MSVQ_UNROLL
@@ -283,15 +289,15 @@ struct LevelsBlur : LossTiles<kLoss> {
             make_float2(sum[w][r % 2][r / 2], sum[w][r % 2][2 + r / 2]);
       }
     }
-    down_again(sum, leaves, opens);
+    down_again(sum, scale, leaves, opens);
   }
   template <int kBlocks>
-  MSVQ_WARPS void down_again(const Products (&sum)[kBlocks], bool leaves, bool opens) {
+  MSVQ_WARPS void down_again(const Products (&sum)[kBlocks], int scale, bool leaves, bool opens) {
     float value[kBlocks][8];
     MSVQ_UNROLL
     for (int i = 0; i < 8 * kBlocks; ++i)
       value[i / 8][i % 8] = sum[i / 8][i / 2 % 2][i / 4 % 2 * 2 + i % 2];
-    blur_down<1>(value, leaves, opens);
+    blur_down<1>(value, scale, leaves, opens);
   }
 };
 

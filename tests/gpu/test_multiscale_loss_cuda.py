@@ -147,12 +147,12 @@ def test_a_bad_pixel_on_tensor_cores(device: str) -> None:
 def test_the_op_on_tensor_cores_in_a_graph(device: str) -> None:
     """Its sum begins before the pass has ended: what it and later kernels read is whole."""
     contributions, x = inputs((2, 3, 304, 288), 3)
-    given = [c.to(device).requires_grad_() for c in contributions]
-    x = x.to(device)
+    given, x = [c.to(device) for c in contributions], x.to(device)
 
     def step() -> tuple[Tensor, ...]:
-        loss, terms = multiscale_loss(given, x, kernel_size=31, backend="native")
-        return (loss, terms, *(g.clone() for g in torch.autograd.grad(loss, given)))
+        leaves = [c.detach().requires_grad_() for c in given]  # a step's nodes belong to its stream
+        loss, terms = multiscale_loss(leaves, x, kernel_size=31, backend="native")
+        return (loss, terms, *torch.autograd.grad(loss, leaves))
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -162,9 +162,8 @@ def test_the_op_on_tensor_cores_in_a_graph(device: str) -> None:
     with torch.cuda.graph(graph):
         got = step()
     for _ in range(20):
-        with torch.no_grad():
-            for tensor in (x, *given):
-                tensor.normal_()
+        for tensor in (x, *given):
+            tensor.normal_()
         graph.replay()
         want = step()
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
