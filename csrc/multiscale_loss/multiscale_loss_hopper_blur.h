@@ -66,10 +66,11 @@ struct LevelsBlur : LossTiles<kLoss> {
     return is_inner() ? static_cast<int>(of_turn >> 30) : 0;
   }
 
-  // The scale of a warp's numbers, at most 12 if they are not all finite; nothing is then that
-  // follows from them.
+  // The scale of a warp's numbers, at most 12 if one is not finite or within 2^-15 of the largest
+  // number, which rounded sums may exceed; nothing that follows from them is then finite.
   static MSVQ_WARPS int scale_for(float most) {
-    const int bits = static_cast<int>(__reduce_max_sync(~0u, __float_as_uint(most)) >> 23);
+    const unsigned bound = __reduce_max_sync(~0u, __float_as_uint(most)) + (1u << 8);
+    const int bits = static_cast<int>(bound >> 23);
     return min(127 + 13 + 127 - bits, 127 + 126 - kBandTapScale);
   }
   // 1 over that scale and the taps'.

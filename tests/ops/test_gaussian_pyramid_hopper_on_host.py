@@ -139,6 +139,23 @@ def test_numbers_of_the_last_binades_keep_most_digits() -> None:
         assert (level.double() - want).abs().max() < 2**-14 * want.max()
 
 
+def test_the_largest_numbers_stay_in_their_windows() -> None:
+    """Sums that rounding carries past them are Inf; NaN are neither these nor what is beside."""
+    x, most = torch.rand(1, 1, 96, 224), torch.finfo(torch.float32).max
+    x[..., 20:60, 60:100] = most
+    got = on_host(x, taps(31))
+    assert got is not None
+    want = x
+    for reach, level in zip((15, 30), got, strict=True):
+        want = dense_blur(want, taps(31), taps(31), "reflect")
+        finite = level.isfinite()
+        assert bool((level[~finite] == math.inf).all())
+        outside = torch.ones_like(finite)
+        outside[..., max(20 - reach, 0) : 60 + reach, 60 - reach : 100 + reach] = False
+        assert bool((level[outside] <= 1).all())
+        assert_blur_close(level[finite], want[finite], x, ulps=4)
+
+
 def test_takes_what_it_is_for() -> None:
     x, kernel = torch.rand(1, 2, 32, 128), taps(31)
     assert on_host(x, kernel) is not None
