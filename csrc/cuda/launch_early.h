@@ -26,7 +26,8 @@ cudaError_t launch_early(void (*kernel)(Params), const Params& params, unsigned 
   config.gridDim = grid, config.blockDim = static_cast<unsigned>(threads);
   config.stream = stream;
   config.attrs = &early, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  static_cast<void>(cudaLaunchKernelEx(&config, kernel, params));
+  return cudaGetLastError();  // and no other launch reports it again
 }
 
 }  // namespace cuda
