@@ -1,6 +1,5 @@
 // Launches of the multi-scale loss and of pyramids for Hopper.
 #include "cuda/launch.h"
-#include "cuda/launch_early.h"
 #include "multiscale_loss/multiscale_loss_hopper.h"
 #include "multiscale_loss/multiscale_loss_sum.h"
 
@@ -11,16 +10,31 @@ namespace {
 template <bool kLoss>
 __global__ void __launch_bounds__(kLossBandThreads, 1)
     levels_bands_kernel(const __grid_constant__ LossBandParams p) {
-  if (kLoss && p.partials) let_next_begin();
+  if (kLoss && p.partials) asm volatile("griddepcontrol.launch_dependents;");  // the sum
   extern __shared__ float4 memory[];
   BandLevels<kLoss>(p, *reinterpret_cast<LossBandShared<kLoss>*>(memory)).run();
 }
 
+// May be launched while the blocks whose sums it adds still run, and waits until all of them have
+// ended and what they wrote can be seen; before that it reads and writes nothing. It ends after
+// them, so what is launched after it finds their gradients too.
 __global__ void __launch_bounds__(kLossThreads) loss_bands_sum_kernel(const LossSum sum) {
   __shared__ double sums[kLossThreads];
-  wait_for_kernel_before();
+  asm volatile("griddepcontrol.wait;" ::: "memory");
   Block<LossSumState> block;
   sum.run(block, Shared<double>{sums});
+}
+
+cudaError_t launch_sum(const LossSum& sum, void* stream) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = 1, config.blockDim = kLossThreads;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early, config.numAttrs = 1;
+  static_cast<void>(cudaLaunchKernelEx(&config, loss_bands_sum_kernel, sum));
+  return cudaGetLastError();  // and no other launch reports it again
 }
 
 // With the parameters that `params_for` has for so many multiprocessors; `blocks` becomes that of
@@ -52,8 +66,7 @@ int multiscale_loss_hopper(const MultiscaleLossParams& g, int device, void* stre
   const auto params = [&](int processors) { return cuda::loss_band_params(g, processors); };
   const cudaError_t error = cuda::launch<true>(params, device, stream, blocks);
   if (error != cudaSuccess || !g.partials) return error;
-  return cuda::launch_early(cuda::loss_bands_sum_kernel, cuda::loss_sum(g, blocks), 1,
-                            cuda::kLossThreads, static_cast<cudaStream_t>(stream));
+  return cuda::launch_sum(cuda::loss_sum(g, blocks), stream);
 }
 
 int gaussian_pyramid_hopper(const GaussianBlurParams& g, void* twice, int device, void* stream) {

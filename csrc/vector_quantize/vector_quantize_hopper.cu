@@ -1,6 +1,5 @@
 // Launches of the vector quantizer for Hopper.
 #include "cuda/launch.h"
-#include "cuda/launch_early.h"
 #include "vector_quantize/quantize_hopper_sums.h"
 
 namespace msvq {
@@ -15,7 +14,6 @@ cudaError_t cleared(cudaError_t error) {
 
 template <class T, bool kVectors, bool kSums>
 __global__ void __launch_bounds__(kThreads, 1) quantize_kernel(const QuantizeHopperParams p) {
-  if (kSums) let_next_begin();  // the totals
   extern __shared__ __align__(128) char memory[];
   quantize_block<T, kVectors, kSums>(p, memory);
 }
@@ -53,7 +51,6 @@ void sum_pieces(const QuantizeHopperTotals& t, cudaStream_t stream) {
 
 __global__ void __launch_bounds__(kTotalThreads) totals_kernel(const QuantizeHopperTotals t) {
   __shared__ __align__(8) char memory[kTotalBytes];
-  wait_for_kernel_before();
   total_code(t, memory);
 }
 
@@ -77,7 +74,8 @@ int total_hopper(const QuantizeHopperTotals& t, int device, void* stream) {
   if (t.keys && t.type == LatentType::float16) cuda::sum_pieces<cuda::Half>(t, on);
   if (t.keys && t.type == LatentType::bfloat16) cuda::sum_pieces<cuda::Bfloat>(t, on);
   const auto codes = static_cast<unsigned>(t.num_codes);
-  return cuda::launch_early(cuda::totals_kernel, t, codes, cuda::kTotalThreads, on);
+  cuda::totals_kernel<<<codes, cuda::kTotalThreads, 0, on>>>(t);
+  return cudaGetLastError();
 }
 
 }  // namespace msvq
