@@ -32,7 +32,10 @@ cudaError_t launch_sum(const LossSum& sum, void* stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = 1, config.blockDim = kLossThreads;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early, config.numAttrs = 1;
+  // Older drivers cannot capture that: in a graph it is launched as any other kernel.
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  static_cast<void>(cudaStreamIsCapturing(config.stream, &capture));
+  config.attrs = &early, config.numAttrs = capture == cudaStreamCaptureStatusNone;
   static_cast<void>(cudaLaunchKernelEx(&config, loss_bands_sum_kernel, sum));
   return cudaGetLastError();  // and no other launch reports it again
 }
