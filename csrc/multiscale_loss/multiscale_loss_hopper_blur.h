@@ -259,8 +259,8 @@ struct LevelsBlur : LossTiles<kLoss> {
   MSVQ_WARPS void blur_x_down(bool leaves, bool opens) {
     float value[2][8];
     MSVQ_UNROLL
-    for (int w = 0; w < 2; ++w) MSVQ_UNROLL
-    for (int r = 0; r < 4; ++r) {
+    for (int i = 0; i < 8; ++i) {
+      const int w = i / 4, r = i % 4;
       const float2 two = pair(x_tile(turn), w, r);
       value[w][r % 2 * 2 + r / 2] = two.x, value[w][4 + r % 2 * 2 + r / 2] = two.y;
     }

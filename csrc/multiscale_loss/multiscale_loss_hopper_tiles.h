@@ -157,10 +157,11 @@ struct LossTiles {
   MSVQ_WARPS void write(float* level, const float (&sum)[2][2][4], int y) const {
     float* const to = level + (own_pair() + index(y, 0));
     MSVQ_UNROLL
-    for (int r = 0; r < 4; ++r) MSVQ_UNROLL
-    for (int w = 0; w < 2; ++w)
+    for (int i = 0; i < 8; ++i) {
+      const int r = i / 2, w = i % 2;
       *reinterpret_cast<float2*>(to + static_cast<unsigned>(r * p.width) + w * kBand) =
           make_float2(sum[w][r % 2][r / 2], sum[w][r % 2][2 + r / 2]);
+    }
   }
 
   // A pixel of x, which may be outside of the image, blurred so many times: tap by tap.
