@@ -110,7 +110,7 @@ struct BandLevels : LevelsBlur<kLoss> {
         Products coarsest[2];
         const unsigned before = turn - kNextTurn;
         meet(1, before);
-        const bool good = blur_along(1, before, coarsest) > 12;
+        const bool good = blur_along(1, before, coarsest) > Blur::kNoScale;
         if (kLoss) {
           wait_copies<0>();
           __syncwarp();

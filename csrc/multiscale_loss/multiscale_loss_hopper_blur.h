@@ -20,6 +20,7 @@ struct LevelsBlur : LossTiles<kLoss> {
   using Products = float[2][4];
   static constexpr unsigned kNextTurn = 1u << 30;
   static constexpr unsigned kSumsTile = sizeof(Shared::sums[0]);
+  static constexpr int kNoScale = 12;  // below that of any finite numbers
 
   // The left side of all products, its first parts and its second.
   Fragment band[kBandBlocks], low_band[kBandBlocks];
@@ -60,14 +61,14 @@ struct LevelsBlur : LossTiles<kLoss> {
     }
   }
 
-  // Where a turn's block of x is kept: a warp that compares nothing needs it once.
+  // Where a turn's block of x is kept; in a loss, a warp that compares nothing needs it once.
   MSVQ_WARPS int x_tile(unsigned of_turn) const {
     if (!kLoss) return static_cast<int>(of_turn >> 30 & 1);
     return is_inner() ? static_cast<int>(of_turn >> 30) : 0;
   }
 
-  // The scale of a warp's numbers, at most 12 if one is not finite or within 2^-15 of the largest
-  // number, which rounded sums may exceed; nothing that follows from them is then finite.
+  // The scale of a warp's numbers, at most kNoScale if one is not finite or within 2^-15 of the
+  // largest number, which rounded sums may exceed; nothing that follows from them is then finite.
   static MSVQ_WARPS int scale_for(float most) {
     const unsigned bound = __reduce_max_sync(~0u, __float_as_uint(most)) + (1u << 8);
     const int bits = static_cast<int>(bound >> 23);
@@ -76,13 +77,13 @@ struct LevelsBlur : LossTiles<kLoss> {
   // 1 over that scale and the taps'.
   static MSVQ_WARPS float factor_for(int scale) {
     const int bits = 127 + 127 - kBandTapScale - scale;
-    return __uint_as_float(scale > 12 ? static_cast<unsigned>(bits) << 23 : ~0u);
+    return __uint_as_float(scale > kNoScale ? static_cast<unsigned>(bits) << 23 : ~0u);
   }
 
   // Likewise, for averages of what has these factors: no larger than the largest of it.
   static MSVQ_WARPS int scale_for_factors(float a, float b, float c) {
     const unsigned most = max(max(__float_as_uint(a), __float_as_uint(b)), __float_as_uint(c));
-    return max(127 + 127 - kBandTapScale - static_cast<int>(most >> 23), 12);
+    return max(127 + 127 - kBandTapScale - static_cast<int>(most >> 23), kNoScale);
   }
 
   // Of value[2 j + h], pairs [2 i] and [2 i + 1].

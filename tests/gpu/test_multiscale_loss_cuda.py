@@ -145,7 +145,7 @@ def test_a_bad_pixel_on_tensor_cores(device: str) -> None:
 
 @hopper
 def test_the_op_on_tensor_cores_in_a_graph(device: str) -> None:
-    """Its sum begins before the pass has ended: what it and later kernels read is whole."""
+    """Outside of a graph its sum is launched before the pass has ended; all it reads is whole."""
     contributions, x = inputs((2, 3, 304, 288), 3)
     given, x = [c.to(device) for c in contributions], x.to(device)
 
