@@ -104,9 +104,14 @@ def kernel_op(
 class Op:
     """The backends of one op and the choice among them."""
 
-    def __init__(self, package: str) -> None:
-        """Load the kernel modules of the op folder ``package``, or note why one is missing."""
+    def __init__(self, package: str, *, slow_reference: bool = True) -> None:
+        """Load the kernel modules of the op folder ``package``, or note why one is missing.
+
+        Without ``slow_reference`` the reference is PyTorch's own kernels: on CUDA it runs without
+        a warning.
+        """
         self.name = package.rpartition(".")[2]
+        self.slow_reference = slow_reference
         self.kernels: dict[str, ModuleType] = {}
         self.missing: dict[str, str] = {}
         for backend, module in _MODULES.items():
@@ -158,7 +163,7 @@ class Op:
         for candidate in ORDER.get(device, ("reference",)):
             reason = self.why_not(candidate, *args, **kwargs)
             if reason is None:
-                if candidate == "reference" and device == "cuda":
+                if candidate == "reference" and device == "cuda" and self.slow_reference:
                     _warn_reference(self.name, "; ".join(reasons))
                 return candidate
             reasons.append(reason)
