@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+from msvq_fast.ops.conv_bias_relu import conv_bias_relu
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -89,17 +92,102 @@ def residual_stack(width: int, count: int) -> list[nn.Module]:
 
 
 class Chain(nn.Sequential):
-    """``nn.Sequential`` that ``compile()`` takes as one graph.
+    """``nn.Sequential`` that `conv_bias_relu` and ``compile()`` see whole.
 
-    torch.compile leaves code of ``torch.nn`` alone unless other code that it compiles calls it: of
-    PyTorch's own ``nn.Sequential`` it would compile only the `Residual` inside.
+    On a GPU a convolution runs with the residual and the ReLU after it, unless a layer's hooks or
+    its own class want to see it alone. torch.compile joins them itself; but it leaves code of
+    ``torch.nn`` alone unless other code that it compiles calls it: of PyTorch's own
+    ``nn.Sequential`` it would compile only the `Residual` inside.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` through every layer."""
+        if (
+            x.device.type == "cuda"
+            and not torch.compiler.is_compiling()
+            and not _has_any_global_hook()
+            and all(_is_plain(layer) for layer in self)
+        ):
+            return run_joined([*self], x)
         for layer in self:
             x = layer(x)
         return x
+
+
+def run_joined(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """What ``layers`` make of ``x``, a convolution together with the residual and ReLU after it.
+
+    Args:
+        layers: `Residual`, ``nn.Conv2d``, ``nn.ConvTranspose2d`` and ``nn.ReLU``.
+        x: ``(B, C, H, W)``.
+    """
+    total: Tensor | None = x
+    relu: Tensor | None = None  # of total, if it is there already
+    for layer, following in itertools.zip_longest(layers, layers[1:]):
+        want = {nn.ReLU: "relu", Residual: "both"}.get(type(following), "sum")
+        if isinstance(layer, nn.ReLU):
+            total = relu = _relu(total, relu)
+        elif isinstance(layer, Residual):
+            _, inner = _convolve(layer.inner, _relu(total, relu), None, "relu")
+            total, relu = _convolve(layer.outer, inner, total, want)
+        else:
+            assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+            total, relu = _convolve(layer, total, None, want)
+    assert total is not None
+    return total
+
+
+def _relu(total: Tensor | None, relu: Tensor | None) -> Tensor:
+    if relu is not None:
+        return relu
+    assert total is not None
+    return F.relu(total)
+
+
+def _convolve(
+    layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor | None, residual: Tensor | None, want: str
+) -> tuple[Tensor | None, Tensor | None]:
+    assert x is not None and layer.bias is not None
+    return conv_bias_relu(
+        x,
+        layer.weight,
+        layer.bias,
+        residual,
+        stride=layer.stride[0],
+        padding=int(layer.padding[0]),
+        transposed=isinstance(layer, nn.ConvTranspose2d),
+        want=want,
+    )
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer does nothing but what its class says."""
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    if any(hooks) or "forward" in layer.__dict__:
+        return False
+    if type(layer) is Residual:
+        return _is_plain(layer.inner) and _is_plain(layer.outer)
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+        return type(layer) in (nn.Conv2d, nn.ConvTranspose2d) and _is_square(layer)
+    return type(layer) is nn.ReLU
+
+
+def _is_square(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    """Whether the convolution is of the kind that `conv` and `upsample` make."""
+    return (
+        layer.bias is not None
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and layer.stride[0] == layer.stride[1]
+        and layer.padding in ((0, 0), (layer.padding[0],) * 2)
+        and layer.dilation == (1, 1)
+        and layer.output_padding == (0, 0)
+    )
 
 
 class Encoder(nn.Module):

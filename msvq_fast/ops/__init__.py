@@ -1,6 +1,7 @@
 """The functional API: one function per op, each with its contract in its docstring."""
 
 from msvq_fast.ops.checks import InputError
+from msvq_fast.ops.conv_bias_relu import ConvBiasReluOutput, conv_bias_relu
 from msvq_fast.ops.gaussian_blur import (
     default_kernel_size,
     default_sigma,
@@ -17,8 +18,10 @@ from msvq_fast.ops.vector_quantize import (
 )
 
 __all__ = [
+    "ConvBiasReluOutput",
     "InputError",
     "VectorQuantizeOutput",
+    "conv_bias_relu",
     "default_kernel_size",
     "default_sigma",
     "ema_update_",

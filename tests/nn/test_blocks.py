@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import functools
+
+import pytest
 import torch
+from parity import assert_close
+from torch import nn
 from torch.nn import functional as F
 
+from msvq_fast.nn import blocks
 from msvq_fast.nn.blocks import conv, upsample
+from msvq_fast.ops.conv_bias_relu import conv_bias_relu
+from msvq_fast.ops.conv_bias_relu.op import OP
 
 
 def test_upsampling_starts_as_bilinear_interpolation_of_mixed_channels() -> None:
@@ -28,3 +36,84 @@ def test_layers_start_with_the_variance_of_their_input() -> None:
     ):
         assert layer.bias.count_nonzero() == 0
         assert 0.9 < layer(image)[:, :, 2:-2, 2:-2].std() < 1.1
+
+
+def chains() -> list[blocks.Chain]:
+    """What the models are made of."""
+    stack = blocks.residual_stack(16, 2)
+    halves = [conv(3, 8, 3, 2), nn.ReLU(), conv(8, 16, 3, 2), nn.ReLU()]
+    return [
+        blocks.Chain(*halves, *stack),
+        blocks.Chain(conv(8, 16, 3), *stack, upsample(16, 8), nn.ReLU(), upsample(8, 3)),
+        blocks.Chain(conv(8, 16, 3), blocks.Residual(16), upsample(16, 8), conv(8, 4, 3)),
+        blocks.Chain(nn.ReLU(), nn.ReLU(), blocks.Residual(8)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_joined_layers_equal_layers_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, backend: str, number: int
+) -> None:
+    if backend in OP.missing:
+        pytest.skip(OP.missing[backend])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    chain = chains()[number].to(device, dtype, memory_format=torch.channels_last)
+    for parameter in chain.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter)  # biases start as zeros
+    calls = functools.partial(conv_bias_relu, backend=backend)
+    monkeypatch.setattr(blocks, "conv_bias_relu", calls)
+    x = torch.randn(2, 3 if number == 0 else 8, 12, 8, dtype=dtype, device=device)
+    x = x.to(memory_format=torch.channels_last)
+    found = []
+    for function in (lambda t: blocks.run_joined([*chain], t), lambda t: nn.Sequential(*chain)(t)):
+        own = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = function(own)
+        out.backward(torch.cos(torch.arange(out.numel(), device=device)).view(out.shape).to(out))
+        found.append([out.detach(), own.grad, *(p.grad for p in chain.parameters())])
+        chain.zero_grad()
+    for got, want in zip(*found, strict=True):
+        assert_close("joined", got, want.double(), ulps=64)
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "gradient", "forward", "class", "global"])
+def test_layers_that_somebody_looks_at_run_alone(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """On a GPU; here x says that it is on one."""
+    chain, seen = chains()[0], []
+    layer = chain[4].inner
+
+    class Fake(torch.Tensor):
+        device = torch.device("cuda")
+
+    def joined(layers, x):
+        seen.append("joined")
+        return x
+
+    monkeypatch.setattr(blocks, "run_joined", joined)
+    x = torch.randn(1, 3, 8, 8).as_subclass(Fake)
+    chain(x)
+    assert seen == ["joined"]
+    hook = (lambda *_: seen.append(kind)) if kind != "gradient" else (lambda *_: None)
+    handle = None
+    if kind == "hook":
+        handle = layer.register_forward_hook(hook)
+    elif kind == "pre-hook":
+        handle = layer.register_forward_pre_hook(hook)
+    elif kind == "gradient":
+        handle = layer.register_full_backward_hook(hook)
+    elif kind == "forward":
+        layer.forward = lambda x: (seen.append(kind), nn.Conv2d.forward(layer, x))[1]
+    elif kind == "class":
+        layer.__class__ = type("Adapted", (nn.Conv2d,), {})
+    else:
+        handle = nn.modules.module.register_module_forward_hook(hook)
+    chain(x)
+    assert seen.count("joined") == 1 and (kind in ("gradient", "class") or kind in seen)
+    if handle is not None:
+        handle.remove()
+        chain(x)
+        assert seen.count("joined") == 2

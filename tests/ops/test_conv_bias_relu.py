@@ -1,0 +1,238 @@
+"""Convolution with bias, residual and ReLU: against float64 on numbers whose sums are exact."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from msvq_fast.ops import InputError, conv_bias_relu
+from msvq_fast.ops.conv_bias_relu.op import OP
+
+needs_triton = pytest.mark.skipif("triton" in OP.missing, reason=OP.missing.get("triton", ""))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAST = torch.channels_last
+# C, C', side, kernel, stride, padding, transposed
+LAYERS = [
+    (3, 8, (9, 6), 3, 2, 1, False),
+    (16, 8, (5, 7), 3, 1, 1, False),
+    (8, 24, (4, 3), 1, 1, 0, False),
+    (8, 5, (3, 4), 4, 2, 1, True),
+    (16, 3, (1, 2), 4, 2, 1, True),
+]
+WANTED = ("sum", "relu", "both")
+
+
+def small(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Whole numbers from -2 to 2: every type here adds up their products exactly."""
+    return torch.randint(-2, 3, size).to(DEVICE, dtype)
+
+
+def inputs(layer, residual: bool, dtype=torch.float32, batch: int = 2) -> list[Tensor | None]:
+    channels, out, (h, w), kernel, *_, transposed = layer
+    x = small(batch, channels, h, w, dtype=dtype)
+    shape = (channels, out) if transposed else (out, channels)
+    weight, bias = small(*shape, kernel, kernel, dtype=dtype), small(out, dtype=dtype)
+    rest = None
+    if residual:
+        size = run([x.double(), weight.double(), bias.double(), None], layer, "sum", "reference")
+        rest = small(*size[0].shape, dtype=dtype).to(memory_format=LAST)
+    return [x.to(memory_format=LAST), weight.to(memory_format=LAST), bias, rest]
+
+
+def run(tensors, layer, want: str, backend: str):
+    *_, stride, padding, transposed = layer
+    steps = {"stride": stride, "padding": padding, "transposed": transposed}
+    return conv_bias_relu(*tensors, **steps, want=want, backend=backend)
+
+
+def leaves(tensors, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    return [
+        None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors
+    ]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("want", WANTED)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_equals_the_reference(layer, want: str, dtype: torch.dtype) -> None:
+    for residual in (False, True):
+        given = inputs(layer, residual, dtype)
+        mine, truth = leaves(given), leaves(given, torch.float64)
+        got = run(mine, layer, want, "triton")
+        expected = run(truth, layer, want, "reference")
+        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert (a is None) == (b is None) == (WANTED[1 - i] == want)
+        pairs = [(a, b) for a, b in zip(got, expected, strict=True) if a is not None]
+        loss = other = 0.0
+        for a, b in pairs:
+            assert a.dtype == dtype and a.is_contiguous(memory_format=LAST)
+            assert torch.equal(a.double(), b)
+            upstream = small(*b.shape)
+            loss, other = loss + (a * upstream.to(dtype)).sum(), other + (b * upstream).sum()
+        loss.backward()
+        other.backward()
+        for name, a, b in zip(("x", "weight", "bias", "residual"), mine, truth, strict=True):
+            if a is not None:
+                assert a.grad.dtype == dtype and torch.equal(a.grad.double(), b.grad), name
+
+
+@needs_triton
+def test_more_rows_than_a_step_of_all_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from msvq_fast.ops.conv_bias_relu import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "_ELEMENTS", 64)
+    monkeypatch.setattr(triton_kernels, "_PROGRAMS", 3)
+    test_equals_the_reference(LAYERS[1], "both", torch.float32)
+
+
+@needs_triton
+def test_one_output_used_and_frozen_tensors() -> None:
+    layer = LAYERS[1]
+    given = inputs(layer, True)
+    for used, frozen in itertools.product((0, 1), range(4)):
+        grads = []
+        for backend, dtype in (("triton", None), ("reference", torch.float64)):
+            tensors = leaves(given, dtype)
+            tensors[frozen].requires_grad_(False)
+            torch.manual_seed(1)
+            out = run(tensors, layer, "both", backend)[used]
+            out.backward(small(*out.shape).to(out.dtype))
+            grads.append([t.grad for t in tensors])
+        for i, (a, b) in enumerate(zip(*grads, strict=True)):
+            assert (a is None) == (b is None) == (i == frozen)
+            assert a is None or torch.equal(a.double(), b)
+
+
+@needs_triton
+def test_gradients_in_any_layout() -> None:
+    layer = LAYERS[2]
+    mine, truth = leaves(inputs(layer, False)), None
+    truth = leaves(mine, torch.float64)
+    out = run(mine, layer, "both", "triton")
+    (out.sum + out.relu).sum().backward()  # expanded
+    other = run(truth, layer, "both", "reference")
+    (other.sum + other.relu).sum().backward()
+    for a, b in zip(mine[:3], truth[:3], strict=True):
+        assert torch.equal(a.grad.double(), b.grad)
+
+
+@needs_triton
+def test_nan_stays_and_lets_gradients_through() -> None:
+    layer = (8, 3, (2, 2), 4, 2, 1, True)
+    given = inputs(layer, False)
+    given[2][1] = float("nan")
+    results = []
+    for backend in ("triton", "reference"):
+        x, weight, bias, _ = leaves(given)
+        relu = run([x, weight, bias, None], layer, "relu", backend).relu
+        relu.backward(torch.ones_like(relu))
+        results.append((relu.detach(), x.grad, bias.grad))
+    assert results[0][0][:, 1].isnan().all()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("want", WANTED)
+def test_second_derivatives(want: str) -> None:
+    layer = LAYERS[0]
+    given = inputs(layer, True)
+    found = []
+    for backend, dtype in (("triton", None), ("reference", torch.float64)):
+        tensors = leaves(given, dtype)
+        out = [t for t in run(tensors, layer, want, backend) if t is not None]
+        loss = sum((t * t).sum() for t in out)
+        first = torch.autograd.grad(loss, tensors, create_graph=True)
+        second = sum((g * g).sum() for g in first)
+        found.append(torch.autograd.grad(second, tensors[:2]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0)
+
+
+@needs_triton
+def test_autocast_decides_the_dtype() -> None:
+    layer = LAYERS[1]
+    x, weight, bias, residual = leaves(inputs(layer, True))
+    with torch.autocast(DEVICE, torch.float16):
+        out = run([x, weight, bias, residual], layer, "both", "triton")
+    assert out.sum.dtype == out.relu.dtype == torch.float16
+    (out.sum * 2).sum().backward()
+    assert {t.grad.dtype for t in (x, weight, bias, residual)} == {torch.float32}
+    assert torch.equal(bias.grad, torch.full_like(bias, 2.0 * residual.numel() / len(bias)))
+
+
+@needs_triton
+@pytest.mark.parametrize("want", WANTED)
+def test_opcheck(want: str) -> None:
+    from msvq_fast.ops.conv_bias_relu import triton_kernels
+
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for layer in (LAYERS[0], LAYERS[3]):
+        x, weight, bias, residual = inputs(layer, True)
+        arguments = (x, weight, bias, residual, *layer[4:], want)
+        torch.library.opcheck(triton_kernels.conv_bias_relu, arguments, test_utils=tests)
+        grad_sum, grad_relu = (residual if want != w else None for w in ("relu", "sum"))
+        arguments = (residual, grad_sum, grad_relu)
+        torch.library.opcheck(triton_kernels.mask_and_sum, arguments, test_utils=tests)
+
+
+@needs_triton
+def test_compiles_whole() -> None:
+    layer = LAYERS[1]
+    compiled = torch.compile(
+        lambda *t: conv_bias_relu(*t, padding=1, want="both", backend="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    given = inputs(layer, True)
+    mine, truth = leaves(given), leaves(given)
+    for tensors, function in ((mine, compiled), (truth, None)):
+        out = function(*tensors) if function else run(tensors, layer, "both", "triton")
+        (out[0] + 2 * out[1]).sum().backward()
+    for a, b in zip(mine, truth, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@needs_triton
+def test_no_rows() -> None:
+    layer = LAYERS[1]
+    tensors = leaves(inputs(layer, False, batch=0))
+    out = run(tensors, layer, "both", "triton")
+    assert out.sum.shape == out.relu.shape == (0, 8, 5, 7)
+    out.relu.sum().backward()
+    assert torch.equal(tensors[2].grad, torch.zeros(8, device=DEVICE))
+
+
+def test_errors_name_the_argument() -> None:
+    x, weight, bias, _ = inputs(LAYERS[1], False)
+    with pytest.raises(InputError, match=r"want='all'"):
+        conv_bias_relu(x, weight, bias, want="all")
+    with pytest.raises(InputError, match=r"bias has shape \(7,\); expected \(8,\)"):
+        conv_bias_relu(x, weight, bias[:7])
+    with pytest.raises(InputError, match=r"x has shape \(2, 16, 5, 7\) and weight \(8, 15, 3, 3\)"):
+        conv_bias_relu(x, weight[:, :15], bias)
+    with pytest.raises(InputError, match=r"weight has dtype torch\.float64"):
+        conv_bias_relu(x, weight.double(), bias)
+    with pytest.raises(
+        InputError, match=r"residual has shape \(2, 8, 1, 1\); expected \(2, 8, 3, 5\)"
+    ):
+        conv_bias_relu(x, weight, bias, torch.zeros(2, 8, 1, 1, device=DEVICE))
+    with pytest.raises(InputError, match=r"residual has dtype torch\.int64"):
+        conv_bias_relu(x, weight, bias, torch.zeros(2, 8, 3, 5, dtype=torch.int64, device=DEVICE))
+
+
+@needs_triton
+def test_says_why_it_cannot_run() -> None:
+    x, weight, bias, _ = inputs(LAYERS[1], False)
+    with pytest.raises(InputError, match="x in channels_last, its strides are"):
+        conv_bias_relu(x.contiguous(), weight, bias, backend="triton")
+    with pytest.raises(InputError, match="at most 2048 channels, not 2056"):
+        conv_bias_relu(x, weight.repeat(257, 1, 1, 1), bias.repeat(257), backend="triton")
+    with pytest.raises(
+        InputError, match=r"takes float32, float16 or bfloat16, x is torch\.float64"
+    ):
+        conv_bias_relu(x.double(), weight.double(), bias, backend="triton")
