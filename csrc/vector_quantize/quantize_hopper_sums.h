@@ -44,13 +44,13 @@ MSVQ_WARPS void begin_batch(const QuantizeHopperSums& p, int first, Batch<T>& ba
   const int lane = thread_again() % 32, last = p.count - 1;
   const int part = static_cast<int>(blockIdx.x) % 2 * kHalfWidth + lane % 8 * 4;
   const char* z = reinterpret_cast<const char*>(static_cast<const T*>(p.z) + part);
-  const uint32_t stride = static_cast<uint32_t>(p.z_stride) * static_cast<uint32_t>(sizeof(T));
+  const int stride = again(p.z_stride * static_cast<int>(sizeof(T)));
   batch.key = load_now(p.keys + min(first + lane, last));
   MSVQ_UNROLL
   for (int i = 0; i < kBatch / 4; ++i) {
-    const auto row = static_cast<uint32_t>(min(first + 4 * i + lane / 8, last));
+    const int row = min(first + 4 * i + lane / 8, last);
     batch.rows[i] =
-        load_now(reinterpret_cast<const typename Four<T>::Bits*>(z + uint64_t{row} * stride));
+        load_now(reinterpret_cast<const typename Four<T>::Bits*>(z + int64_t{row} * stride));
   }
 }
 
