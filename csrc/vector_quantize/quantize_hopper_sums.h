@@ -54,9 +54,8 @@ MSVQ_WARPS void begin_batch(const QuantizeHopperSums& p, int first, Batch<T>& ba
   }
 }
 
-// Counts the rows and puts the sum of those of one code in place of the first of them, code by
-// code: all rows of one code are the quickest. Returns the code to add row `lane` to, K if there is
-// none.
+// Counts the rows and puts the sum of those of one code in place of the first of them, by codes of
+// several rows: 16 at most. Returns the code to add row `lane` to, K if there is none.
 MSVQ_WARPS int combine_batch(const QuantizeHopperSums& p, SumShared& shared, WarpRows& x, int key) {
   const int lane = thread_again() % 32;
   const unsigned same = lanes_of_code<kMostCodes>(key, key < p.num_codes);
