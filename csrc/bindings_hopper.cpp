@@ -52,28 +52,38 @@ msvq::QuantizeHopperParams quantize_hopper_params(Pointer z, int type, std::arra
   return params;
 }
 
-// `sorted` is of keys, order and z, and `rows` their type, number and stride; or all 0.
+// Of rows, codes and parts; `parts` is of counts and sums.
+msvq::QuantizeHopperSums quantize_hopper_sums(Pointer z, int type, std::array<int, 3> size,
+                                              int stride, Pointer keys,
+                                              std::array<Pointer, 2> parts) {
+  msvq::QuantizeHopperSums params{};
+  params.z = reinterpret_cast<const void*>(z);
+  params.type = static_cast<msvq::LatentType>(type);
+  params.count = size[0];
+  params.num_codes = size[1];
+  params.parts = size[2];
+  params.z_stride = stride;
+  params.keys = reinterpret_cast<const int16_t*>(keys);
+  params.counts = reinterpret_cast<int32_t*>(parts[0]);
+  params.sums = reinterpret_cast<float*>(parts[1]);
+  return params;
+}
+
+// Of blocks, parts and codes; `parts` is of errors, counts and sums.
 msvq::QuantizeHopperTotals quantize_hopper_totals(std::array<Pointer, 3> parts,
-                                                  std::array<int, 2> size, double factor,
-                                                  std::array<Pointer, 3> totals,
-                                                  std::array<Pointer, 3> sorted,
-                                                  std::array<int, 3> rows) {
+                                                  std::array<int, 3> size, double factor,
+                                                  std::array<Pointer, 3> totals) {
   msvq::QuantizeHopperTotals t{};
   t.blocks = size[0];
-  t.num_codes = size[1];
+  t.parts = size[1];
+  t.num_codes = size[2];
   t.errors = reinterpret_cast<const double*>(parts[0]);
   t.part_counts = reinterpret_cast<const int32_t*>(parts[1]);
-  t.part_sums = reinterpret_cast<float*>(parts[2]);
+  t.part_sums = reinterpret_cast<const float*>(parts[2]);
   t.factor = factor;
   t.loss = reinterpret_cast<float*>(totals[0]);
   t.counts = reinterpret_cast<int64_t*>(totals[1]);
   t.sums = reinterpret_cast<float*>(totals[2]);
-  t.keys = reinterpret_cast<const int16_t*>(sorted[0]);
-  t.order = reinterpret_cast<const int64_t*>(sorted[1]);
-  t.z = reinterpret_cast<const void*>(sorted[2]);
-  t.type = static_cast<msvq::LatentType>(rows[0]);
-  t.count = rows[1];
-  t.z_stride = rows[2];
   return t;
 }
 
@@ -98,10 +108,14 @@ void vector_quantize_hopper_on_host(Pointer z, int type, std::array<int, 2> size
       order);
 }
 
-void total_hopper_on_host(std::array<Pointer, 3> parts, std::array<int, 2> size, double factor,
-                          std::array<Pointer, 3> totals, std::array<Pointer, 3> sorted,
-                          std::array<int, 3> rows) {
-  msvq::total_hopper_on_host(quantize_hopper_totals(parts, size, factor, totals, sorted, rows));
+void sum_rows_hopper_on_host(Pointer z, int type, std::array<int, 3> size, int stride, Pointer keys,
+                             std::array<Pointer, 2> parts, int order) {
+  msvq::sum_rows_hopper_on_host(quantize_hopper_sums(z, type, size, stride, keys, parts), order);
+}
+
+void total_hopper_on_host(std::array<Pointer, 3> parts, std::array<int, 3> size, double factor,
+                          std::array<Pointer, 3> totals) {
+  msvq::total_hopper_on_host(quantize_hopper_totals(parts, size, factor, totals));
 }
 #endif
 
@@ -127,22 +141,25 @@ void vector_quantize_hopper(Pointer z, int type, std::array<int, 2> size,
       "vector_quantize");
 }
 
-void total_hopper(std::array<Pointer, 3> parts, std::array<int, 2> size, double factor,
-                  std::array<Pointer, 3> totals, std::array<Pointer, 3> sorted,
-                  std::array<int, 3> rows, int device, Pointer stream) {
-  check_started(
-      msvq::total_hopper(quantize_hopper_totals(parts, size, factor, totals, sorted, rows), device,
-                         reinterpret_cast<void*>(stream)),
-      "vector_quantize");
+void sum_rows_hopper(Pointer z, int type, std::array<int, 3> size, int stride, Pointer keys,
+                     std::array<Pointer, 2> parts, int device, Pointer stream) {
+  check_started(msvq::sum_rows_hopper(quantize_hopper_sums(z, type, size, stride, keys, parts),
+                                      device, reinterpret_cast<void*>(stream)),
+                "vector_quantize");
+}
+
+void total_hopper(std::array<Pointer, 3> parts, std::array<int, 3> size, double factor,
+                  std::array<Pointer, 3> totals, int device, Pointer stream) {
+  check_started(msvq::total_hopper(quantize_hopper_totals(parts, size, factor, totals), device,
+                                   reinterpret_cast<void*>(stream)),
+                "vector_quantize");
 }
 #endif
 
 }  // namespace
 
 void bind_hopper(py::module_& m) {
-  // Sizes that memory is allotted by.
   m.attr("hopper_most_sums") = msvq::kMostSums;
-  m.attr("hopper_piece") = msvq::kPiece;
 #ifdef __GLIBC__
   m.def("gaussian_pyramid_on_host", &gaussian_pyramid_on_host, py::arg("x"), py::arg("once"),
         py::arg("twice"), py::arg("type"), py::arg("size"), py::arg("taps"), py::arg("border"),
@@ -150,8 +167,10 @@ void bind_hopper(py::module_& m) {
   m.def("vector_quantize_hopper_on_host", &vector_quantize_hopper_on_host, py::arg("z"),
         py::arg("type"), py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"),
         py::arg("keys"), py::arg("z_q"), py::arg("parts"), py::arg("blocks"), py::arg("order"));
+  m.def("sum_rows_hopper_on_host", &sum_rows_hopper_on_host, py::arg("z"), py::arg("type"),
+        py::arg("size"), py::arg("stride"), py::arg("keys"), py::arg("parts"), py::arg("order"));
   m.def("total_hopper_on_host", &total_hopper_on_host, py::arg("parts"), py::arg("size"),
-        py::arg("factor"), py::arg("totals"), py::arg("sorted"), py::arg("rows"));
+        py::arg("factor"), py::arg("totals"));
 #endif
 #ifdef MSVQ_HOPPER
   m.def("gaussian_pyramid_hopper", &gaussian_pyramid, py::arg("x"), py::arg("once"),
@@ -161,8 +180,11 @@ void bind_hopper(py::module_& m) {
         py::arg("size"), py::arg("strides"), py::arg("codebook"), py::arg("codes"), py::arg("keys"),
         py::arg("z_q"), py::arg("parts"), py::arg("blocks"), py::arg("device"), py::arg("stream"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("sum_rows_hopper", &sum_rows_hopper, py::arg("z"), py::arg("type"), py::arg("size"),
+        py::arg("stride"), py::arg("keys"), py::arg("parts"), py::arg("device"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("total_hopper", &total_hopper, py::arg("parts"), py::arg("size"), py::arg("factor"),
-        py::arg("totals"), py::arg("sorted"), py::arg("rows"), py::arg("device"), py::arg("stream"),
+        py::arg("totals"), py::arg("device"), py::arg("stream"),
         py::call_guard<py::gil_scoped_release>());
 #endif
 }

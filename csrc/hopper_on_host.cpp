@@ -39,6 +39,17 @@ void run(const QuantizeHopperParams& p, int blocks, int order) {
   p.sums ? run<T, true, true>(p, blocks, order) : run<T, true, false>(p, blocks, order);
 }
 
+template <class T>
+void run(const QuantizeHopperSums& p, int order) {
+  const int bytes = sum_shared_bytes(p.num_codes);
+  for (int block = 0; block < 2 * p.parts; ++block) {
+    std::vector<Line> memory = shared_memory(bytes);
+    char* const shared = reinterpret_cast<char*>(memory.data());
+    run_block(kSumThreads, block, 2 * p.parts, order, shared, bytes,
+              [&] { sum_rows<T>(p, shared); });
+  }
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -48,15 +59,15 @@ void vector_quantize_hopper_on_host(const QuantizeHopperParams& p, int blocks, i
   cuda::run<cuda::Bfloat>(p, blocks, order);
 }
 
+void sum_rows_hopper_on_host(const QuantizeHopperSums& p, int order) {
+  if (p.type == LatentType::float32) return cuda::run<float>(p, order);
+  if (p.type == LatentType::float16) return cuda::run<cuda::Half>(p, order);
+  cuda::run<cuda::Bfloat>(p, order);
+}
+
 void total_hopper_on_host(const QuantizeHopperTotals& t) {
   std::vector<cuda::Line> memory = cuda::shared_memory(cuda::kTotalBytes);
   char* const shared = reinterpret_cast<char*>(memory.data());
-  for (int piece = 0; t.keys && piece * kPiece < t.count; ++piece)
-    cuda::run_block(32, piece, piece + 1, 0, shared, cuda::kTotalBytes, [&] {
-      if (t.type == LatentType::float32) return cuda::sum_piece<float>(t, piece);
-      if (t.type == LatentType::float16) return cuda::sum_piece<cuda::Half>(t, piece);
-      cuda::sum_piece<cuda::Bfloat>(t, piece);
-    });
   for (int block = 0; block < t.num_codes; ++block)
     cuda::run_block(cuda::kTotalThreads, block, t.num_codes, 0, shared, cuda::kTotalBytes,
                     [&] { cuda::total_code(t, shared); });

@@ -124,6 +124,9 @@ template <class T>
 void store_where(int sign, T* to, T value) {
   if (sign >= 0) write_as(to, value);
 }
+inline void add_where(uint32_t there, float4& sum, const float4& x) {
+  if (there) sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+}
 inline void prefetch_bytes(const void* from, int bytes) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
     throw std::logic_error("what is brought nearer is whole 16 bytes at multiples of 16");

@@ -180,6 +180,16 @@ MSVQ_WARPS float4 load_now(const float4* from) {
                : "l"(from));
   return x;
 }
+MSVQ_WARPS uint2 load_now(const uint2* from) {
+  uint2 x;
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from));
+  return x;
+}
+MSVQ_WARPS int load_now(const int16_t* from) {
+  int x;
+  asm volatile("ld.global.nc.s16 %0, [%1];" : "=r"(x) : "l"(from));
+  return x;
+}
 // A write that is not read again here, made where `sign` is not negative, without a branch.
 MSVQ_WARPS void store_where(int sign, float4* to, const float4& x) {
   asm volatile(
@@ -200,6 +210,20 @@ MSVQ_WARPS void store_where(int sign, uint2* to, const uint2& x) {
       "}\n" ::"r"(sign),
       "l"(to), "r"(x.x), "r"(x.y)
       : "memory");
+}
+
+// sum += x where `there` is not 0, without a branch or a copy.
+MSVQ_WARPS void add_where(uint32_t there, float4& sum, const float4& x) {
+  asm("{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %8, 0;\n"
+      "@p add.f32 %0, %0, %4;\n"
+      "@p add.f32 %1, %1, %5;\n"
+      "@p add.f32 %2, %2, %6;\n"
+      "@p add.f32 %3, %3, %7;\n"
+      "}\n"
+      : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)
+      : "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(there));
 }
 
 // threadIdx.x, read again: what follows from it need not be kept in registers from before.

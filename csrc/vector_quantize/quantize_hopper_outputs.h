@@ -74,19 +74,26 @@ MSVQ_WARPS float4 sum_of(const float4& a, const float4& b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
+// The lanes that have this lane's code, of those whose code counts; below kCodes.
+template <int kCodes>
+MSVQ_WARPS unsigned lanes_of_code(int code, bool counts) {
+  unsigned same = __ballot_sync(~0u, counts);
+  MSVQ_UNROLL
+  for (int bit = 1; bit < kCodes; bit *= 2) {
+    const bool own = (code & bit) == bit;
+    const unsigned set = __ballot_sync(~0u, own);
+    same &= ~(set ^ (own ? ~0u : 0u));
+  }
+  return same;
+}
+
 // Adds rows of one code to the first of them; returns the code of row lane % kRows to add to, K if
 // there is none.
 template <class T>
 MSVQ_WARPS int combine_rows(const QuantizeHopperParams& p, const T* rows, WarpRows& x, int code) {
   const int lane = thread_again() % 32, half = lane / 16;
   const bool counts = code >= 0;
-  unsigned same = __ballot_sync(~0u, counts) & 0xFFFF;
-  MSVQ_UNROLL
-  for (int bit = 1; bit <= kMostSums; bit *= 2) {
-    const bool own = (code & bit) == bit;
-    const unsigned set = __ballot_sync(~0u, own);
-    same &= ~(set ^ (own ? ~0u : 0u));
-  }
+  const unsigned same = lanes_of_code<kMostSums>(code, counts) & 0xFFFF;
   const int first = __ffs(static_cast<int>(same)) - 1;
   const unsigned repeated = __ballot_sync(~0u, counts && first < lane) & 0xFFFF;
   for (unsigned left = repeated; left != 0; left &= left - 1) {
@@ -128,6 +135,15 @@ MSVQ_WARPS int finish_open(const QuantizeHopperParams& p, QuantizeShared& shared
   return code;
 }
 
+// Adds rows to where the sums of their codes are.
+MSVQ_WARPS void add_at(float4* const (&at)[kRows / 2], const WarpRows& x) {
+  float4 sum[kRows / 2];
+  MSVQ_UNROLL
+  for (int i = 0; i < kRows / 2; ++i) sum[i] = *at[i];
+  MSVQ_UNROLL
+  for (int i = 0; i < kRows / 2; ++i) *at[i] = sum_of(sum[i], x[i]);
+}
+
 // Adds a warp's rows, if it has any, `x` for the codes `to` of rows lane % kRows, no two below K
 // the same, and then `count` open ones, `rows` of codes `settled`. Every warp does so in its turn:
 // the sums are the same whatever the timing.
@@ -143,13 +159,7 @@ MSVQ_WARPS void add_rows(const QuantizeHopperParams& p, QuantizeShared& shared, 
     at[i] = reinterpret_cast<float4*>(sums + __shfl_sync(~0u, to, 2 * i + lane / 16) * kWidth);
   uint64_t* const after = warp + 1 < kWarps ? &shared.turns[warp + 1] : &shared.turns[0];
   wait(&shared.turns[warp], parity);
-  if (there) {
-    float4 sum[kRows / 2];
-    MSVQ_UNROLL
-    for (int i = 0; i < kRows / 2; ++i) sum[i] = *at[i];
-    MSVQ_UNROLL
-    for (int i = 0; i < kRows / 2; ++i) *at[i] = sum_of(sum[i], x[i]);
-  }
+  if (there) add_at(at, x);
   MSVQ_NO_UNROLL
   for (int i = 0; i < count; ++i) {
     __syncwarp();

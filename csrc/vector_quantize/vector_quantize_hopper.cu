@@ -12,6 +12,19 @@ cudaError_t cleared(cudaError_t error) {
   return error;
 }
 
+// Of blocks with `bytes` of shared memory.
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), const Params& params, int blocks, int threads, int bytes,
+                   cudaStream_t stream) {
+  const std::lock_guard<std::mutex> lock(launching());
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return cleared(error);
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+           static_cast<size_t>(bytes), stream>>>(params);
+  return cudaGetLastError();
+}
+
 template <class T, bool kVectors, bool kSums>
 __global__ void __launch_bounds__(kThreads, 1) quantize_kernel(const QuantizeHopperParams p) {
   extern __shared__ __align__(128) char memory[];
@@ -20,14 +33,8 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_kernel(const QuantizeHop
 
 template <class T, bool kVectors, bool kSums>
 cudaError_t launch(const QuantizeHopperParams& p, int blocks, cudaStream_t stream) {
-  const auto kernel = quantize_kernel<T, kVectors, kSums>;
-  const int bytes = quantize_shared_bytes<T>(p.num_codes, kSums);
-  const std::lock_guard<std::mutex> lock(launching());
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return cleared(error);
-  kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(bytes), stream>>>(p);
-  return cudaGetLastError();
+  return launch(quantize_kernel<T, kVectors, kSums>, p, blocks, kThreads,
+                quantize_shared_bytes<T>(p.num_codes, kSums), stream);
 }
 
 template <class T>
@@ -38,15 +45,15 @@ cudaError_t launch(const QuantizeHopperParams& p, int blocks, cudaStream_t strea
 }
 
 template <class T>
-__global__ void __launch_bounds__(256) sum_pieces_kernel(const QuantizeHopperTotals t) {
-  const int piece = static_cast<int>((blockIdx.x * 256 + threadIdx.x) / 32);
-  if (piece * kPiece < t.count) sum_piece<T>(t, piece);
+__global__ void __launch_bounds__(kSumThreads, 1) sum_rows_kernel(const QuantizeHopperSums p) {
+  extern __shared__ __align__(128) char memory[];
+  sum_rows<T>(p, memory);
 }
 
 template <class T>
-void sum_pieces(const QuantizeHopperTotals& t, cudaStream_t stream) {
-  const int pieces = (t.count + kPiece - 1) / kPiece;
-  sum_pieces_kernel<T><<<static_cast<unsigned>((pieces + 7) / 8), 256, 0, stream>>>(t);
+cudaError_t launch(const QuantizeHopperSums& p, cudaStream_t stream) {
+  return launch(sum_rows_kernel<T>, p, 2 * p.parts, kSumThreads, sum_shared_bytes(p.num_codes),
+                stream);
 }
 
 __global__ void __launch_bounds__(kTotalThreads) totals_kernel(const QuantizeHopperTotals t) {
@@ -66,15 +73,20 @@ int vector_quantize_hopper(const QuantizeHopperParams& p, int blocks, int device
   return cuda::launch<cuda::Bfloat>(p, blocks, on);
 }
 
-int total_hopper(const QuantizeHopperTotals& t, int device, void* stream) {
+int sum_rows_hopper(const QuantizeHopperSums& p, int device, void* stream) {
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return cuda::cleared(error);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (t.keys && t.type == LatentType::float32) cuda::sum_pieces<float>(t, on);
-  if (t.keys && t.type == LatentType::float16) cuda::sum_pieces<cuda::Half>(t, on);
-  if (t.keys && t.type == LatentType::bfloat16) cuda::sum_pieces<cuda::Bfloat>(t, on);
+  if (p.type == LatentType::float32) return cuda::launch<float>(p, on);
+  if (p.type == LatentType::float16) return cuda::launch<cuda::Half>(p, on);
+  return cuda::launch<cuda::Bfloat>(p, on);
+}
+
+int total_hopper(const QuantizeHopperTotals& t, int device, void* stream) {
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return cuda::cleared(error);
   const auto codes = static_cast<unsigned>(t.num_codes);
-  cuda::totals_kernel<<<codes, cuda::kTotalThreads, 0, on>>>(t);
+  cuda::totals_kernel<<<codes, cuda::kTotalThreads, 0, static_cast<cudaStream_t>(stream)>>>(t);
   return cudaGetLastError();
 }
 

@@ -20,8 +20,21 @@ _C = getattr(OP.kernels.get("native"), "_C", None)
 needs_model = pytest.mark.skipif(
     not hasattr(_C, "vector_quantize_hopper_on_host"), reason="built without the model of a block"
 )
-MOST_SUMS, PIECE = getattr(_C, "hopper_most_sums", 0), getattr(_C, "hopper_piece", 0)
+MOST_SUMS = getattr(_C, "hopper_most_sums", 0)
 QUICK = ("normal", "init", "trained", "near_ties", *OWN_KINDS[:7])
+
+
+def sums_of_parts(
+    z: Tensor, keys: Tensor, num_codes: int, parts: int, order: int
+) -> tuple[Tensor, Tensor]:
+    """Counts and sums by the pass over the rows that more than 320 codes need."""
+    counts = torch.full((parts, num_codes), -7, dtype=torch.int32)
+    sums = torch.full((parts, num_codes, 64), float("nan"))
+    _C.sum_rows_hopper_on_host(
+        z.data_ptr(), LATENT_TYPES[z.dtype], (z.shape[0], num_codes, parts), z.stride(0),
+        keys.data_ptr(), (counts.data_ptr(), sums.data_ptr()), order,
+    )  # fmt: skip
+    return counts, sums
 
 
 def on_host(
@@ -36,26 +49,24 @@ def on_host(
     errors = torch.full((blocks,), float("nan"), dtype=torch.float64)
     part_counts = torch.full((blocks, num_codes), -7, dtype=torch.int32)
     part_sums = torch.full((blocks, num_codes, 64), float("nan"))
-    parts = (errors.data_ptr(), 0, 0)
+    own_parts = (errors.data_ptr(), 0, 0)
     if num_codes <= MOST_SUMS:
-        parts = (errors.data_ptr(), part_counts.data_ptr(), part_sums.data_ptr())
+        own_parts = (errors.data_ptr(), part_counts.data_ptr(), part_sums.data_ptr())
     outputs = (codes.data_ptr(), keys.data_ptr(), z_q.data_ptr() if vectors else 0)
     _C.vector_quantize_hopper_on_host(
-        z.data_ptr(), kind, size, strides, codebook.data_ptr(), *outputs, parts, blocks, order
+        z.data_ptr(), kind, size, strides, codebook.data_ptr(), *outputs, own_parts, blocks, order
     )
     if not vectors:
         return codes, keys
     loss = torch.tensor(float("nan"))
     counts, sums = torch.full((num_codes,), -7), torch.full((num_codes, 64), float("nan"))
     totals = (loss.data_ptr(), counts.data_ptr(), sums.data_ptr())
-    sorted_keys, rows = torch.sort(keys, stable=True)
-    by_code = (0, 0, 0)
+    parts = blocks
     if num_codes > MOST_SUMS:
-        part_sums = torch.full((-(-count // PIECE), 2, 64), float("nan"))
-        parts = (errors.data_ptr(), 0, part_sums.data_ptr())
-        by_code = (sorted_keys.data_ptr(), rows.data_ptr(), z.data_ptr())
-    layout = (kind, count, z.stride(0))
-    _C.total_hopper_on_host(parts, (blocks, num_codes), 0.25, totals, by_code, layout)
+        parts = 3
+        part_counts, part_sums = sums_of_parts(z, keys, num_codes, parts, order)
+    from_parts = (errors.data_ptr(), part_counts.data_ptr(), part_sums.data_ptr())
+    _C.total_hopper_on_host(from_parts, (blocks, parts, num_codes), 0.25, totals)
     return codes, keys, z_q, loss, counts, sums
 
 
@@ -113,18 +124,45 @@ def test_the_order_of_the_threads_changes_nothing(order: int) -> None:
     assert torch.equal(on_host(z, codebook, vectors=False, blocks=1, order=order)[0], want[0])
 
 
+# Codes of a row each: side by side, all over, few of them, one, and none for rows not finite.
+KEYS = {
+    "side by side": lambda count, num_codes: torch.arange(count) * num_codes // count,
+    "all over": lambda count, num_codes: torch.randint(num_codes, (count,)),
+    "few": lambda count, num_codes: torch.randint(6, (count,)) ** 2 * (num_codes // 26),
+    "one": lambda count, num_codes: torch.full((count,), num_codes - 1),
+    "not finite": lambda count, num_codes: torch.full((count,), num_codes),
+}
+
+
 @needs_model
-@pytest.mark.parametrize("dtype", list(LATENT_TYPES))
-def test_sums_of_sorted_rows(dtype: torch.dtype) -> None:
-    # codes of many pieces, of one, of a piece whole and of none; rows that are not finite
-    codebook = torch.randn(400, 64)
-    counts = torch.tensor([700, 68, 256, 2, 800])
-    numbers = torch.tensor([0, 7, 8, 9, 399]).repeat_interleave(counts)
-    z = codebook[numbers] + 0.1 * torch.randn(1826, 64)
-    z = z[torch.randperm(1826)].to(dtype)
-    check(z, codebook)
-    z[::50, 1] = float("nan")
-    check(z, codebook)
+@pytest.mark.parametrize("keys_of", KEYS)
+@pytest.mark.parametrize(
+    ("count", "num_codes", "dtype"),
+    [
+        (1, 321, torch.float32),
+        (33, 512, torch.float16),
+        (1500, 1000, torch.bfloat16),
+        (2111, 1024, torch.float32),
+    ],
+)
+def test_sums_of_many_codes(keys_of: str, count: int, num_codes: int, dtype: torch.dtype) -> None:
+    keys = KEYS[keys_of](count, num_codes)
+    keys[5::9] = num_codes
+    z = torch.randn(count, 72).to(dtype)[:, :64]
+    z[keys == num_codes, 3] = float("nan")
+    want = None
+    for order in (0, 1, 2):
+        counts, sums = sums_of_parts(z, keys.short(), num_codes, 2, order)
+        if want is None:
+            want = sums
+        assert torch.equal(sums, want)
+        there = keys < num_codes
+        assert torch.equal(counts.sum(0), torch.bincount(keys[there], minlength=num_codes))
+        rows = z[there].double()
+        exact = torch.zeros(num_codes, 64, dtype=torch.float64)
+        sizes = exact.index_add(0, keys[there], rows.abs())
+        error = (sums.double().sum(0) - exact.index_add(0, keys[there], rows)).abs()
+        assert torch.all(error <= sizes * counts.sum(0)[:, None] * 2.0**-24)
 
 
 @needs_model
@@ -175,11 +213,16 @@ def launched_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
         *kernel, _device, _stream = arguments
         _C.vector_quantize_hopper_on_host(*kernel, 0)
 
+    def sum_rows(*arguments: object) -> None:
+        *kernel, _device, _stream = arguments
+        _C.sum_rows_hopper_on_host(*kernel, 0)
+
     def add_up(*arguments: object) -> None:
         *kernel, _device, _stream = arguments
         _C.total_hopper_on_host(*kernel)
 
     monkeypatch.setattr(_C, "vector_quantize_hopper", launch, raising=False)
+    monkeypatch.setattr(_C, "sum_rows_hopper", sum_rows, raising=False)
     monkeypatch.setattr(_C, "total_hopper", add_up, raising=False)
     processors = SimpleNamespace(multi_processor_count=3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)

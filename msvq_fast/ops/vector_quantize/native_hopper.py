@@ -1,7 +1,7 @@
 """The search in CUDA C++ for Hopper GPUs (csrc/vector_quantize/quantize_hopper*) on CUDA tensors.
 
 One kernel writes codes, z_q and every block's part of loss, counts and sums, another adds the parts
-up. The sums of more than 320 codes do not fit beside them: then rows are sorted by code in between.
+up. The sums of more than 320 codes do not fit beside them: then a third reads the rows once more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_CODES = 1024  # in half precision they stay in a multiprocessor's shared me
 _MOST_SUMS: int = _C.hopper_most_sums  # and so do their sums
 _MOST_COPIED = 2**16  # latents; beyond, Triton's kernel, which reads any strides, is quicker
 _TILE = 64  # rows
-_PIECE: int = _C.hopper_piece  # sorted rows
+_PART = 1024  # rows of which sums of their own are worth it, at least
 # Asked for once: torch.compile cannot trace the question.
 _CAPABILITIES = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 
@@ -122,31 +122,38 @@ def _quantize(
     """Fill ``codes`` and ``z_q``; returns ``factor`` times the sum of (z - e)², counts and sums."""
     count, num_codes = rows.shape[0], codebook.shape[0]
     device = rows.device.index
-    blocks = _blocks(count, device)
-    errors = codebook.new_empty(blocks, dtype=torch.float64)
-    part_counts = part_sums = keys = None
-    if num_codes <= _MOST_SUMS:
-        part_counts = codes.new_empty(blocks, num_codes, dtype=torch.int32)
-        part_sums = codebook.new_empty(blocks, num_codes, WIDTH)
-    else:
+    kind, stream = LATENT_TYPES[rows.dtype], torch.cuda.current_stream(device).cuda_stream
+    parts = blocks = _blocks(count, device)
+    keys = None
+    if num_codes > _MOST_SUMS:  # two blocks a part
         keys = codes.new_empty(count, dtype=torch.int16)
-    _search(rows, codebook, codes, keys, z_q, (errors, part_counts, part_sums))
+        parts = min(max(_processors(device) // 2, 1), -(-count // _PART))
+    errors = codebook.new_empty(blocks, dtype=torch.float64)
+    part_counts = codes.new_empty(parts, num_codes, dtype=torch.int32)
+    part_sums = codebook.new_empty(parts, num_codes, WIDTH)
     counts, sums = codes.new_empty(num_codes), torch.empty_like(codebook)
     loss = codebook.new_empty(())
-    order = None
-    if keys is not None:
-        keys, order = torch.sort(keys, stable=True)
-        part_sums = codebook.new_empty(-(-count // _PIECE), 2, WIDTH)
+    with_search = (None, None) if keys is not None else (part_counts, part_sums)
+    _search(rows, codebook, codes, keys, z_q, (errors, *with_search))
     with torch.cuda.device_of(rows):
+        if keys is not None:
+            _C.sum_rows_hopper(
+                rows.data_ptr(),
+                kind,
+                (count, num_codes, parts),
+                rows.stride(0),
+                keys.data_ptr(),
+                _addresses(part_counts, part_sums),
+                device,
+                stream,
+            )
         _C.total_hopper(
             _addresses(errors, part_counts, part_sums),
-            (blocks, num_codes),
+            (blocks, parts, num_codes),
             factor,
             _addresses(loss, counts, sums),
-            _addresses(keys, order, None if keys is None else rows),
-            (LATENT_TYPES[rows.dtype], count, rows.stride(0)),
             device,
-            torch.cuda.current_stream(device).cuda_stream,
+            stream,
         )
     return loss, counts, sums
 
@@ -181,8 +188,11 @@ def _search(
 
 def _blocks(count: int, device: int) -> int:
     """One for every multiprocessor, if there are tiles enough."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(processors, -(-count // _TILE))
+    return min(_processors(device), -(-count // _TILE))
+
+
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
