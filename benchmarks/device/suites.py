@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from device import attention, images, quantizer, training
+from device import attention, convolutions, images, quantizer, training
 from device.rows import Row
 
 
 def all_rows() -> list[Row]:
     """Stable order of rank: our rows of the headline shapes, then their peers, then the rest."""
-    found = [*quantizer.rows(), *images.rows(), *attention.rows(), *training.rows()]
+    suites = (quantizer, images, attention, convolutions, training)
+    found = [row for suite in suites for row in suite.rows()]
     return sorted(found, key=lambda row: row.rank)
 
 

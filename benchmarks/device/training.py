@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from msvq_fast import models
+from msvq_fast.nn import blocks
 from msvq_fast.ops.vector_quantize import reference
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig
 from msvq_fast.training.optimizer import build_adam
+from msvq_fast.training.step_graph import WARM_UPS, StepGraph
 
 # preset: batch, rank
 PRESETS = {
@@ -29,6 +31,7 @@ PRESETS = {
     "vqvae2-celebahq1024-s": (8, 3),
 }
 MEMORY_MODES = ("sequential", "strips")
+GRAPH = "CUDA graph"
 PLAIN = {"torch eager": False, "torch.compile": True}
 PRIORS = {"autoregressive": AutoregressivePrior, "maskgit": MaskGITPrior}
 
@@ -55,22 +58,30 @@ def step(bench: Bench, preset: str, batch: int, name: str) -> Case:
     compiled = PLAIN.get(name, name.endswith("torch.compile"))
     forward = torch.compile(model) if compiled and not bench.tiny else model
 
-    def run() -> Tensor:
+    def gradients(x: Tensor) -> Tensor:
         with patch, torch.autocast(bench.device, torch.bfloat16, enabled=not bench.tiny):
-            loss = forward(images).loss
+            loss = forward(x).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         model.update_codebooks()
         return loss.detach()
+
+    def run(gradients: Callable[[Tensor], Tensor] = gradients) -> Tensor:
+        loss = gradients(images)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
 
     def replayed() -> Tensor:
         model.set_memory(mode)
         return run()
 
+    then = replayed if mode in MEMORY_MODES else run
+    if mode == GRAPH and not bench.tiny:
+        graph = StepGraph(gradients, model.parameters())
+        then = lambda: run(graph).clone()  # noqa: E731
     extra = {"batch": len(images), "parameters": _count(model)}
     # Operations are counted before any are run again: a mode's floor is that of the default.
-    return _training_case(run, len(images), extra, then=replayed if mode in MEMORY_MODES else run)
+    return _training_case(run, len(images), extra, then=then)
 
 
 def prior_step(bench: Bench, kind: str, kernels: tuple[int, ...] | None) -> Case:
@@ -107,15 +118,23 @@ def _training_case(
     then = then or run
 
     def check() -> dict[str, Any]:
-        with FlopCounterMode(display=False) as counter:
+        # Layer by layer, as they are counted.
+        one_by_one = mock.patch.object(blocks, "run_joined", _one_by_one)
+        with one_by_one, FlopCounterMode(display=False) as counter:
             first = run()
-        losses = [float(first), *(float(then()) for _ in range(2))]
+        losses = [float(first), *(float(then()) for _ in range(WARM_UPS + 1))]
         assert all(loss == loss and abs(loss) < 1e6 for loss in losses), f"losses {losses}"
         case.cost = Cost(0.0, counter.get_total_flops())
         return {"counted_flops": counter.get_total_flops(), "losses": losses}
 
     case = Case(then, check, extra={**extra, "images": images})  # its cost is known after check
     return case
+
+
+def _one_by_one(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 def _plain_nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
@@ -130,7 +149,7 @@ def _count(model: nn.Module) -> int:
 def rows() -> list[Row]:
     found = []
     for preset, (batch, rank) in PRESETS.items():
-        names = {OURS: rank}
+        names = {OURS: rank, f"{OURS}, {GRAPH}": rank}
         if preset == "celebahq1024-s":
             names |= {f"{OURS}, {mode}": 0 for mode in MEMORY_MODES}
             names |= {"torch eager": 1, "torch.compile": 2, f"{OURS} under torch.compile": 3}

@@ -151,6 +151,12 @@ class Autoencoder(nn.Module, ABC):
             if isinstance(part, Chain):
                 part.compile(**options)
 
+    def _choose_layers(self) -> None:
+        """Once all parts are there: the reference runs layer by layer."""
+        for part in self.modules():
+            if isinstance(part, Chain):
+                part.joined = self.backend != "reference"
+
     def _build_quantizers(self, context: Sequence[int]) -> None:
         """1x1 convolutions to the latents and codebooks; ``context[m]`` channels join scale m."""
         config = self.config

@@ -63,6 +63,7 @@ class MSVQVAE(Autoencoder):
         self.step_two = nn.ModuleList(
             [*chains, decoder_chain(config.code_dim, halvings[last], config)]
         )
+        self._choose_layers()
 
     def forward(self, x: Tensor) -> MSVQVAEOutput:
         """Encode, quantize, decode and compare images ``(B, 3, H, W)`` in [-1, 1] (Eq. 6).

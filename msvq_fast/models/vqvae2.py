@@ -51,6 +51,7 @@ class VQVAE2(Autoencoder):
             layers += [upsample(channels, 3 if last else widths[j + 1])]
             layers += [] if last else [nn.ReLU()]
         self.decoder = Chain(*layers)
+        self._choose_layers()
 
     def forward(self, x: Tensor) -> MSVQVAEOutput:
         """Encode, quantize, decode and compare images ``(B, 3, H, W)`` in [-1, 1] (Eq. 2).

@@ -98,12 +98,18 @@ class Chain(nn.Sequential):
     its own class want to see it alone. torch.compile joins them itself; but it leaves code of
     ``torch.nn`` alone unless other code that it compiles calls it: of PyTorch's own
     ``nn.Sequential`` it would compile only the `Residual` inside.
+
+    Attributes:
+        joined: False runs every layer alone everywhere.
     """
+
+    joined = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` through every layer."""
         if (
-            x.device.type == "cuda"
+            self.joined
+            and x.device.type == "cuda"
             and not torch.compiler.is_compiling()
             and not _has_any_global_hook()
             and all(_is_plain(layer) for layer in self)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msvq_fast import models
 from msvq_fast.data import ImageDataset, batches, batches_per_epoch, list_named_images, to_float
-from msvq_fast.models import MSVQVAEConfig
+from msvq_fast.models import MSVQVAEConfig, MSVQVAEOutput
 from msvq_fast.ops.checks import InputError
 from msvq_fast.training import checkpoint, distributed, resume
 from msvq_fast.training.config import TrainConfig, how_computed
@@ -31,6 +31,7 @@ from msvq_fast.training.optimizer import (
 )
 from msvq_fast.training.progress import AUTOENCODER_COLUMNS
 from msvq_fast.training.run import Run
+from msvq_fast.training.step_graph import StepGraph, check_graph
 from msvq_fast.training.validation import load_held_out, validate
 from msvq_fast.training.window import Window, check_weights
 
@@ -61,6 +62,7 @@ class _Run(Run):
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         super().__init__(config, world)
+        check_graph(config, world)
         model_config = models.preset_config(config.preset, **config.model.given())
         self.model_config = model_config
         self._find_data()
@@ -163,6 +165,9 @@ class _Run(Run):
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         elif config.compile:
             self.model.compile_parts()
+        self.graph: StepGraph[MSVQVAEOutput] | None = None
+        if config.cuda_graph:
+            self.graph = StepGraph(self._gradients, self.model.parameters())
 
     def _notes(self) -> list[str]:
         """What the run is, and what to beware of."""
@@ -194,19 +199,36 @@ class _Run(Run):
             workers=self.config.workers,
         )
 
-    def _optimizer_step(self, stream: Iterator[Tensor]) -> None:
-        accumulate, mixed = self.config.accumulate, self.autocast_dtype is not None
+    def _forward(self, x: Tensor) -> MSVQVAEOutput:
+        mixed = self.autocast_dtype is not None
+        with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=mixed):
+            return self.wrapped(x)
+
+    def _gradients(self, x: Tensor) -> MSVQVAEOutput:
+        """All of a step that a CUDA graph can hold."""
+        out = self._forward(x)
+        out.loss.backward()
+        self.model.update_codebooks()
+        return out
+
+    def _accumulate(self, stream: Iterator[Tensor]) -> None:
+        accumulate = self.config.accumulate
         for micro in range(accumulate):
             x = self._to_device(next(stream))
             last = micro == accumulate - 1
             with distributed.gradient_sync(self.wrapped, last):
-                with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=mixed):
-                    out = self.wrapped(x)
+                out = self._forward(x)
                 if last:  # all codes are found: their statistics travel during the backward
                     finish = distributed.start_reducing(self.model.code_statistics(), self.world)
                 self.losses.backward(out, x, self.step, micro, accumulate)
             self.window.add(out, self.step + 1)
         finish()
+
+    def _optimizer_step(self, stream: Iterator[Tensor]) -> None:
+        if self.graph is None:
+            self._accumulate(stream)
+        else:
+            self.window.add(self.graph(self._to_device(next(stream))), self.step + 1)
         if self.config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         for group in self.optimizer.param_groups:
@@ -214,7 +236,8 @@ class _Run(Run):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.update(self.schedule(self.step))
-        self.model.update_codebooks()
+        if self.graph is None:
+            self.model.update_codebooks()
         self.step += 1
         if self.world.device.type == "cpu" and self.world.size == 1:
             self.window.check()  # elsewhere this would wait for the device: only where it must

@@ -15,7 +15,14 @@ from torch import Tensor
 from msvq_fast.ops.backend import KernelVariant, kernel_op
 from msvq_fast.ops.conv_bias_relu.reference import output_size
 
-__all__ = ["conv_bias_relu", "mask_and_sum", "unsupported", "variants"]
+__all__ = [
+    "apply_mask",
+    "conv_bias_relu",
+    "convolve",
+    "mask_and_sum",
+    "unsupported",
+    "variants",
+]
 
 DTYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 MOST_CHANNELS = 2048
@@ -111,8 +118,7 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor, transposed: bool) -> st
     return None
 
 
-@kernel_op("conv_bias_relu_triton")
-def conv_bias_relu(
+def convolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -143,6 +149,9 @@ def conv_bias_relu(
             )  # fmt: skip
     none = x.new_empty(0)
     return none if want == "relu" else y, none if want == "sum" else relu
+
+
+conv_bias_relu = kernel_op("conv_bias_relu_triton")(convolve)
 
 
 @torch.library.register_fake(conv_bias_relu)
@@ -192,8 +201,7 @@ def _fused(
         return None
 
 
-@kernel_op("conv_bias_relu_backward_triton")
-def mask_and_sum(
+def apply_mask(
     relu: Tensor | None, grad_sum: Tensor | None, grad_relu: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradient before the ReLU, empty if that is ``grad_sum`` itself, and the bias's."""
@@ -213,6 +221,9 @@ def mask_and_sum(
             *tensors, grad, parts, rows, channels, grad_sum is not None, masked, **shape
         )
     return grad, parts.sum(0)
+
+
+mask_and_sum = kernel_op("conv_bias_relu_backward_triton")(apply_mask)
 
 
 @torch.library.register_fake(mask_and_sum)
