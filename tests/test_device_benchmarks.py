@@ -69,7 +69,13 @@ def test_flex_attention_sees_the_windows(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rows_have_one_identity_and_files_of_their_own() -> None:
     assert len({row.id for row in ROWS}) == len(ROWS)
-    ops = {"vector_quantize", "gaussian_blur", "multiscale_loss", "local_attention"}
+    ops = {
+        "vector_quantize",
+        "gaussian_blur",
+        "multiscale_loss",
+        "local_attention",
+        "upsample_image",
+    }
     assert {row.suite for row in ROWS} == ops | {"training"}
     assert [row.rank for row in ROWS] == sorted(row.rank for row in ROWS)
 

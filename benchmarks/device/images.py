@@ -1,4 +1,4 @@
-"""The blur's pyramid and the multi-scale loss on eight images of 1024 x 1024."""
+"""The blur's pyramid, the multi-scale loss and the last layer on eight images of 1024 x 1024."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import peers
 import pytest
 import torch
+import torch.nn.functional as F
 from device.rows import OURS, Bench, Case, Cost, Row, bound, relative_error
 from torch import Tensor
 
-from msvq_fast.ops import default_sigma, gaussian_pyramid, multiscale_loss
+from msvq_fast.ops import default_sigma, gaussian_pyramid, multiscale_loss, upsample_image
 from msvq_fast.ops.gaussian_blur.op import OP
 from msvq_fast.ops.multiscale_loss.op import OP as LOSS_OP
 
@@ -151,8 +152,49 @@ def peer_loss(targets: Callable[[], list[Tensor]]) -> Callable[..., tuple[Tensor
     return forward
 
 
+def last_layer(bench: Bench, training: bool, name: str) -> Case:
+    """The image of 64 features a pixel of half its size, with the gradients or without."""
+    side = bench.size(512, 24)
+    shape = (bench.size(8, 1), 64, side, side)
+    x = torch.randn(shape, device=bench.device).to(bench.half, memory_format=torch.channels_last)
+    weight = (torch.randn(64, 3, 4, 4, device=bench.device) / 32).to(bench.half)
+    bias = torch.randn(3, device=bench.device).to(bench.half)
+    inputs = [t.requires_grad_(training) for t in (x, weight, bias)]
+    forward = lambda *t: F.conv_transpose2d(*t, stride=2, padding=1)  # noqa: E731
+    call = bound_backend(bench) if name == OURS else forward
+    upstream = torch.randn_like(call(*inputs).detach())
+
+    def run() -> list[Tensor]:
+        out = call(*inputs)
+        return [out, *(torch.autograd.grad(out, inputs, upstream) if training else ())]
+
+    def check() -> dict[str, Any]:
+        truth = [t.detach().double().requires_grad_(training) for t in inputs]
+        out = forward(*truth)
+        want = [out, *(torch.autograd.grad(out, truth, upstream.double()) if training else ())]
+        errors = [relative_error(a.detach(), b.detach()) for a, b in zip(run(), want, strict=True)]
+        assert max(errors) < 2e-2 or name != OURS, f"errors {errors}"
+        return {"error": max(errors)}
+
+    # x and the image; for the gradients x and that of the image again, and that of x.
+    image = upstream.numel() * upstream.element_size()
+    features = x.numel() * x.element_size()
+    moved = features + image + training * (2 * features + image)
+    return Case(run, check, Cost(moved, (1 + 2 * training) * 2.0 * x.numel() * 48))
+
+
+def bound_backend(bench: Bench) -> Callable[..., Tensor]:
+    return lambda *inputs: upsample_image(*inputs, backend=bench.backend)
+
+
 def rows() -> list[Row]:
     found = []
+    for training, title in ((False, "forward"), (True, "forward and gradients")):
+        group = f"last layer {title}, 8x64x512x512 to images, bfloat16, channels_last"
+        for name, rank in ((OURS, 0), ("torch eager", 1)):
+            found.append(
+                Row("upsample_image", group, name, bound(last_layer, training, name), rank)
+            )
     kinds = (
         ("gaussian_blur", "pyramid of two blurs", pyramid),
         ("multiscale_loss", "loss and gradients, M 3", loss),

@@ -10,6 +10,7 @@ from msvq_fast.ops.gaussian_blur import (
 )
 from msvq_fast.ops.local_attention import local_attention, local_attention_at
 from msvq_fast.ops.multiscale_loss import multiscale_loss
+from msvq_fast.ops.upsample_image import upsample_image
 from msvq_fast.ops.vector_quantize import (
     VectorQuantizeOutput,
     ema_update_,
@@ -31,5 +32,6 @@ __all__ = [
     "local_attention_at",
     "multiscale_loss",
     "nearest_code",
+    "upsample_image",
     "vector_quantize",
 ]
