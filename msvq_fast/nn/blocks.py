@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from msvq_fast.ops.conv_bias_relu import conv_bias_relu
+from msvq_fast.ops.upsample_image import upsample_image
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -154,6 +155,8 @@ def _convolve(
     layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor | None, residual: Tensor | None, want: str
 ) -> tuple[Tensor | None, Tensor | None]:
     assert x is not None and layer.bias is not None
+    if isinstance(layer, nn.ConvTranspose2d) and want == "sum" and _makes_image(layer):
+        return upsample_image(x, layer.weight, layer.bias), None
     return conv_bias_relu(
         x,
         layer.weight,
@@ -164,6 +167,11 @@ def _convolve(
         transposed=isinstance(layer, nn.ConvTranspose2d),
         want=want,
     )
+
+
+def _makes_image(layer: nn.ConvTranspose2d) -> bool:
+    sizes = (layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+    return sizes == (3, (4, 4), (2, 2), (1, 1))
 
 
 def _is_plain(layer: nn.Module) -> bool:

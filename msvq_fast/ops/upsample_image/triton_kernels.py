@@ -37,7 +37,7 @@ class Shape(NamedTuple):
     stages: int = 1
 
 
-FORWARD = {16: Shape(128), 32: Shape(128), 64: Shape(64), 128: Shape(64)}
+FORWARD = {16: Shape(128, 4, 2), 32: Shape(128, 4, 2), 64: Shape(64, 4, 2), 128: Shape(64, 4, 2)}
 BACKWARD = {16: Shape(64), 32: Shape(64, 4, 2), 64: Shape(64, 4, 2), 128: Shape(64, 8, 2)}
 
 
