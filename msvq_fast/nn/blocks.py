@@ -108,13 +108,7 @@ class Chain(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` through every layer."""
-        if (
-            self.joined
-            and x.device.type == "cuda"
-            and not torch.compiler.is_compiling()
-            and not _has_any_global_hook()
-            and all(_is_plain(layer) for layer in self)
-        ):
+        if self.joined and _runs_on_cuda(x) and all(_is_plain(layer) for layer in self):
             return run_joined([*self], x)
         for layer in self:
             x = layer(x)
@@ -172,6 +166,14 @@ def _convolve(
 def _makes_image(layer: nn.ConvTranspose2d) -> bool:
     sizes = (layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
     return sizes == (3, (4, 4), (2, 2), (1, 1))
+
+
+def _runs_on_cuda(x: Tensor) -> bool:
+    """Whether layers run on ``x`` there and now, and nobody looks on."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):  # of torch.fx
+        return False
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return x.device.type == "cuda" and not tracing and not _has_any_global_hook()
 
 
 def _is_plain(layer: nn.Module) -> bool:

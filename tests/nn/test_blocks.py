@@ -130,3 +130,11 @@ def test_the_reference_runs_layer_by_layer() -> None:
         for backend, joined in ((None, True), ("native", True), ("reference", False)):
             parts = models.from_preset(preset, backend=backend).modules()
             assert {p.joined for p in parts if isinstance(p, blocks.Chain)} == {joined}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_layers_can_be_traced() -> None:
+    chain, x = chains()[0], torch.randn(1, 3, 8, 8)
+    want = chain(x)
+    for traced in (torch.fx.symbolic_trace(chain), torch.jit.trace(chain, x)):
+        assert torch.equal(traced(x), want)

@@ -49,19 +49,21 @@ def add_and_relu(
     BC: tl.constexpr,
 ):
     """Write y + bias + residual, its ReLU or both."""
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    first = tl.program_id(0) * BR
+    row = tl.arange(0, BR)
     channel = tl.arange(0, BC)
+    start = tl.cast(first, tl.int64) * CHANNELS
     at = row[:, None] * CHANNELS + channel[None, :]
-    mask = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
+    mask = (row < rows - first)[:, None] & (channel < CHANNELS)[None, :]
     bias = tl.load(bias_ptr + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
-    total = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+    total = tl.load(y_ptr + start + at, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
     if RESIDUAL:
-        total += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(residual_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
     if SUM:
-        tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=mask)
+        tl.store(sum_ptr + start + at, total.to(sum_ptr.dtype.element_ty), mask=mask)
     if RELU:
         total = tl.where(total <= 0, 0.0, total)  # NaN stays NaN
-        tl.store(relu_ptr + at, total.to(relu_ptr.dtype.element_ty), mask=mask)
+        tl.store(relu_ptr + start + at, total.to(relu_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -79,20 +81,21 @@ def mask_and_sum_rows(
     BC: tl.constexpr,
 ):
     """The gradient before the ReLU, and every program's part of its sum over rows."""
+    row = tl.arange(0, BR)
     channel = tl.arange(0, BC)
+    at = row[:, None] * CHANNELS + channel[None, :]
     total = tl.zeros((BR, BC), tl.float32)
     for step in range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0)):
-        row = tl.cast(step, tl.int64) * BR + tl.arange(0, BR)
-        at = row[:, None] * CHANNELS + channel[None, :]
-        mask = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
+        start = tl.cast(step, tl.int64) * (BR * CHANNELS)
+        mask = (row < rows - step * BR)[:, None] & (channel < CHANNELS)[None, :]
         if SUM:
-            grad = tl.load(grad_sum_ptr + at, mask=mask, other=0.0)
+            grad = tl.load(grad_sum_ptr + start + at, mask=mask, other=0.0)
         if RELU:
-            passed = tl.load(grad_relu_ptr + at, mask=mask, other=0.0)
-            y = tl.load(relu_ptr + at, mask=mask, other=0.0)
+            passed = tl.load(grad_relu_ptr + start + at, mask=mask, other=0.0)
+            y = tl.load(relu_ptr + start + at, mask=mask, other=0.0)
             passed = tl.where(y <= 0, 0.0, passed)  # as PyTorch, where y is NaN
             grad = (grad.to(tl.float32) + passed).to(grad_ptr.dtype.element_ty) if SUM else passed
-            tl.store(grad_ptr + at, grad, mask=mask)
+            tl.store(grad_ptr + start + at, grad, mask=mask)
         total += grad.to(tl.float32)
     part = part_ptr + tl.program_id(0) * CHANNELS + channel
     tl.store(part, tl.sum(total, 0), mask=channel < CHANNELS)
