@@ -122,10 +122,16 @@ def _training_case(
         one_by_one = mock.patch.object(blocks, "run_joined", _one_by_one)
         with one_by_one, FlopCounterMode(display=False) as counter:
             first = run()
+        if on_gpu := torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         losses = [float(first), *(float(then()) for _ in range(WARM_UPS + 1))]
         assert all(loss == loss and abs(loss) < 1e6 for loss in losses), f"losses {losses}"
         case.cost = Cost(0.0, counter.get_total_flops())
-        return {"counted_flops": counter.get_total_flops(), "losses": losses}
+        found = {"counted_flops": counter.get_total_flops(), "losses": losses}
+        if on_gpu:  # of a graph only while it is recorded: a replay allocates nothing
+            found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        return found
 
     case = Case(then, check, extra={**extra, "images": images})  # its cost is known after check
     return case
