@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,30 @@ def test_equals_the_step_itself(device: str, preset: str, mode: str) -> None:
     assert torch.equal(torch.stack(losses), torch.stack(wanted))
     for name, tensor in mine.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_a_run_with_a_graph_equals_one_without(device: str, tmp_path: Path) -> None:
+    for name in ("PIL", "rich", "safetensors", "yaml"):
+        pytest.importorskip(name)
+    from safetensors.torch import load_file
+
+    from msvq_fast.training.config import TrainConfig
+    from msvq_fast.training.loop import run_train
+
+    weights = []
+    for graph in (True, False):
+        out = tmp_path / str(graph)
+        settings = {
+            "resize": 96,
+            "batch_size": 4,
+            "validate_every": 0,
+            "log_every": 3,
+            "workers": 0,
+        }
+        config = TrainConfig(out=str(out), steps=6, device=device, cuda_graph=graph, **settings)
+        assert run_train(config) == 0
+        weights.append(load_file(out / "checkpoints" / "step_00000006" / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 def test_another_shape_is_an_error(device: str) -> None:
