@@ -13,6 +13,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from msvq_fast.ops.conv_bias_relu import conv_bias_relu
 from msvq_fast.ops.upsample_image import upsample_image
 
+LEAST_VALUES = 2**22
+"""Of an input or output: where there are fewer, passes cost a GPU less than joining costs the host."""
+
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """Convolution that keeps the size, or halves it with ``stride=2``.
@@ -149,6 +152,12 @@ def _convolve(
     layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor | None, residual: Tensor | None, want: str
 ) -> tuple[Tensor | None, Tensor | None]:
     assert x is not None and layer.bias is not None
+    transposed, stride = isinstance(layer, nn.ConvTranspose2d), layer.stride[0]
+    values = x.shape[0] * x.shape[2] * x.shape[3] * layer.out_channels
+    values = values * stride**2 if transposed else values // stride**2
+    if max(values, x.numel()) < LEAST_VALUES:
+        total = layer(x) if residual is None else residual + layer(x)
+        return total, None if want == "sum" else F.relu(total)
     if isinstance(layer, nn.ConvTranspose2d) and want == "sum" and _makes_image(layer):
         return upsample_image(x, layer.weight, layer.bias), None
     return conv_bias_relu(
@@ -156,9 +165,9 @@ def _convolve(
         layer.weight,
         layer.bias,
         residual,
-        stride=layer.stride[0],
+        stride=stride,
         padding=int(layer.padding[0]),
-        transposed=isinstance(layer, nn.ConvTranspose2d),
+        transposed=transposed,
         want=want,
     )
 

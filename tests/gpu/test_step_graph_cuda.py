@@ -19,6 +19,7 @@ from msvq_fast.training.step_graph import WARM_UPS, StepGraph
 @pytest.fixture(autouse=True)
 def _repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(blocks, "LEAST_VALUES", 0)
 
 
 def trained(model: nn.Module, graph: bool, mode: str, steps: int) -> tuple[nn.Module, list[Tensor]]:

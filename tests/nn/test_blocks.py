@@ -65,6 +65,7 @@ def test_joined_layers_equal_layers_one_by_one(
         if parameter.dim() == 1:
             nn.init.normal_(parameter)  # biases start as zeros
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(blocks, "LEAST_VALUES", 0)
     calls = functools.partial(conv_bias_relu, backend=backend)
     monkeypatch.setattr(blocks, "conv_bias_relu", calls)
     x = torch.randn(2, 3 if number == 0 else 8, 12, 8, dtype=dtype, device=device)
@@ -78,6 +79,26 @@ def test_joined_layers_equal_layers_one_by_one(
         chain.zero_grad()
     for got, want in zip(*found, strict=True):
         assert_close("joined", got, want.double(), ulps=256)
+
+
+def test_small_layers_are_left_to_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, x = chains()[1], torch.randn(2, 8, 12, 8)
+    joined = []
+
+    def record(*arguments, **keys):
+        joined.append(arguments[1].shape[0 if not keys["transposed"] else 1])
+        return conv_bias_relu(*arguments, **keys)
+
+    monkeypatch.setattr(blocks, "conv_bias_relu", record)
+    found = []
+    # Most values of an input or output: five times 3072, 6144, and 9216 of the image.
+    for least, wanted in ((3072, [16, 8, 16, 8, 16, 8]), (3073, [8]), (9217, [])):
+        monkeypatch.setattr(blocks, "LEAST_VALUES", least)
+        joined.clear()
+        found.append(blocks.run_joined([*chain], x))
+        assert joined == wanted
+    for out in found[1:]:
+        torch.testing.assert_close(out, found[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["hook", "pre-hook", "gradient", "forward", "class", "global"])
