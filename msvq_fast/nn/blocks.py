@@ -14,7 +14,7 @@ from msvq_fast.ops.conv_bias_relu import conv_bias_relu
 from msvq_fast.ops.upsample_image import upsample_image
 
 LEAST_VALUES = 2**22
-"""Of an input or output: where there are fewer, passes cost a GPU less than joining costs the host."""
+"""Of an input or output: fewer cost a GPU less in passes than the host in joining them."""
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
