@@ -74,6 +74,7 @@ def test_rows_have_one_identity_and_files_of_their_own() -> None:
         "gaussian_blur",
         "multiscale_loss",
         "local_attention",
+        "conv_bias_relu",
         "upsample_image",
     }
     assert {row.suite for row in ROWS} == ops | {"training"}
