@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+from msvq_fast.ops.checks import is_watched
 from msvq_fast.ops.conv_bias_relu import conv_bias_relu
 from msvq_fast.ops.upsample_image import upsample_image
 
@@ -98,9 +99,10 @@ def residual_stack(width: int, count: int) -> list[nn.Module]:
 class Chain(nn.Sequential):
     """``nn.Sequential`` that `conv_bias_relu` and ``compile()`` see whole.
 
-    On a GPU a convolution runs with the residual and the ReLU after it, unless a layer's hooks or
-    its own class want to see it alone. torch.compile joins them itself; but it leaves code of
-    ``torch.nn`` alone unless other code that it compiles calls it: of PyTorch's own
+    On a GPU a convolution runs with the residual and the ReLU after it, unless hooks, a class of
+    its own or its weight's, or whoever watches PyTorch's operations (selective checkpointing, what
+    counts or traces them) want to see a layer alone. torch.compile joins them itself; but it leaves
+    code of ``torch.nn`` alone unless other code that it compiles calls it: of PyTorch's own
     ``nn.Sequential`` it would compile only the `Residual` inside.
 
     Attributes:
@@ -178,11 +180,9 @@ def _makes_image(layer: nn.ConvTranspose2d) -> bool:
 
 
 def _runs_on_cuda(x: Tensor) -> bool:
-    """Whether layers run on ``x`` there and now, and nobody looks on."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):  # of torch.fx
-        return False
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return x.device.type == "cuda" and not tracing and not _has_any_global_hook()
+    """Whether layers run on ``x`` there and now, and nobody looks on; of torch.fx it is none."""
+    there = isinstance(x, Tensor) and x.device.type == "cuda" and x.dim() == 4
+    return there and not is_watched() and not _has_any_global_hook()
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -193,12 +193,14 @@ def _is_plain(layer: nn.Module) -> bool:
         layer._backward_hooks,
         layer._backward_pre_hooks,
     )
-    if any(hooks) or "forward" in layer.__dict__:
+    if any(hooks) or "forward" in layer.__dict__ or layer._compiled_call_impl is not None:
         return False
     if type(layer) is Residual:
-        return _is_plain(layer.inner) and _is_plain(layer.outer)
+        both = (layer.inner, layer.outer)
+        return all(isinstance(part, nn.Conv2d) and _is_plain(part) for part in both)
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-        return type(layer) in (nn.Conv2d, nn.ConvTranspose2d) and _is_square(layer)
+        own = type(layer) in (nn.Conv2d, nn.ConvTranspose2d)
+        return own and type(layer.weight) in (Tensor, nn.Parameter) and _is_square(layer)
     return type(layer) is nn.ReLU
 
 

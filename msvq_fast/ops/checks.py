@@ -95,6 +95,18 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_watched() -> bool:
+    """Whether something sees PyTorch's operations one by one, to change, record or count them.
+
+    A kernel of ours that runs between them, and may write where one of them wrote, is unseen.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+    )
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics, losses and filters of ``dtype`` inputs are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32

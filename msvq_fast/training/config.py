@@ -105,7 +105,7 @@ class TrainConfig:
             parts, and those that run in strips not.
         cuda_graph: Record forward and backward once as a CUDA graph and replay it: the same numbers
             at a fraction of the host's time, the step's memory held between steps. Of one process
-            with accumulate=1, without compile, gan and perceptual_weight.
+            with accumulate=1, without compile, gan, perceptual_weight and backend=reference.
         memory: What a step keeps for its backward: default all activations; sequential runs the
             encoder and one decoder after the other again; strips does so in strips of rows.
         strips: Strips of memory=strips; more need less memory and compute more twice.

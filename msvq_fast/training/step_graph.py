@@ -90,11 +90,13 @@ def check_graph(config: TrainConfig, world: World) -> None:
         raise InputError(f"cuda_graph=True needs a CUDA device; the run is on {world.device}")
     if world.size > 1:
         raise InputError(f"cuda_graph=True takes one process; there are {world.size}")
-    others = {
+    others: dict[str, object] = {
         "compile": config.compile,
         "gan": config.gan,
         "perceptual_weight": config.perceptual_weight,
     }
+    if config.backend == "reference":  # its blur has the device wait for indices from the host
+        others["backend"] = config.backend
     for name, value in others.items():
         if value:
             raise InputError(f"cuda_graph=True cannot run with {name}={value}")

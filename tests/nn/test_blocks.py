@@ -7,6 +7,7 @@ import torch
 from parity import assert_close
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from msvq_fast import models
 from msvq_fast.nn import blocks
@@ -101,7 +102,10 @@ def test_small_layers_are_left_to_the_layers(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(out, found[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["hook", "pre-hook", "gradient", "forward", "class", "global"])
+@pytest.mark.parametrize(
+    "kind",
+    ["hook", "pre-hook", "gradient", "forward", "class", "weight", "compiled", "global", "mode"],
+)
 def test_layers_that_somebody_looks_at_run_alone(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -136,14 +140,36 @@ def test_layers_that_somebody_looks_at_run_alone(
         layer.forward = lambda x: (seen.append(kind), nn.Conv2d.forward(layer, x))[1]
     elif kind == "class":
         layer.__class__ = type("Adapted", (nn.Conv2d,), {})
+    elif kind == "weight":
+        quantized = type("Quantized", (Fake,), {})
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(quantized))
+    elif kind == "compiled":
+        layer._compiled_call_impl = lambda x: (seen.append(kind), layer._call_impl(x))[1]
+    elif kind == "mode":
+        with FlopCounterMode(display=False) as counter:
+            chain(x)
+        assert counter.get_total_flops() > 0 and seen == ["joined"]
+        return
     else:
         handle = nn.modules.module.register_module_forward_hook(hook)
     chain(x)
-    assert seen.count("joined") == 1 and (kind in ("gradient", "class") or kind in seen)
+    silent = ("gradient", "class", "weight")
+    assert seen.count("joined") == 1 and (kind in silent or kind in seen)
     if handle is not None:
         handle.remove()
         chain(x)
         assert seen.count("joined") == 2
+
+
+def test_what_joined_layers_do_not_take_runs_layer_by_layer() -> None:
+    """An image without a batch, other layers in a block; torch.fx sees all layers."""
+    chain = chains()[0]
+    assert chain(torch.randn(3, 8, 8)).shape == (16, 2, 2)
+    assert len(torch.fx.symbolic_trace(chain).graph.find_nodes(op="call_module", target="0")) == 1
+    block = chain[4]
+    assert blocks._is_plain(block)
+    block.inner = nn.ReLU()
+    assert not blocks._is_plain(block)
 
 
 def test_the_reference_runs_layer_by_layer() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from msvq_fast.ops import InputError, conv_bias_relu
 from msvq_fast.ops.conv_bias_relu.op import OP
@@ -121,6 +123,65 @@ def test_gradients_in_any_layout() -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("want", WANTED)
+def test_bias_whose_numbers_are_apart(want: str) -> None:
+    layer = LAYERS[1]
+    x, weight, *_ = inputs(layer, False)
+    for bias in (small(16)[::2], small(1).expand(8)):
+        found = [run([x, weight, bias, None], layer, want, b) for b in ("triton", "reference")]
+        for a, b in zip(*found, strict=True):
+            assert a is None or torch.equal(a, b)
+
+
+def test_deterministic_algorithms_are_not_left_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fused convolutions take any; here x says that it is on a GPU."""
+    kernels = pytest.importorskip("msvq_fast.ops.conv_bias_relu.triton_kernels")
+
+    class Fake(torch.Tensor):
+        is_cuda = True
+
+    x, weight, bias, _ = inputs(LAYERS[1], False, torch.float16)
+    x = x.as_subclass(Fake)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *_: "fused")
+    steps = ([1, 1], [1, 1], [1, 1])
+    assert kernels._fused(x, weight, bias, None, steps) == "fused"
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    assert kernels._fused(x, weight, bias, None, steps) is None
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert kernels._fused(x, weight, bias, None, steps) is None
+
+
+@needs_triton
+def test_selective_checkpointing_keeps_whole_results() -> None:
+    """Not a convolution's output that a kernel then adds the bias to."""
+    layer = LAYERS[1]
+    given = inputs(layer, True)
+    keep = functools.partial(
+        create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default]
+    )
+
+    def twice(x: Tensor, *others: Tensor) -> Tensor:
+        relu = run([x, *others], layer, "relu", "triton").relu
+        return run([relu, *others], layer, "relu", "triton").relu
+
+    found = []
+    for kept in (True, False):
+        x, weight, bias, residual = leaves(given)
+        weight = torch.cat([weight, -weight]).detach().requires_grad_()
+        bias = torch.cat([bias, bias + 1]).detach().requires_grad_()
+        residual = torch.cat([residual, residual], 1).detach().requires_grad_()
+        tensors = (x, weight, bias, residual)
+        options = {"use_reentrant": False, "context_fn": keep}
+        out = checkpoint(twice, *tensors, **options) if kept else twice(*tensors)
+        out.square().sum().backward()
+        found.append([t.grad for t in tensors])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_triton
 def test_nan_stays_and_lets_gradients_through() -> None:
     layer = (8, 3, (2, 2), 4, 2, 1, True)
     given = inputs(layer, False)
@@ -222,6 +283,12 @@ def test_errors_name_the_argument() -> None:
         InputError, match=r"residual has shape \(2, 8, 1, 1\); expected \(2, 8, 3, 5\)"
     ):
         conv_bias_relu(x, weight, bias, torch.zeros(2, 8, 1, 1, device=DEVICE))
+    for name, others in (
+        ("bias", (bias.double(),)),
+        ("residual", (bias, small(2, 8, 3, 5).half())),
+    ):
+        with pytest.raises(InputError, match=rf"{name} has dtype torch\.float(64|16)"):
+            conv_bias_relu(x, weight, *others)
     with pytest.raises(InputError, match=r"residual has dtype torch\.int64"):
         conv_bias_relu(x, weight, bias, torch.zeros(2, 8, 3, 5, dtype=torch.int64, device=DEVICE))
 
@@ -236,4 +303,4 @@ def test_says_why_it_cannot_run() -> None:
     with pytest.raises(
         InputError, match=r"takes float32, float16 or bfloat16, x is torch\.float64"
     ):
-        conv_bias_relu(x.double(), weight.double(), bias, backend="triton")
+        conv_bias_relu(x.double(), weight.double(), bias.double(), backend="triton")

@@ -192,6 +192,18 @@ def test_autocast_of_the_cpu():
 
 
 @needs_triton
+@needs_triton
+def test_bias_has_its_gradient_in_its_own_dtype():
+    """Also where the weight's could not hold it."""
+    x = torch.zeros(1, 16, 130, 130, device=DEVICE).to(memory_format=torch.channels_last)
+    weight = torch.zeros(16, 3, 4, 4, device=DEVICE, dtype=torch.float16)
+    bias = torch.zeros(3, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.float16):
+        out = upsample_image(x, weight, bias, backend="triton")
+    out.backward(torch.ones_like(out))
+    assert bias.grad.tolist() == [260.0 * 260] * 3
+
+
 def test_neighbours_keep_what_is_not_finite_to_themselves():
     x, weight, bias = leaves(inputs((1, 16, 4, 6), DTYPES[0], DEVICE))
     upstream = torch.zeros(1, 3, 8, 12, device=DEVICE)

@@ -26,6 +26,7 @@ def test_needs_a_cuda_device(tmp_path) -> None:
         ({"compile": True}, 1, "cuda_graph=True cannot run with compile=True"),
         ({"gan": True}, 1, "cuda_graph=True cannot run with gan=True"),
         ({"perceptual_weight": 0.5}, 1, r"cannot run with perceptual_weight=0\.5"),
+        ({"backend": "reference"}, 1, "cannot run with backend=reference"),
         ({"accumulate": 2}, 1, "cuda_graph=True takes accumulate=1, it is 2"),
     ],
 )

@@ -14,6 +14,7 @@ from msvq_fast.ops.checks import (
     check_float,
     check_same_device,
     check_same_dtype,
+    is_watched,
 )
 from msvq_fast.ops.conv_bias_relu import reference
 
@@ -62,7 +63,7 @@ def conv_bias_relu(
         and ``relu``. Twice differentiable.
 
     Raises:
-        InputError: For shapes or devices that do not fit.
+        InputError: For shapes, devices or dtypes that do not fit.
 
     Numerics:
         The Triton backend takes tensors in channels_last. What is added to the convolution is
@@ -93,7 +94,8 @@ def conv_bias_relu(
         dtype = torch.get_autocast_dtype(device)
         x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
         residual = residual if residual is None else residual.to(x.dtype)
-    check_same_dtype(x=x, weight=weight)
+        given = {"x": x, "weight": weight}  # the bias is rounded where it is added, if at all
+    check_same_dtype(**given)
     steps = (stride, padding, transposed, want)
     chosen = OP.pick(x, weight, bias, transposed, backend=backend)
     if chosen == "reference":
@@ -159,4 +161,4 @@ def _is_direct(x: Tensor) -> bool:
 
     A model has so many of these calls that the host is what a training step waits for.
     """
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return type(x) in (Tensor, torch.nn.Parameter) and not is_watched()

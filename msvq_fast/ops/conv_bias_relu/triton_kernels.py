@@ -147,8 +147,8 @@ def convolve(
         shape = _block(channels)
         with torch.cuda.device_of(y):
             add_and_relu[(triton.cdiv(rows, shape["BR"]),)](
-                y, bias, y if residual is None else residual, y, relu, rows, channels,
-                residual is not None, want != "relu", want != "sum", **shape,
+                y, bias.contiguous(), y if residual is None else residual, y, relu, rows,
+                channels, residual is not None, want != "relu", want != "sum", **shape,
             )  # fmt: skip
     none = x.new_empty(0)
     return none if want == "relu" else y, none if want == "sum" else relu
@@ -183,7 +183,13 @@ def _fused(
     residual: Tensor | None,
     steps: tuple[list[int], list[int], list[int]],
 ) -> Tensor | None:
-    """What cuDNN makes of it in one kernel, or None where it has none."""
+    """What cuDNN makes of it in one kernel, or None where it has none.
+
+    PyTorch lets cuDNN take any algorithm for it, whatever is said of deterministic ones.
+    """
+    if torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
+        return None
+    bias = bias.to(x.dtype).contiguous()
     aligned = weight.shape[0] % _ALIGNED == 0 and weight.shape[1] % _ALIGNED == 0
     enabled = torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
     if not (x.is_cuda and enabled and x.dtype in _FUSED and aligned and x.numel()):
@@ -193,10 +199,8 @@ def _fused(
         return None
     try:
         if residual is None:
-            return torch.cudnn_convolution_relu(x, weight, bias.to(x.dtype), *steps, 1)
-        return torch.cudnn_convolution_add_relu(
-            x, weight, residual, 1.0, bias.to(x.dtype), *steps, 1
-        )
+            return torch.cudnn_convolution_relu(x, weight, bias, *steps, 1)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *steps, 1)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # no engine of this cuDNN takes it

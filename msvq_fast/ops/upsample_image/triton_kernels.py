@@ -66,7 +66,7 @@ def upsample_image(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def upsample_image_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of ``x``, ``weight`` and ``bias`` (in the dtype of ``weight``) asked for."""
+    """The gradients of ``x``, ``weight`` and ``bias`` (in float32) asked for."""
     need_x, need_w = wanted[0], wanted[1] or wanted[2]
     grad_x, grad_w, grad_b = _upsample_image_backward(grad_out, x, weight, need_x, need_w)
     grads = (grad_x, grad_w, grad_b)
@@ -108,7 +108,7 @@ def _empty_grads(
     grad_x = torch.empty_like(x, memory_format=layout) if need_x else x.new_empty(0)
     if not need_w:
         return grad_x, weight.new_empty(0), weight.new_empty(0)
-    return grad_x, torch.empty_like(weight), torch.empty((3,), dtype=weight.dtype, device=x.device)
+    return grad_x, torch.empty_like(weight), x.new_empty(3, dtype=torch.float32)
 
 
 @kernel_op("upsample_image_backward_triton")
