@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from msvq_fast.ops.checks import InputError
+from msvq_fast.ops.checks import InputError, WorkError
 from msvq_fast.training.config import TrainConfig
 from msvq_fast.training.distributed import World
 
@@ -37,23 +37,32 @@ class StepGraph(Generic[T]):
         self.stream = torch.cuda.Stream()
         self.graph = torch.cuda.CUDAGraph()
         self.calls = 0
+        self.like: tuple[tuple[int, ...], torch.dtype] | None = None
+        self.grads: list[tuple[nn.Parameter, Tensor | None]] | None = None
 
     def __call__(self, x: Tensor) -> T:
         """Run a step.
 
         Args:
-            x: As the first call's in shape, dtype and layout.
+            x: Of the first call's shape and dtype.
 
         Returns:
             What ``step`` returns. The next call overwrites it.
+
+        Raises:
+            InputError: If ``x`` is another kind of tensor than that of the first call.
+            RuntimeError: In the first recorded call, if ``step`` does what cannot be recorded.
+            WorkError: After that.
         """
+        like = (tuple(x.shape), x.dtype)
+        self.like = self.like or like
+        if like != self.like:
+            raise InputError(f"x has shape and dtype {like}; expected the first call's {self.like}")
         self.calls += 1
         if self.calls <= WARM_UPS:
             return self._run(x)
-        if self.calls == WARM_UPS + 1:
-            self._record(x)
-        elif x.shape != self.x.shape:
-            raise InputError(f"x has shape {tuple(x.shape)}; expected {tuple(self.x.shape)}")
+        if self.grads is None:
+            self.grads = self._record(x)
         self.x.copy_(x)
         self.graph.replay()
         for parameter, grad in self.grads:
@@ -69,13 +78,15 @@ class StepGraph(Generic[T]):
         current.wait_stream(self.stream)
         return out
 
-    def _record(self, x: Tensor) -> None:
+    def _record(self, x: Tensor) -> list[tuple[nn.Parameter, Tensor | None]]:
+        if self.calls > WARM_UPS + 1:
+            raise WorkError("this step could not be recorded as a CUDA graph")
         self.x = x.detach().clone(memory_format=torch.preserve_format)
         self._forget_gradients()
         # Other threads may go on, as those that load images do.
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             self.out = self.step(self.x)
-        self.grads = [(p, p.grad) for p in self.parameters]
+        return [(p, p.grad) for p in self.parameters]
 
     def _forget_gradients(self) -> None:
         for parameter in self.parameters:

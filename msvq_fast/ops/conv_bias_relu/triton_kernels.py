@@ -7,6 +7,8 @@ applies the ReLU's mask and sums the bias's gradient.
 
 from __future__ import annotations
 
+import re
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,7 @@ _ELEMENTS = 4096  # of a step of a program
 _PROGRAMS = 2112  # of the backward, whatever the GPU: a sum's order follows from them
 _FUSED = (torch.float16, torch.bfloat16)  # by cuDNN
 _ALIGNED = 8  # channels, 16 bytes: what its fused convolutions take
+_NO_ENGINE = re.compile("unable to find an engine|not_supported|not compiled with", re.IGNORECASE)
 _refused: set[tuple[object, ...]] = set()  # calls that cuDNN has no fused convolution for
 
 
@@ -201,9 +204,9 @@ def _fused(
         if residual is None:
             return torch.cudnn_convolution_relu(x, weight, bias, *steps, 1)
         return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *steps, 1)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # no engine of this cuDNN takes it
+    except RuntimeError as error:
+        if not _NO_ENGINE.search(str(error)):
+            raise
         _refused.add(call)
         return None
 
