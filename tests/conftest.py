@@ -35,7 +35,8 @@ def _nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             if type(out) is torch.Tensor and not torch._C._dispatch_tls_is_dispatch_key_included(
                 torch._C.DispatchKey.Python
             ):
-                out.fill_(float("nan") if out.is_floating_point() else 85)
+                with torch.no_grad():
+                    out.fill_(float("nan") if out.is_floating_point() else 85)
             return out
 
         return call

@@ -138,7 +138,8 @@ def test_more_elements_than_32_bits_count(device: str) -> None:
     """2.2e9 features of 5 images; the last image is that of a call of its own."""
     if torch.cuda.mem_get_info()[0] < 14 << 30:
         pytest.skip("takes 14 GiB")
-    x = torch.zeros(5, 64, 2600, 2650, device=device, dtype=torch.bfloat16, memory_format=LAST)
+    size = (5, 64, 2600, 2650)
+    x = torch.empty(size, device=device, dtype=torch.bfloat16, memory_format=LAST).zero_()
     x[-1].normal_()
     assert x.numel() > 2**31
     _, weight, bias = inputs((1, 64, 1, 1), torch.bfloat16, device)
