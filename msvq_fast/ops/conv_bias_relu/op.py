@@ -69,7 +69,7 @@ def conv_bias_relu(
         The Triton backend takes tensors in channels_last. What is added to the convolution is
         added in float32 and rounded once, where cuDNN does it; where one pass over its output does
         it, the convolution is rounded before. NaN in a sum stays NaN in its ReLU and lets gradients
-        through, as in PyTorch, but for cuDNN's own ReLU, of which cuDNN says nothing.
+        through, as in PyTorch; cuDNN, which promises nothing, did so where it was tried.
     """
     check_choice("want", want, ("sum", "relu", "both"))
     given = {"x": x, "weight": weight, "bias": bias}
@@ -157,8 +157,8 @@ class _ConvBiasRelu(torch.autograd.Function):
 
 
 def _is_direct(x: Tensor) -> bool:
-    """Whether nothing looks at PyTorch's ops: a call by way of one takes the host 30 us longer.
+    """Whether nothing looks at PyTorch's ops: a call by way of one takes the host longer.
 
-    A model has so many of these calls that the host is what a training step waits for.
+    A model has so many of these calls that the host may be what a training step waits for.
     """
     return type(x) in (Tensor, torch.nn.Parameter) and not is_watched()

@@ -160,23 +160,20 @@ def convolve(
 conv_bias_relu = kernel_op("conv_bias_relu_triton")(convolve)
 
 
-@torch.library.register_fake(conv_bias_relu)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    stride: int,
-    padding: int,
-    transposed: bool,
-    want: str,
+def _empty_outputs(
+    x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool, want: str
 ) -> tuple[Tensor, Tensor]:
-    size = output_size(x, weight, stride, padding, transposed)
-    none, like = (0,), {"memory_format": torch.channels_last}
-    return (
-        x.new_empty(none) if want == "relu" else x.new_empty(size).to(**like),
-        x.new_empty(none) if want == "sum" else x.new_empty(size).to(**like),
+    size, last = output_size(x, weight, stride, padding, transposed), torch.channels_last
+    total, relu = (
+        x.new_empty(0) if want == other else x.new_empty(size).to(memory_format=last)
+        for other in ("relu", "sum")
     )
+    return total, relu
+
+
+torch.library.register_fake(
+    conv_bias_relu, lambda x, weight, bias, residual, *steps: _empty_outputs(x, weight, *steps)
+)
 
 
 def _fused(
@@ -192,7 +189,6 @@ def _fused(
     """
     if torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
         return None
-    bias = bias.to(x.dtype).contiguous()
     aligned = weight.shape[0] % _ALIGNED == 0 and weight.shape[1] % _ALIGNED == 0
     enabled = torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
     if not (x.is_cuda and enabled and x.dtype in _FUSED and aligned and x.numel()):
@@ -200,6 +196,7 @@ def _fused(
     call = (x.dtype, x.shape, weight.shape, *map(tuple, steps), residual is None, x.device)
     if call in _refused:
         return None
+    bias = bias.to(x.dtype).contiguous()
     try:
         if residual is None:
             return torch.cudnn_convolution_relu(x, weight, bias, *steps, 1)
