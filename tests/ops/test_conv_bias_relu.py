@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from msvq_fast.ops import InputError, conv_bias_relu
 from msvq_fast.ops.conv_bias_relu.op import OP
@@ -110,6 +113,79 @@ def test_one_output_used_and_frozen_tensors() -> None:
 
 
 @needs_triton
+def test_computes_no_more_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Masks(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution_backward.default:
+                masks.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    layer, given = LAYERS[1], inputs(LAYERS[1], True)
+    for want in itertools.product((True, False), repeat=2):
+        masks: list[list[bool]] = []
+        tensors = leaves(given)
+        for tensor, wanted in zip(tensors, want, strict=False):
+            tensor.requires_grad_(wanted)
+        out = run(tensors, layer, "relu", "triton").relu
+        with Masks():
+            out.sum().backward()
+        assert masks == ([[*want, False]] if any(want) else [])
+    asked = []
+    plain = OP.kernels["triton"].apply_mask
+    monkeypatch.setattr(
+        OP.kernels["triton"], "apply_mask", lambda *a: (asked.append(a), plain(*a))[1]
+    )
+    for used in (0, 1):  # no zeros are made and read for the other
+        run(leaves(given), layer, "both", "triton")[used].sum().backward()
+        assert [t is None for t in asked[-1][1:]] == [used == 1, used == 0]
+
+
+@needs_triton
+def test_a_gradient_that_ends_above() -> None:
+    class End(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> None:
+            return None
+
+    tensors = leaves(inputs(LAYERS[1], True))
+    End.apply(run(tensors, LAYERS[1], "relu", "triton").relu).sum().backward()
+    assert all(t.grad is None for t in tensors)
+
+
+@needs_triton
+def test_only_plain_calls_pass_by_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = OP.kernels["triton"]
+    called = []
+
+    def note(name: str) -> None:
+        plain = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a: (called.append(name), plain(*a))[1])
+
+    direct, ops = ["convolve", "apply_mask"], ["conv_bias_relu", "mask_and_sum"]
+    for name in (*direct, *ops):
+        note(name)
+    x, *rest = leaves(inputs(LAYERS[1], False))
+
+    class Adapted(torch.Tensor):
+        pass
+
+    for value, mode, wanted in (
+        (x, contextlib.nullcontext(), direct),
+        (torch.nn.Parameter(x.detach()), contextlib.nullcontext(), direct),
+        (x.detach().as_subclass(Adapted), contextlib.nullcontext(), ops),
+        (x, FlopCounterMode(display=False), ops),
+    ):
+        called.clear()
+        with mode:
+            run([value, *rest], LAYERS[1], "relu", "triton").relu.sum().backward()
+        assert called == wanted
+
+
+@needs_triton
 def test_gradients_in_any_layout() -> None:
     layer = LAYERS[2]
     mine, truth = leaves(inputs(layer, False)), None
@@ -186,15 +262,17 @@ def test_nan_stays_and_lets_gradients_through() -> None:
     layer = (8, 3, (2, 2), 4, 2, 1, True)
     given = inputs(layer, False)
     given[2][1] = float("nan")
-    results = []
-    for backend in ("triton", "reference"):
-        x, weight, bias, _ = leaves(given)
-        relu = run([x, weight, bias, None], layer, "relu", backend).relu
-        relu.backward(torch.ones_like(relu))
-        results.append((relu.detach(), x.grad, bias.grad))
-    assert results[0][0][:, 1].isnan().all()
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    for again in (False, True):
+        results = []
+        for backend in ("triton", "reference"):
+            x, weight, bias, _ = leaves(given)
+            relu = run([x, weight, bias, None], layer, "relu", backend).relu
+            ones = torch.ones_like(relu)
+            grads = torch.autograd.grad(relu, (x, bias), ones, create_graph=again)
+            results.append([t.detach() for t in (relu, *grads)])
+        assert results[0][0][:, 1].isnan().all()
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_triton
@@ -207,7 +285,7 @@ def test_second_derivatives(monkeypatch: pytest.MonkeyPatch, want: str) -> None:
     for backend, dtype in (("triton", None), ("reference", torch.float64)):
         tensors = leaves(given, dtype)
         out = [t for t in run(tensors, layer, want, backend) if t is not None]
-        loss = sum((t * t).sum() for t in out)
+        loss = sum(((t + 1) ** 2).sum() for t in out)  # its gradient is not 0 where a ReLU is
         first = torch.autograd.grad(loss, tensors, create_graph=True)
         second = sum((g * g).sum() for g in first)
         found.append(torch.autograd.grad(second, tensors[:2]))
@@ -225,6 +303,19 @@ def test_autocast_decides_the_dtype() -> None:
     (out.sum * 2).sum().backward()
     assert {t.grad.dtype for t in (x, weight, bias, residual)} == {torch.float32}
     assert torch.equal(bias.grad, torch.full_like(bias, 2.0 * residual.numel() / len(bias)))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_autocast_takes_what_it_takes_of_pytorch(backend: str) -> None:
+    """Any float dtypes, but float64 as it is."""
+    layer = LAYERS[1]
+    given = inputs(layer, True)
+    mixed = [t.to(d) for t, d in zip(given, (torch.half, *[torch.float] * 3), strict=True)]
+    with torch.autocast(DEVICE, torch.float16):
+        for tensors in (given, mixed, [*given[:2], given[2].half(), given[3]]):
+            assert run(tensors, layer, "sum", backend).sum.dtype == torch.float16
+        wide = run([t.double() for t in given], layer, "sum", "reference").sum
+        assert wide.dtype == torch.float64
 
 
 @needs_triton
@@ -277,6 +368,15 @@ def test_errors_name_the_argument() -> None:
         conv_bias_relu(x, weight, bias[:7])
     with pytest.raises(InputError, match=r"x has shape \(2, 16, 5, 7\) and weight \(8, 15, 3, 3\)"):
         conv_bias_relu(x, weight[:, :15], bias)
+    with pytest.raises(InputError, match=r"weight \(8, 16, 3, 3\); expected .* \(C, C_out, k, l\)"):
+        conv_bias_relu(x, weight, bias, transposed=True)
+    for arguments in ((x[:, :, 0], weight), (x, weight[..., 0])):
+        with pytest.raises(InputError, match=r"\(B, C, H, W\) and \(C_out, C, k, l\)"):
+            conv_bias_relu(*arguments, bias)
+    with pytest.raises(InputError, match="bias is on meta but x is on"):
+        conv_bias_relu(x, weight, bias.to("meta"))
+    with pytest.raises(InputError, match=r"x has dtype torch\.int64; expected float32"):
+        conv_bias_relu(x.long(), weight.long(), bias.long())
     with pytest.raises(InputError, match=r"weight has dtype torch\.float64"):
         conv_bias_relu(x, weight.double(), bias)
     with pytest.raises(
@@ -293,6 +393,12 @@ def test_errors_name_the_argument() -> None:
         conv_bias_relu(x, weight, bias, torch.zeros(2, 8, 3, 5, dtype=torch.int64, device=DEVICE))
 
 
+def test_sizes_alone() -> None:
+    given = [t.to("meta") for t in inputs(LAYERS[3], True)]
+    for out in run(given, LAYERS[3], "both", "reference"):
+        assert out.shape == (2, 5, 6, 8)
+
+
 @needs_triton
 def test_says_why_it_cannot_run() -> None:
     x, weight, bias, _ = inputs(LAYERS[1], False)
@@ -300,6 +406,10 @@ def test_says_why_it_cannot_run() -> None:
         conv_bias_relu(x.contiguous(), weight, bias, backend="triton")
     with pytest.raises(InputError, match="at most 2048 channels, not 2056"):
         conv_bias_relu(x, weight.repeat(257, 1, 1, 1), bias.repeat(257), backend="triton")
+    flipped = weight.transpose(0, 1)
+    with pytest.raises(InputError, match="at most 2048 channels, not 2056"):
+        more = {"transposed": True, "backend": "triton"}
+        conv_bias_relu(x, flipped.repeat(1, 257, 1, 1), bias.repeat(257), **more)
     with pytest.raises(
         InputError, match=r"takes float32, float16 or bfloat16, x is torch\.float64"
     ):
