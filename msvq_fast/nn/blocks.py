@@ -211,7 +211,7 @@ def _is_square(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
         and layer.groups == 1
         and layer.padding_mode == "zeros"
         and layer.stride[0] == layer.stride[1]
-        and layer.padding in ((0, 0), (layer.padding[0],) * 2)
+        and layer.padding == (layer.padding[0],) * 2
         and layer.dilation == (1, 1)
         and layer.output_padding == (0, 0)
     )

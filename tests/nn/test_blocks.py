@@ -14,6 +14,7 @@ from msvq_fast.nn import blocks
 from msvq_fast.nn.blocks import conv, upsample
 from msvq_fast.ops.conv_bias_relu import conv_bias_relu
 from msvq_fast.ops.conv_bias_relu.op import OP
+from msvq_fast.ops.upsample_image import upsample_image
 
 
 def test_upsampling_starts_as_bilinear_interpolation_of_mixed_channels() -> None:
@@ -100,11 +101,24 @@ def test_small_layers_are_left_to_the_layers(monkeypatch: pytest.MonkeyPatch) ->
         assert joined == wanted
     for out in found[1:]:
         torch.testing.assert_close(out, found[0], rtol=1e-5, atol=1e-5)
+    # Of the larger side: 2048 values become 512, or 128 become 512.
+    for layer, x, most in (
+        (conv(8, 8, 3, 2), torch.randn(1, 8, 16, 16), 2048),
+        (upsample(8, 8), torch.randn(1, 8, 4, 4), 512),
+    ):
+        for least in (most, most + 1):
+            monkeypatch.setattr(blocks, "LEAST_VALUES", least)
+            joined.clear()
+            blocks.run_joined([layer], x)
+            assert len(joined) == (least == most)
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["hook", "pre-hook", "gradient", "forward", "class", "weight", "compiled", "global", "mode"],
+    [
+        *("hook", "pre-hook", "gradient", "gradient pre-hook"),
+        *("forward", "class", "weight", "compiled", "global", "mode"),
+    ],
 )
 def test_layers_that_somebody_looks_at_run_alone(
     monkeypatch: pytest.MonkeyPatch, kind: str
@@ -128,7 +142,7 @@ def test_layers_that_somebody_looks_at_run_alone(
     chain(x)
     assert seen == ["joined"]
     chain.joined = True
-    hook = (lambda *_: seen.append(kind)) if kind != "gradient" else (lambda *_: None)
+    hook = (lambda *_: seen.append(kind)) if "gradient" not in kind else (lambda *_: None)
     handle = None
     if kind == "hook":
         handle = layer.register_forward_hook(hook)
@@ -136,6 +150,8 @@ def test_layers_that_somebody_looks_at_run_alone(
         handle = layer.register_forward_pre_hook(hook)
     elif kind == "gradient":
         handle = layer.register_full_backward_hook(hook)
+    elif kind == "gradient pre-hook":
+        handle = layer.register_full_backward_pre_hook(hook)
     elif kind == "forward":
         layer.forward = lambda x: (seen.append(kind), nn.Conv2d.forward(layer, x))[1]
     elif kind == "class":
@@ -153,7 +169,7 @@ def test_layers_that_somebody_looks_at_run_alone(
     else:
         handle = nn.modules.module.register_module_forward_hook(hook)
     chain(x)
-    silent = ("gradient", "class", "weight")
+    silent = ("gradient", "gradient pre-hook", "class", "weight")
     assert seen.count("joined") == 1 and (kind in silent or kind in seen)
     if handle is not None:
         handle.remove()
@@ -166,10 +182,87 @@ def test_what_joined_layers_do_not_take_runs_layer_by_layer() -> None:
     chain = chains()[0]
     assert chain(torch.randn(3, 8, 8)).shape == (16, 2, 2)
     assert len(torch.fx.symbolic_trace(chain).graph.find_nodes(op="call_module", target="0")) == 1
-    block = chain[4]
-    assert blocks._is_plain(block)
-    block.inner = nn.ReLU()
-    assert not blocks._is_plain(block)
+    for part in ("inner", "outer"):
+        for other in (nn.ReLU(), upsample(8, 8)):
+            block = blocks.Residual(16)
+            assert blocks._is_plain(block)
+            setattr(block, part, other)
+            assert not blocks._is_plain(block)
+
+
+@pytest.mark.parametrize(
+    ("layer", "plain"),
+    [
+        (conv(4, 8, 3), True),
+        (conv(4, 8, 1), True),
+        (nn.Conv2d(4, 8, (1, 3), 2), True),
+        (upsample(4, 8), True),
+        (nn.ReLU(), True),
+        (nn.Conv2d(4, 8, 3, bias=False), False),
+        (nn.Conv2d(4, 8, 3, groups=2), False),
+        (nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), False),
+        (nn.Conv2d(4, 8, 3, stride=(1, 2)), False),
+        (nn.Conv2d(4, 8, 3, padding=(1, 0)), False),
+        (nn.Conv2d(4, 8, 3, padding="same"), False),
+        (nn.Conv2d(4, 8, 3, dilation=2), False),
+        (nn.ConvTranspose2d(4, 8, 3, 2, 1, output_padding=1), False),
+        (nn.GELU(), False),
+        (type("Louder", (nn.ReLU,), {})(), False),
+        (type("Wider", (blocks.Residual,), {})(4), False),
+    ],
+    ids=str,
+)
+def test_layers_that_can_be_joined(layer: nn.Module, plain: bool) -> None:
+    assert blocks._is_plain(layer) == plain
+    if plain:
+        chain = blocks.Chain(layer)
+        x = torch.randn(2, 4, 6, 8)
+        torch.testing.assert_close(blocks.run_joined([*chain], x), chain(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "image"),
+    [
+        (upsample(8, 3), True),
+        (upsample(8, 4), False),
+        (nn.ConvTranspose2d(8, 3, (4, 2), 2, 1), False),
+        (nn.ConvTranspose2d(8, 3, 4, 1, 1), False),
+        (nn.ConvTranspose2d(8, 3, 4, 2, 0), False),
+    ],
+    ids=str,
+)
+def test_images_are_made_by_their_own_kernel(
+    monkeypatch: pytest.MonkeyPatch, layer: nn.ConvTranspose2d, image: bool
+) -> None:
+    made = []
+    monkeypatch.setattr(blocks, "LEAST_VALUES", 0)
+    monkeypatch.setattr(
+        blocks, "upsample_image", lambda *a: (made.append(a), upsample_image(*a))[1]
+    )
+    x = torch.randn(2, 8, 3, 5)
+    for layers in ([layer], [layer, nn.ReLU()]):
+        want = nn.Sequential(*layers)(x)
+        torch.testing.assert_close(blocks.run_joined(layers, x), want)
+        assert len(made) == image  # not once more for the second, which wants a ReLU
+
+
+def test_every_convolution_makes_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    wants = []
+
+    def record(*arguments, **keys):
+        wants.append(keys["want"])
+        return conv_bias_relu(*arguments, **keys)
+
+    monkeypatch.setattr(blocks, "LEAST_VALUES", 0)
+    monkeypatch.setattr(blocks, "conv_bias_relu", record)
+    chain = chains()
+    for number, channels, wanted in (
+        (0, 3, ["relu", "relu", "relu", "both", "relu", "relu"]),
+        (2, 8, ["both", "relu", "sum", "sum", "sum"]),
+    ):
+        wants.clear()
+        blocks.run_joined([*chain[number]], torch.randn(1, channels, 8, 8))
+        assert wants == wanted
 
 
 def test_the_reference_runs_layer_by_layer() -> None:
