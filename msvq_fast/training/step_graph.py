@@ -63,7 +63,7 @@ class StepGraph(Generic[T]):
             return self._run(x)
         if self.grads is None:
             self.grads = self._record(x)
-        self.x.copy_(x)
+        self.x.copy_(x.detach())
         self.graph.replay()
         for parameter, grad in self.grads:
             parameter.grad = grad

@@ -416,8 +416,13 @@ def test_opcheck(want: str) -> None:
         arguments = (x, weight, bias, residual, *layer[4:], want)
         torch.library.opcheck(triton_kernels.conv_bias_relu, arguments, test_utils=tests)
         grad_sum, grad_relu = (residual if want != w else None for w in ("relu", "sum"))
-        arguments = (residual, grad_sum, grad_relu)
-        torch.library.opcheck(triton_kernels.mask_and_sum, arguments, test_utils=tests)
+        for layout in (LAST, torch.contiguous_format):
+            grads = (
+                t if t is None else t.contiguous(memory_format=layout)
+                for t in (grad_sum, grad_relu)
+            )
+            arguments = (residual, *grads)
+            torch.library.opcheck(triton_kernels.mask_and_sum, arguments, test_utils=tests)
 
 
 @needs_triton

@@ -192,7 +192,6 @@ def test_autocast_of_the_cpu():
 
 
 @needs_triton
-@needs_triton
 def test_bias_has_its_gradient_in_its_own_dtype():
     """Also where the weight's could not hold it."""
     x = torch.zeros(1, 16, 130, 130, device=DEVICE).to(memory_format=torch.channels_last)
@@ -204,6 +203,7 @@ def test_bias_has_its_gradient_in_its_own_dtype():
     assert bias.grad.tolist() == [260.0 * 260] * 3
 
 
+@needs_triton
 def test_neighbours_keep_what_is_not_finite_to_themselves():
     x, weight, bias = leaves(inputs((1, 16, 4, 6), DTYPES[0], DEVICE))
     upstream = torch.zeros(1, 3, 8, 12, device=DEVICE)

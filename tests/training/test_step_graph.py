@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from msvq_fast.ops.checks import InputError, WorkError
+from msvq_fast.training import loop
+from msvq_fast.training.checkpoint import checkpoint_path
 from msvq_fast.training.config import TrainConfig
 from msvq_fast.training.distributed import World
 from msvq_fast.training.loop import run_train
@@ -48,7 +53,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     recorder = mock.Mock(side_effect=lambda *_, **__: contextlib.nullcontext())
     for name in ("Stream", "CUDAGraph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, mock.Mock())
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "graph", recorder)
     return recorder
 
@@ -88,3 +93,92 @@ def test_what_cannot_be_recorded_is_not_replayed(recorder: mock.Mock) -> None:
     with pytest.raises(WorkError, match="could not be recorded"):
         graph(x)
     graph.graph.replay.assert_not_called()
+
+
+def test_every_call_has_its_images_and_new_gradients(recorder: mock.Mock) -> None:
+    """Here a replay is the step, as its kernels would be."""
+    used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    seen = []
+
+    def step(x: Tensor) -> Tensor:
+        seen.append((x, x.clone(), used.grad))
+        loss = (x * used).sum()
+        loss.backward()
+        return loss.detach()
+
+    graph = StepGraph(step, iter([used, unused]))
+    graph.graph.replay.side_effect = lambda: seen.append((graph.x, graph.x.clone(), None))
+    for number in range(WARM_UPS + 3):
+        x = torch.full((1, 3, 2, 3), float(number)).to(memory_format=torch.channels_last)
+        x.requires_grad_(number >= WARM_UPS)
+        assert graph(x) == 18 * min(number, WARM_UPS)
+        own, values, before = seen[-1]
+        assert torch.equal(values, x) and before is None
+        assert own.stride() == x.stride() and (own is x) == (number < WARM_UPS)
+        assert not own.requires_grad
+        assert unused.grad is None and torch.equal(
+            used.grad, torch.full((3,), 6.0 * min(number, WARM_UPS))
+        )
+        unused.grad = torch.ones(3)  # by whoever else, and `used` keeps its own
+    recorder.assert_called_once_with(
+        graph.graph, stream=graph.stream, capture_error_mode="thread_local"
+    )
+
+
+def test_steps_before_the_recording_run_on_its_stream(recorder: mock.Mock) -> None:
+    """It waits for what made the images, and what comes next waits for it."""
+    events = mock.Mock()
+    graph = StepGraph(lambda x: events.step(x), [])
+    current, stream = torch.cuda.current_stream.return_value, torch.cuda.stream
+    events.attach_mock(graph.stream.wait_stream, "stream_waits")
+    events.attach_mock(current.wait_stream, "current_waits")
+    events.attach_mock(stream, "stream")
+    x = torch.ones(2)
+    graph(x)
+    within = mock.call.stream(graph.stream)
+    assert events.mock_calls == [
+        mock.call.stream_waits(current),
+        within,
+        within.__enter__(),
+        mock.call.step(x),
+        within.__exit__(None, None, None),
+        mock.call.current_waits(graph.stream),
+    ]
+
+
+class Direct:
+    """A graph that runs every step as it is."""
+
+    calls = 0
+
+    def __init__(self, step, parameters) -> None:
+        self.step = step
+        Direct.calls = 0
+
+    def __call__(self, x: Tensor):
+        Direct.calls += 1
+        return self.step(x)
+
+
+@pytest.mark.parametrize("options", [(), ("--grad_clip=0.01", "--precision=bf16")], ids=str)
+def test_a_run_with_a_graph_equals_one_without(
+    tmp_path: Path,
+    train: Callable[..., int],
+    read_metrics: Callable[[Path], list],
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(loop, "check_graph", lambda *_: None)
+    monkeypatch.setattr(loop, "StepGraph", Direct)
+    runs = []
+    for graph in ("--cuda_graph", "--no_cuda_graph"):
+        out = tmp_path / graph
+        assert train(out, "--steps=4", graph, *options) == 0
+        weights = load_file(checkpoint_path(out, 4) / "model.safetensors")
+        runs.append((weights, read_metrics(out)))
+    assert Direct.calls == 4
+    assert all(torch.equal(runs[0][0][name], runs[1][0][name]) for name in runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    steps = ("--steps=6", "--validate_every=0", "--resume=auto", *options)
+    assert train(out, *steps, "--cuda_graph") == 0  # goes on without one, then with one
+    assert Direct.calls == 2

@@ -246,7 +246,7 @@ def _(
 
 def _block(channels: int) -> dict[str, int]:
     padded = max(triton.next_power_of_2(channels), 4)
-    return {"BR": max(_ELEMENTS // padded, 1), "BC": padded}
+    return {"BR": _ELEMENTS // padded, "BC": padded}
 
 
 def variants() -> list[KernelVariant]:
