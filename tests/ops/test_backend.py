@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from msvq_fast.ops import InputError, backend
 from msvq_fast.ops.backend import Op, kernel_op
+from msvq_fast.ops.checks import is_watched
 
 
 @pytest.fixture
@@ -69,6 +72,15 @@ def test_the_reference_on_cuda_warns_once_with_every_reason(op: Op) -> None:
     op.pick(on("cuda"), backend="reference")
     with pytest.warns(UserWarning, match="another reason"):
         op.pick(on("cuda"))
+
+
+@pytest.mark.parametrize("name", ["conv_bias_relu", "upsample_image"])
+def test_kernels_of_pytorch_itself_are_no_slow_reference(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    own = importlib.import_module(f"msvq_fast.ops.{name}.op").OP
+    monkeypatch.setattr(own, "missing", dict.fromkeys(("native", "triton"), "not here"))
+    assert own.pick(on("cuda")) == "reference"  # a warning would be an error
 
 
 @pytest.mark.parametrize("name", ["native", "triton"])
@@ -128,3 +140,21 @@ def test_a_compiler_does_not_trace_a_kernel() -> None:
         warnings.simplefilter("ignore")  # of the frames that it leaves alone
         out = torch.compile(call, backend="eager")(x)
     assert torch.equal(out, 2 * x) and traced == [False]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_who_watches_operations() -> None:
+    seen: list[bool] = []
+
+    def call(x: Tensor) -> Tensor:
+        seen.append(is_watched())
+        return 2 * x
+
+    x = torch.rand(3)
+    call(x)
+    with FlopCounterMode(display=False):
+        call(x)
+    torch.jit.trace(call, x, check_trace=False)
+    assert seen == [False, True, True]
+    compiled = torch.compile(lambda x: x + is_watched(), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), x + 1)
