@@ -7,6 +7,7 @@ import torch
 from parity import assert_close
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from msvq_fast import models
@@ -142,6 +143,8 @@ def test_layers_that_somebody_looks_at_run_alone(
     chain(x)
     assert seen == ["joined"]
     chain.joined = True
+    chain(x[0])
+    assert seen == ["joined"]
     hook = (lambda *_: seen.append(kind)) if "gradient" not in kind else (lambda *_: None)
     handle = None
     if kind == "hook":
@@ -164,7 +167,10 @@ def test_layers_that_somebody_looks_at_run_alone(
     elif kind == "mode":
         with FlopCounterMode(display=False) as counter:
             chain(x)
-        assert counter.get_total_flops() > 0 and seen == ["joined"]
+        assert counter.get_total_flops() > 0
+        with BaseTorchDispatchMode():  # that one has module hooks too, this one has none
+            chain(x)
+        assert seen == ["joined"]
         return
     else:
         handle = nn.modules.module.register_module_forward_hook(hook)

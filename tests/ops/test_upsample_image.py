@@ -112,6 +112,9 @@ def test_layouts():
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     assert results[0][1].stride() == last.stride()
+    plain = gradients(leaves([x, weight, bias]), upstream, backend="triton")[1]
+    for a, b in zip(results[0], plain, strict=True):
+        assert torch.equal(a, b)
     assert results[0][0].is_contiguous(memory_format=torch.channels_last)
     grads = torch.autograd.grad(out.sum(), tensors)  # of stride 0
     assert_close("bias", grads[2].cpu(), torch.full((3,), 2.0 * 6 * 8, dtype=torch.float64))
@@ -179,6 +182,14 @@ def test_autocast_of_the_cpu():
         wide = torch.randn(1, 16, 3, 4, dtype=torch.float64)
         with pytest.raises(InputError, match=r"weight has dtype torch.float32 but x has torch.f"):
             upsample_image(wide, weight, bias)
+        with pytest.raises(InputError, match=r"weight has dtype torch.int64"):
+            upsample_image(x, weight.long(), bias)
+        mine = leaves([x, weight, bias])
+        out = upsample_image(*mine, backend="triton")
+    again = torch.autograd.grad(out, mine, upstream.half(), create_graph=True)
+    for name, grad, right in zip("xwb", again, grads, strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, right, rtol=1e-2, atol=1e-2, msg=name)
     rounded = [t.half() for t in (x, weight, bias)]
     want, wanted = gradients(truth(rounded), upstream.half().double(), backend="reference")
     assert got.dtype == torch.float16
@@ -324,3 +335,12 @@ def test_what_the_kernel_does_not_take():
         with pytest.raises(InputError, match=message):
             upsample_image(x, *rest, backend="triton")
         assert upsample_image(x, *rest).shape == (1, 3, 4, 6)
+    unsupported = OP.kernels["triton"].unsupported
+    tensors = inputs((1, 16, 2, 3), torch.float16, DEVICE)
+    x, weight, bias = tensors
+    assert unsupported(x, weight.float(), bias.float()) is None
+    assert "x is on meta" in unsupported(*(t.to("meta") for t in tensors))
+    assert "weight of torch.float64" in unsupported(x, weight.double(), bias)
+    assert "bias of torch.float64" in unsupported(x, weight, bias.double())
+    if DEVICE == "cpu":
+        assert "no bfloat16 products" in unsupported(*(t.bfloat16() for t in tensors))

@@ -44,7 +44,8 @@ def test_errors_name_what_it_cannot_run_with(settings, processes: int, message: 
     with pytest.raises(InputError, match=message):
         check_graph(TrainConfig(cuda_graph=True, **settings), world)
     check_graph(TrainConfig(cuda_graph=False, **settings), world)
-    check_graph(TrainConfig(cuda_graph=True), World(0, 1, world.device))
+    for backend in (None, "native", "triton"):
+        check_graph(TrainConfig(cuda_graph=True, backend=backend), World(0, 1, world.device))
 
 
 @pytest.fixture
@@ -116,6 +117,8 @@ def test_every_call_has_its_images_and_new_gradients(recorder: mock.Mock) -> Non
         assert torch.equal(values, x) and before is None
         assert own.stride() == x.stride() and (own is x) == (number < WARM_UPS)
         assert not own.requires_grad
+        if number == WARM_UPS:
+            assert seen[-2][0] is own  # the recording is of the images that a replay reads
         assert unused.grad is None and torch.equal(
             used.grad, torch.full((3,), 6.0 * min(number, WARM_UPS))
         )
@@ -170,15 +173,26 @@ def test_a_run_with_a_graph_equals_one_without(
 ) -> None:
     monkeypatch.setattr(loop, "check_graph", lambda *_: None)
     monkeypatch.setattr(loop, "StepGraph", Direct)
+    add, counted = loop.Window.add, []
+    monkeypatch.setattr(loop.Window, "add", lambda *a: (counted.append(a[2]), add(*a))[1])
     runs = []
     for graph in ("--cuda_graph", "--no_cuda_graph"):
         out = tmp_path / graph
         assert train(out, "--steps=4", graph, *options) == 0
         weights = load_file(checkpoint_path(out, 4) / "model.safetensors")
         runs.append((weights, read_metrics(out)))
-    assert Direct.calls == 4
+    assert Direct.calls == 4 and counted == [1, 2, 3, 4] * 2
     assert all(torch.equal(runs[0][0][name], runs[1][0][name]) for name in runs[1][0])
     assert runs[0][1] == runs[1][1]
     steps = ("--steps=6", "--validate_every=0", "--resume=auto", *options)
     assert train(out, *steps, "--cuda_graph") == 0  # goes on without one, then with one
     assert Direct.calls == 2
+
+
+def test_mixed_precision_reaches_the_model(tmp_path: Path, train: Callable[..., int]) -> None:
+    weights = []
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        assert train(out, "--steps=2", f"--precision={precision}") == 0
+        weights.append(load_file(checkpoint_path(out, 2) / "model.safetensors"))
+    assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
