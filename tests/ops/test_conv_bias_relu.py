@@ -15,48 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msvq_fast.ops import InputError, conv_bias_relu
 from msvq_fast.ops.conv_bias_relu.op import OP
-
-needs_triton = pytest.mark.skipif("triton" in OP.missing, reason=OP.missing.get("triton", ""))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAST = torch.channels_last
-# C, C', side, kernel, stride, padding, transposed
-LAYERS = [
-    (3, 8, (9, 6), 3, 2, 1, False),
-    (16, 8, (5, 7), 3, 1, 1, False),
-    (8, 24, (4, 3), 1, 1, 0, False),
-    (8, 5, (3, 4), 4, 2, 1, True),
-    (16, 3, (1, 2), 4, 2, 1, True),
-]
-WANTED = ("sum", "relu", "both")
-
-
-def small(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Whole numbers from -2 to 2: every type here adds up their products exactly."""
-    return torch.randint(-2, 3, size).to(DEVICE, dtype)
-
-
-def inputs(layer, residual: bool, dtype=torch.float32, batch: int = 2) -> list[Tensor | None]:
-    channels, out, (h, w), kernel, *_, transposed = layer
-    x = small(batch, channels, h, w, dtype=dtype)
-    shape = (channels, out) if transposed else (out, channels)
-    weight, bias = small(*shape, kernel, kernel, dtype=dtype), small(out, dtype=dtype)
-    rest = None
-    if residual:
-        size = run([x.double(), weight.double(), bias.double(), None], layer, "sum", "reference")
-        rest = small(*size[0].shape, dtype=dtype).to(memory_format=LAST)
-    return [x.to(memory_format=LAST), weight.to(memory_format=LAST), bias, rest]
-
-
-def run(tensors, layer, want: str, backend: str):
-    *_, stride, padding, transposed = layer
-    steps = {"stride": stride, "padding": padding, "transposed": transposed}
-    return conv_bias_relu(*tensors, **steps, want=want, backend=backend)
-
-
-def leaves(tensors, dtype: torch.dtype | None = None) -> list[Tensor | None]:
-    return [
-        None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors
-    ]
+from tests.ops.conv_cases import (
+    DEVICE,
+    LAST,
+    LAYERS,
+    WANTED,
+    inputs,
+    leaves,
+    needs_triton,
+    run,
+    small,
+)
 
 
 @needs_triton
@@ -221,99 +190,6 @@ def test_bias_whose_numbers_are_apart(want: str) -> None:
         found = [run([x, weight, bias, None], layer, want, b) for b in ("triton", "reference")]
         for a, b in zip(*found, strict=True):
             assert a is None or torch.equal(a, b)
-
-
-class Cudnn:
-    """Stands in for cuDNN's fused convolutions, of an x that says that it is on a GPU."""
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.kernels = pytest.importorskip("msvq_fast.ops.conv_bias_relu.triton_kernels")
-        self.calls: list[tuple] = []
-        self.error: str | None = None
-        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-        monkeypatch.setattr(torch, "cudnn_convolution_relu", self.convolve)
-        monkeypatch.setattr(torch, "cudnn_convolution_add_relu", self.convolve)
-        monkeypatch.setattr(self.kernels, "_refused", set())
-
-    def convolve(self, *arguments):
-        self.calls.append(arguments)
-        if self.error:
-            raise RuntimeError(self.error)
-        return "fused"
-
-    def __call__(self, x: Tensor, *others: Tensor | None):
-        steps = ([1, 1], [1, 1], [1, 1])
-        return self.kernels._fused(x.as_subclass(self.OnGpu), *others, steps)
-
-
-@pytest.fixture
-def cudnn(monkeypatch: pytest.MonkeyPatch) -> Cudnn:
-    return Cudnn(monkeypatch)
-
-
-def test_deterministic_algorithms_are_not_left_to_cudnn(
-    cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its fused convolutions take any."""
-    given = inputs(LAYERS[1], False, torch.float16)
-    assert cudnn(*given) == "fused"
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    assert cudnn(*given) is None
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert cudnn(*given) is None
-
-
-def test_what_cudnn_is_asked_for(cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, _, residual = inputs(LAYERS[1], True, torch.float16)
-    bias = small(16)[::2]  # float32, apart
-    for rest in (None, residual):
-        assert cudnn(x, weight, bias, rest) == "fused"
-        *_, taken = (t for t in cudnn.calls[-1] if isinstance(t, Tensor) and t.dim() == 1)
-        assert taken.dtype == torch.float16 and taken.is_contiguous()
-        assert any(t is rest for t in cudnn.calls[-1]) == (rest is not None)
-    for tensors in (
-        (x.float(), weight.float()),
-        (x[:0], weight),
-        (x[:, :12], weight[:, :12]),
-        (x, weight[:7]),
-    ):
-        assert cudnn(*tensors, bias, None) is None
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
-    assert cudnn(x, weight, bias, None) is None
-    assert len(cudnn.calls) == 2
-
-
-def test_what_cudnn_refuses_it_is_asked_for_once(cudnn: Cudnn) -> None:
-    *given, residual = inputs(LAYERS[1], True, torch.float16)
-    for error in ("Unable to find an engine", "CUDNN_STATUS_NOT_SUPPORTED"):
-        cudnn.kernels._refused.clear()
-        cudnn.calls.clear()
-        cudnn.error = error
-        assert cudnn(*given, None) is None and cudnn(*given, None) is None
-        assert len(cudnn.calls) == 1
-        cudnn.error = None
-        assert cudnn(*given, residual) == "fused"  # that is another call
-    cudnn.error = "out of memory"
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="out of memory"):
-            cudnn(*given, residual)
-
-
-@needs_triton
-def test_cudnn_makes_the_relu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = OP.kernels["triton"]
-    asked = []
-    monkeypatch.setattr(kernels, "_fused", lambda *a: asked.append(a))
-    for layer, want in ((LAYERS[3], "relu"), (LAYERS[1], "sum"), (LAYERS[1], "both")):
-        run(inputs(layer, False), layer, want, "triton")
-    assert not asked
-    x, weight, bias, residual = inputs(LAYERS[1], True)
-    run([x, weight, bias, residual.contiguous()], LAYERS[1], "relu", "triton")
-    assert asked[0][3].is_contiguous(memory_format=LAST)
 
 
 @needs_triton
