@@ -56,8 +56,8 @@ def test_deterministic_algorithms_are_not_left_to_cudnn(
 
 def test_what_cudnn_is_asked_for(cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _, residual = inputs(LAYERS[1], True, torch.float16)
-    bias = small(16)[::2]  # float32, apart
-    for rest in (None, residual):
+    apart = small(16)[::2]  # float32
+    for bias, rest in ((apart, None), (apart, residual), (small(16).half()[::2], None)):
         assert cudnn(x, weight, bias, rest) == "fused"
         *_, taken = (t for t in cudnn.calls[-1] if isinstance(t, Tensor) and t.dim() == 1)
         assert taken.dtype == torch.float16 and taken.is_contiguous()
@@ -71,7 +71,7 @@ def test_what_cudnn_is_asked_for(cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch) 
         assert cudnn(*tensors, bias, None) is None
     monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
     assert cudnn(x, weight, bias, None) is None
-    assert len(cudnn.calls) == 2
+    assert len(cudnn.calls) == 3
 
 
 def test_what_cudnn_refuses_it_is_asked_for_once(cudnn: Cudnn) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -216,14 +218,16 @@ def test_bias_has_its_gradient_in_its_own_dtype():
 
 @needs_triton
 def test_neighbours_keep_what_is_not_finite_to_themselves():
-    x, weight, bias = leaves(inputs((1, 16, 4, 6), DTYPES[0], DEVICE))
-    upstream = torch.zeros(1, 3, 8, 12, device=DEVICE)
-    upstream[0, 1, 3, 6] = float("inf")
-    _, (grad, _, _) = gradients([x, weight, bias], upstream, backend="triton")
-    bad = ~grad.isfinite().all(1)[0]
-    want = torch.zeros(4, 6, dtype=torch.bool, device=DEVICE)
-    want[1:3, 2:4] = True
-    assert torch.equal(bad, want)
+    """Of every channel: what a patch reads beside its own is channel 2 before, 0 after it."""
+    tensors = leaves(inputs((1, 16, 4, 6), DTYPES[0], DEVICE))
+    for channel, (column, first) in itertools.product(range(3), ((6, 2), (7, 3))):
+        upstream = torch.zeros(1, 3, 8, 12, device=DEVICE)
+        upstream[0, channel, 3, column] = float("inf")
+        _, (grad, _, _) = gradients(tensors, upstream, backend="triton")
+        bad = ~grad.isfinite().all(1)[0]
+        want = torch.zeros(4, 6, dtype=torch.bool, device=DEVICE)
+        want[1:3, first : first + 2] = True
+        assert torch.equal(bad, want)
 
 
 @needs_triton
