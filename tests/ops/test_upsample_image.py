@@ -217,6 +217,19 @@ def test_bias_has_its_gradient_in_its_own_dtype():
 
 
 @needs_triton
+def test_writes_nothing_behind_the_gradient_of_the_bias(monkeypatch):
+    from msvq_fast.ops.upsample_image import triton_kernels
+
+    longer = torch.full((4,), 7.0, device=DEVICE)
+    plain = triton_kernels._empty_grads
+    monkeypatch.setattr(triton_kernels, "_empty_grads", lambda *a: (*plain(*a)[:2], longer[:3]))
+    x, weight, _ = inputs((1, 16, 2, 3), DTYPES[0], DEVICE)
+    upstream = torch.ones(1, 3, 4, 6, device=DEVICE, dtype=x.dtype)
+    triton_kernels._upsample_image_backward(upstream, x, weight, True, True)
+    assert longer.tolist() == [24.0] * 3 + [7.0]
+
+
+@needs_triton
 def test_neighbours_keep_what_is_not_finite_to_themselves():
     """Of every channel: what a patch reads beside its own is channel 2 before, 0 after it."""
     tensors = leaves(inputs((1, 16, 4, 6), DTYPES[0], DEVICE))
