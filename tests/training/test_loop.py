@@ -57,10 +57,14 @@ def test_log_lines_are_means_over_their_steps(
 
 
 def test_accumulation_is_one_large_batch(
-    tmp_path: Path, train: Train, read_metrics: ReadMetrics
+    tmp_path: Path, train: Train, read_metrics: ReadMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train(tmp_path / "a", "--steps=2", "--log_every=1", "--accumulate=2") == 0
-    assert train(tmp_path / "b", "--steps=2", "--log_every=1", "--batch_size=8") == 0
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: norms.append(float(clip(*a))))
+    every = ("--steps=2", "--log_every=1", "--grad_clip=1e9")
+    assert train(tmp_path / "a", *every, "--accumulate=2") == 0
+    assert train(tmp_path / "b", *every, "--batch_size=8") == 0
+    assert norms[0] == pytest.approx(norms[2], rel=1e-4)  # Adam itself takes any scale
     a, b = (read_metrics(tmp_path / name) for name in "ab")
     assert losses(a) == pytest.approx(losses(b), rel=1e-4)
     # Codes depend on the weights before the step, so the first step's statistics are the same.
