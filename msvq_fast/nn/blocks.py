@@ -15,7 +15,8 @@ from msvq_fast.ops.conv_bias_relu import conv_bias_relu
 from msvq_fast.ops.upsample_image import upsample_image
 
 LEAST_VALUES = 2**22
-"""Of an input or output: fewer cost a GPU less in passes than the host in joining them."""
+"""Of an input or output: fewer cost a GPU less in passes than the host in joining them, by an
+estimate."""
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

@@ -144,6 +144,9 @@ def _sample_calls(device: str) -> dict[str, Callable[[str], object]]:
     codebook = torch.zeros(4, 64, device=device)
     query = torch.zeros(1, 1, 16, 16, device=device)
     coarse = torch.zeros(1, 1, 4, 16, device=device)
+    features = torch.zeros(1, 16, 4, 4, dtype=torch.bfloat16, device=device)
+    features = features.to(memory_format=torch.channels_last)
+    weight, bias = features.new_zeros(16, 3, 4, 4), features.new_zeros(3)
 
     def update(backend: str) -> None:
         mass, counts = torch.ones(4, device=device), torch.ones(4, dtype=torch.int64, device=device)
@@ -166,4 +169,8 @@ def _sample_calls(device: str) -> dict[str, Callable[[str], object]]:
         "gaussian_blur": lambda b: ops.gaussian_blur(image, 3, backend=b),
         "multiscale_loss": lambda b: ops.multiscale_loss([image, image], image, backend=b),
         "local_attention": attend,
+        "conv_bias_relu": lambda b: ops.conv_bias_relu(
+            features, weight, bias, stride=2, padding=1, transposed=True, backend=b
+        ),
+        "upsample_image": lambda b: ops.upsample_image(features, weight, bias, backend=b),
     }

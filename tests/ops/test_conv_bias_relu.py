@@ -330,6 +330,13 @@ def test_no_rows() -> None:
 
 def test_errors_name_the_argument() -> None:
     x, weight, bias, _ = inputs(LAYERS[1], False)
+    with pytest.raises(InputError, match="stride=0; expected at least 1"):
+        conv_bias_relu(x, weight, bias, stride=0)
+    with pytest.raises(InputError, match="padding=-1; expected at least 0"):
+        conv_bias_relu(x, weight, bias, padding=-1)
+    for rows in (1, 2):
+        with pytest.raises(InputError, match=r"x has shape .*, too small for weight .* stride=1"):
+            conv_bias_relu(x[:, :, :rows], weight, bias)
     with pytest.raises(InputError, match=r"want='all'"):
         conv_bias_relu(x, weight, bias, want="all")
     with pytest.raises(InputError, match=r"bias has shape \(7,\); expected \(8,\)"):

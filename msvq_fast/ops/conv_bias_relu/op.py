@@ -10,6 +10,7 @@ from torch import Tensor
 from msvq_fast.ops.backend import Op
 from msvq_fast.ops.checks import (
     InputError,
+    check_at_least,
     check_choice,
     check_float,
     check_same_device,
@@ -63,7 +64,7 @@ def conv_bias_relu(
         and ``relu``. Twice differentiable.
 
     Raises:
-        InputError: For shapes, devices or dtypes that do not fit.
+        InputError: For shapes, devices or dtypes that do not fit, or numbers out of range.
 
     Numerics:
         The Triton backend takes tensors in channels_last. What is added to the convolution is
@@ -72,6 +73,8 @@ def conv_bias_relu(
         through, as in PyTorch; cuDNN, which promises nothing, did so where it was tried.
     """
     check_choice("want", want, ("sum", "relu", "both"))
+    check_at_least(1, stride=stride)
+    check_at_least(0, padding=padding)
     given = {"x": x, "weight": weight, "bias": bias}
     if residual is not None:
         given["residual"] = residual
@@ -87,6 +90,11 @@ def conv_bias_relu(
     if tuple(bias.shape) != (channels,):
         raise InputError(f"bias has shape {tuple(bias.shape)}; expected {(channels,)}")
     size = reference.output_size(x, weight, stride, padding, transposed)
+    if min(size[2:]) < 1:
+        raise InputError(
+            f"x has shape {tuple(x.shape)}, too small for weight {tuple(weight.shape)} with "
+            f"stride={stride} and padding={padding}"
+        )
     if residual is not None and residual.shape != size:
         raise InputError(f"residual has shape {tuple(residual.shape)}; expected {size}")
     device = x.device.type

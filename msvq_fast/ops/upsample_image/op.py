@@ -25,7 +25,8 @@ def upsample_image(
             128; others run PyTorch's convolution.
         weight: ``(C, 3, 4, 4)``, as of `torch.nn.ConvTranspose2d`.
         bias: ``(3,)``.
-        backend: ``None`` picks; ``"reference"``, ``"native"`` or ``"triton"`` runs or raises.
+        backend: ``None`` picks; ``"reference"``, which is PyTorch's convolution, or ``"triton"``
+            runs or raises.
 
     Returns:
         ``(B, 3, 2H, 2W)`` in the dtype of ``x``, channels_last where ``x`` is.
