@@ -166,11 +166,12 @@ class _Frame:
 
     def _ticks(self, axis: _Range) -> list[tuple[float, str]]:
         if self.linear:
-            step = _round_step((axis.high - axis.low) / _TICKS)
-            count = int((axis.high - axis.low) / step + 1e-9)
-            return [(axis.low + i * step, f"{axis.low + i * step:.4g}") for i in range(count + 1)]
+            return [(value, f"{value:.4g}") for value in _round_values(*axis)]
         decades = range(math.ceil(axis.low - 1e-9), math.floor(axis.high + 1e-9) + 1)
-        return [(float(d), f"{10.0**d:g}") for d in decades]
+        if len(decades) > 1:
+            return [(float(d), f"{10.0**d:g}") for d in decades]
+        values = _round_values(10.0**axis.low, 10.0**axis.high)
+        return [(math.log10(value), f"{value:.4g}") for value in values]
 
     def _text(self, x: float, y: float, text: str, anchor: str) -> None:
         self.draw.text((x, y), text, fill=_INK, font=self.font, anchor=anchor)
@@ -189,6 +190,10 @@ def _with_margin(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _round_step(step: float) -> float:
+def _round_values(low: float, high: float) -> list[float]:
+    """Up to about `_TICKS` multiples of 1, 2 or 5 times a power of ten, ascending."""
+    step = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(step))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]

@@ -27,12 +27,18 @@ def run_evaluate_samples(config: EvaluateConfig, world: World) -> SetQuality:
     Both are resized and cut alike. Writes ``results.json``.
 
     Raises:
-        InputError: For a missing extractor or size, bad images or weights, or a bad output folder.
+        InputError: For a missing extractor or size, ``lpips_weights``, bad images or weights, or a
+            bad output folder.
     """
     if config.samples is None:
         raise InputError("samples=None; expected a folder of images")
     if config.size is None:
         raise InputError("evaluate --samples needs --size, the side of the images in pixels")
+    if config.lpips_weights is not None:
+        raise InputError(
+            f"lpips_weights={config.lpips_weights!r} with samples; LPIPS compares an image with "
+            "its original, and samples have none"
+        )
     judges = load_judges(config, world.device)
     extractor = judges.extractor
     if extractor is None:

@@ -87,16 +87,18 @@ class Viewer:
             contributions.append((_picture(shown), f"contribution {m}{how}"))
         return sums, contributions, [self._map(m, grid[0]) for m, grid in enumerate(codes)]
 
-    def redraw(self, path: str | Path, count: int, seed: int) -> Shown:
+    def redraw(self, path: str | Path, count: int | None, seed: int | None) -> Shown:
         """The image with its details drawn anew ``count`` times; the codes of scale 0 stay.
 
         Raises:
-            InputError: Without a prior, or for a number out of 1 to 8.
+            InputError: Without a prior, for a count out of 1 to 8, or for an emptied field (None).
         """
         if self.prior is None:
             raise InputError("prior=None; drawing needs one")
-        if not 1 <= count <= MOST_DRAWINGS:
+        if count is None or not 1 <= count <= MOST_DRAWINGS:
             raise InputError(f"count={count}; expected 1 to {MOST_DRAWINGS}")
+        if seed is None:
+            raise InputError("seed=None; expected a whole number")
         with inference_mode(self.model):
             coarse = self.model.encode(self.read(path))[0].expand(count, -1, -1)
             codes = priors.sample(self.prior, count, seed=seed, coarser=[coarse])
@@ -146,7 +148,9 @@ def build_page(viewer: Viewer) -> Any:
                 label="Details drawn anew", elem_id="drawn", columns=5, height="auto"
             )
             draw.click(
-                lambda path, n, s: guarded(viewer.redraw, path, int(n), int(s)),
+                lambda path, *numbers: guarded(
+                    viewer.redraw, path, *(None if n is None else int(n) for n in numbers)
+                ),
                 [image, count, seed],
                 drawn,
             )

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from msvq_fast.data import curve_chart, histogram
+from msvq_fast.data import charts, curve_chart, histogram
 from msvq_fast.data.charts import COLOURS
 from msvq_fast.ops import InputError
 
@@ -25,6 +26,30 @@ def test_a_falling_curve_falls():
     correlation = torch.corrcoef(torch.stack([rows[left].double(), columns[left].double()]))
     assert correlation[0, 1] > 0.99  # row numbers grow downwards
     assert rows[left].max() - rows[left].min() > 30
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (1.0, 1000.0, ["1", "10", "100", "1000"]),
+        (2.0, 80.0, ["20", "40", "60", "80"]),  # with one power of ten in it
+        (20.0, 30.0, ["20", "25", "30"]),
+        (0.0204, 0.0206, ["0.0204", "0.0206"]),
+    ],
+)
+def test_logarithmic_axes_have_labels_within_a_decade_too(
+    low: float, high: float, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr(
+        charts._Frame, "_text", lambda self, x, y, text, anchor: written.append((x, text))
+    )
+    x = torch.tensor([low, high], dtype=torch.float64)
+    charts.curve_chart({"": x}, x=x, x_label="", y_label="")
+    places, labels = zip(*written[: len(texts)], strict=True)
+    assert list(labels) == texts
+    steps = np.diff(np.log([float(text) for text in texts]))
+    np.testing.assert_allclose(np.diff(places) / steps, np.diff(places)[0] / steps[0], rtol=1e-3)
 
 
 def test_values_that_are_not_positive_are_left_out():

@@ -208,6 +208,7 @@ def test_samples_are_cut_as_the_originals_and_are_no_pairs(tmp_path, monkeypatch
         ({"samples": "s", "size": 64}, "needs --extractor"),
         ({"samples": "s", "size": 64, "extractor": "inception"}, "needs inception_weights"),
         ({"samples": "s", "size": 64, "inception_weights": "/no"}, "'/no' does not exist"),
+        ({"samples": "s", "size": 64, "lpips_weights": "w"}, "lpips_weights='w' with samples"),
     ],
 )
 def test_bad_settings_stop_the_command(change, message, tmp_path):

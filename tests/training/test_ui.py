@@ -121,6 +121,10 @@ def test_drawings_keep_the_coarse_codes(
     )
     with pytest.raises(InputError, match="count=9; expected 1 to 8"):
         viewer.redraw(folder / "picture.png", 9, seed=5)
+    with pytest.raises(InputError, match="count=None; expected 1 to 8"):
+        viewer.redraw(folder / "picture.png", None, seed=5)
+    with pytest.raises(InputError, match="seed=None; expected a whole number"):
+        viewer.redraw(folder / "picture.png", 3, seed=None)
     with pytest.raises(InputError, match="drawing needs one"):
         Viewer(viewer.model, None, torch.device("cpu")).redraw(folder / "picture.png", 1, 0)
 
