@@ -28,8 +28,8 @@ from msvq_fast.metrics import (
     radial_power,
     to_unit_range,
 )
-from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
-from msvq_fast.training.inference import inference_mode
+from msvq_fast.models import MSVQVAE, VQVAE2
+from msvq_fast.training.inference import inference_mode, load_model
 from msvq_fast.training.reconstruct import common_gain
 from msvq_fast.training.validation import load_tiles
 
@@ -72,7 +72,7 @@ def draw_comparison(
     Raises:
         InputError: For bad models or data, or a folder that cannot be written.
     """
-    models = {name: from_pretrained(folder).to(device) for name, folder in folders.items()}
+    models = {name: load_model(folder, torch.device(device)) for name, folder in folders.items()}
     paths = list_images(data, split="val")
     skipped: dict[str, str] = {}
     cut: dict[str, Any] = {"size": size, "resize": resize, "skipped": skipped}

@@ -22,7 +22,6 @@ from msvq_fast.models import (
     MSVQVAE,
     VQVAE2,
     MSVQVAEConfig,
-    from_pretrained,
     sum_contributions,
     weights_digest,
 )
@@ -31,7 +30,7 @@ from msvq_fast.ops.checks import check_at_least
 from msvq_fast.training.checkpoint import VERSIONS, find_model
 from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.distributed import World, all_reduce_, gather, join
-from msvq_fast.training.inference import fitting_size, inference_mode
+from msvq_fast.training.inference import fitting_size, inference_mode, load_model
 from msvq_fast.training.judges import FeatureSet, Judges, compare_sets, load_judges
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import (
@@ -169,7 +168,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationResult | None:
 
 def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, world: World) -> EvaluationResult:
     folder = find_model(checkpoint)
-    model = from_pretrained(folder)
+    model = load_model(folder, world.device)
     size = fitting_size(config.size, model)
     paths = list_images(config.data, split=config.split)
     skipped: dict[str, str] = {}

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from msvq_fast.models import MSVQVAE, VQVAE2
+from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
 from msvq_fast.ops import InputError
+
+
+def load_model(folder: str | Path, device: torch.device) -> MSVQVAE | VQVAE2:
+    """A saved model on ``device``, laid out for running without gradients.
+
+    Raises:
+        InputError: As from_pretrained.
+    """
+    model = from_pretrained(folder).to(device)
+    if device.type == "cpu":  # oneDNN takes channels_last as it is and copies NCHW to its own order
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 @contextlib.contextmanager

@@ -23,12 +23,12 @@ from msvq_fast.data import (
     to_uint8,
 )
 from msvq_fast.metrics import mse, psnr_from_mse, to_unit_range
-from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, sum_contributions
+from msvq_fast.models import MSVQVAE, VQVAE2, sum_contributions
 from msvq_fast.ops.checks import InputError, check_at_least
 from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.config import ReconstructConfig
 from msvq_fast.training.distributed import choose_device
-from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.inference import inference_mode, load_model
 from msvq_fast.training.results import check_writable
 
 _LEAST_SIDE = 256  # pixels; smaller pictures are hard to see
@@ -98,7 +98,7 @@ def run_reconstruct(config: ReconstructConfig) -> Path:
     """
     check_at_least(1, limit=config.limit)
     device = choose_device(config.device)
-    model = from_pretrained(find_model(config.checkpoint))
+    model = load_model(find_model(config.checkpoint), device)
     size = config.size or max(model.config.resolution, _LEAST_SIDE)
     if size < model.stride:
         raise InputError(f"size={size}; this model takes at least {model.stride} pixels")

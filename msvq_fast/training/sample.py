@@ -21,13 +21,13 @@ from msvq_fast.data import (
     to_float,
     to_uint8,
 )
-from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, sum_contributions, weights_digest
+from msvq_fast.models import MSVQVAE, VQVAE2, sum_contributions, weights_digest
 from msvq_fast.ops.checks import InputError, check_at_least
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior
 from msvq_fast.priors.maskgit import halton_rank
 from msvq_fast.training.checkpoint import STATE, find_model, read_state
 from msvq_fast.training.distributed import choose_device, require_one_process
-from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.inference import inference_mode, load_model
 from msvq_fast.training.prior_config import SampleConfig
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import check_writable, write_json
@@ -79,7 +79,7 @@ def run_sample(config: SampleConfig) -> Path:
     device = choose_device(config.device)
     prior_folder, model_folder = find_model(config.prior), find_model(config.checkpoint)
     prior = priors.from_pretrained(prior_folder).to(device).eval()
-    model = from_pretrained(model_folder).to(device)
+    model = load_model(model_folder, device)
     check_match(prior, prior_folder, model, model_folder)
     settings = _sampling_settings(config, prior)
     labels = _labels(config, prior, prior_folder).to(device) if config.labels else None

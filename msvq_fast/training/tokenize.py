@@ -23,12 +23,12 @@ from msvq_fast.data import (
     relative_names,
     to_float,
 )
-from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained, weights_digest
+from msvq_fast.models import MSVQVAE, VQVAE2, weights_digest
 from msvq_fast.ops.checks import InputError, check_at_least
 from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.config import TokenizeConfig
 from msvq_fast.training.distributed import choose_device, require_one_process
-from msvq_fast.training.inference import fitting_size, inference_mode
+from msvq_fast.training.inference import fitting_size, inference_mode, load_model
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import check_writable
 from msvq_fast.training.tokens import INDEX, read_index, read_shard, write_index, write_shard
@@ -57,7 +57,7 @@ def run_tokenize(config: TokenizeConfig) -> Path:
         raise InputError(f"crop={config.crop} has no repeat and no flip; they are of crop=random")
     device = choose_device(config.device)
     folder = find_model(config.checkpoint)
-    model = from_pretrained(folder).to(device)
+    model = load_model(folder, device)
     size = fitting_size(config.size, model)
     if model.config.num_codes > _MOST_CODES:
         raise InputError(f"num_codes={model.config.num_codes}; 16 bits hold {_MOST_CODES} codes")

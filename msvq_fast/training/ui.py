@@ -19,12 +19,12 @@ from msvq_fast.data import (
     to_uint8,
 )
 from msvq_fast.metrics import mse, psnr_from_mse, to_unit_range
-from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
+from msvq_fast.models import MSVQVAE, VQVAE2
 from msvq_fast.ops import InputError
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior
 from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.distributed import choose_device
-from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.inference import inference_mode, load_model
 from msvq_fast.training.reconstruct import common_gain
 from msvq_fast.training.sample import check_match
 from msvq_fast.training.share_config import UiConfig
@@ -171,7 +171,7 @@ def run_ui(config: UiConfig) -> None:
         ) from None
     device = choose_device(config.device)
     model_folder = find_model(config.checkpoint)
-    model, prior = from_pretrained(model_folder), None
+    model, prior = load_model(model_folder, device), None
     if config.prior is not None:
         prior_folder = find_model(config.prior)
         prior = priors.from_pretrained(prior_folder)

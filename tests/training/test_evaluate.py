@@ -19,6 +19,7 @@ from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError, default_kernel_size, gaussian_pyramid
 from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.evaluate import evaluate, run_evaluate
+from msvq_fast.training.inference import load_model
 from msvq_fast.training.results import SetQuality, print_table, write_results, write_text
 
 SMALL = {"width": 8, "code_dim": 8, "num_residual_blocks": 1}
@@ -226,8 +227,22 @@ def test_command_on_the_builtin_photographs(model, tmp_path, capsys):
     assert len(saved["settings"]["weights_sha256"]) == 64
     assert "perplexity" in capsys.readouterr().out
     paths = list_images("builtin:photos", split="val")
+    model = load_model(tmp_path / "model", torch.device("cpu"))
     same = evaluate(model, evaluation_tiles(paths, size=64, crop="center", limit=2))
     assert same.per_image == result.per_image
+
+
+def test_models_run_in_the_order_that_convolutions_take_on_a_cpu(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    loaded = load_model(tmp_path / "model", torch.device("cpu"))
+    x = torch.rand(2, 3, 64, 64).sub_(0.5)
+    with torch.no_grad():
+        codes = loaded.encode(x)
+        assert all(map(torch.equal, codes, model.encode(x)))
+        torch.testing.assert_close(loaded.decode(codes), model.decode(codes))
+        features = loaded.encoder(x)
+    assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
+    assert not any(f.is_contiguous() for f in features)
 
 
 def test_file_names_that_are_no_text(model, tmp_path):
