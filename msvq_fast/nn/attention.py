@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from msvq_fast.nn.attention_cache import AttentionCache, ring_rows, write_ring
+from msvq_fast.nn.linear import Linear
 from msvq_fast.ops import InputError, local_attention, local_attention_at
 
 ROTARY_BASE = 100.0
@@ -73,9 +74,9 @@ class LocalAttention(nn.Module):
         self.border = border
         self.rotary = rotary
         self.backend = backend
-        self.to_query = nn.Linear(width, width, bias=bias)
-        self.to_key_value = nn.Linear(width, 2 * kv_heads * head_width, bias=bias)
-        self.to_out = nn.Linear(width, width, bias=bias)
+        self.to_query = Linear(width, width, bias=bias)
+        self.to_key_value = Linear(width, 2 * kv_heads * head_width, bias=bias)
+        self.to_out = Linear(width, width, bias=bias)
         self.relative_bias: nn.ParameterList | None = None
         if relative_bias:
             self.relative_bias = nn.ParameterList()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msvq_fast.nn.linear import Linear
 from msvq_fast.ops import InputError, local_attention
 from msvq_fast.ops.checks import check_at_least
 
@@ -84,12 +85,12 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
-        self.to_query = nn.Linear(width, width)
-        self.to_key_value = nn.Linear(width, 2 * width)
-        self.to_out = nn.Linear(width, width)
+        self.to_query = Linear(width, width)
+        self.to_key_value = Linear(width, 2 * width)
+        self.to_out = Linear(width, width)
         self.perceptron_norm = nn.LayerNorm(width)
         self.perceptron = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width)
         )
         self.dropout = nn.Dropout(dropout)
 
@@ -147,7 +148,7 @@ class ScaleTransformer(nn.Module):
             Block(width, config.heads, config.dropout) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, codes)
+        self.head = Linear(width, codes)
         self.apply(_initialise)
 
     @property
