@@ -222,11 +222,11 @@ class MetricsFile:
         with path.open("a", encoding="utf-8") as before:
             _lock(before)
             self._events = _open_events(folder, step) if tensorboard else None
-            kept = _lines_upto(path, step) if step else []
             temporary = path.with_name(f".{METRICS}.{os.getpid()}")
             try:
                 with writing(path):
-                    temporary.write_text("".join(kept), encoding="utf-8")
+                    with temporary.open("wb") as file:
+                        file.writelines(_lines_upto(path, step) if step else ())
                     self._file: IO[str] = temporary.open("a", encoding="utf-8")
                     _lock(self._file)
                     temporary.replace(path)
@@ -283,15 +283,15 @@ def _lock(file: IO[str]) -> None:
         return
 
 
-def _lines_upto(path: Path, step: int) -> list[str]:
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
-                kept.append(line.decode())
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line or no text, from a crash in the middle of writing it
-    return kept
+def _lines_upto(path: Path, step: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                kept = json.loads(line)["step"] <= step and line.endswith(b"\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # half a line or no text, from a crash in the middle of writing it
+            if kept:
+                yield line
 
 
 def _open_events(folder: Path, step: int) -> Any:

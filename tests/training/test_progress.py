@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,3 +41,15 @@ def test_every_number_is_a_scalar_of_its_kind_scale_and_step(
         ("train/usage/1", 100.0, 7),
         "closed",
     ]
+
+
+def test_a_long_file_is_taken_over_line_by_line(tmp_path: Path) -> None:
+    """Ten million steps leave half a gigabyte."""
+    lines = [json.dumps({"step": step, "loss": "x" * 400}) + "\n" for step in range(1, 3001)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 3')
+    tracemalloc.start()
+    MetricsFile(tmp_path, step=2000, tensorboard=False).close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2000])
+    assert peak < 200_000
