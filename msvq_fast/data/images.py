@@ -174,8 +174,7 @@ def decode(
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             image.load()
-            rgb = _upright(image, _to_rgb(image))
-        return np.asarray(rgb)
+            return np.asarray(_upright(image, _to_rgb(image)))
     except UnidentifiedImageError:
         empty = (path.size if isinstance(path, StoredImage) else Path(path).stat().st_size) == 0
         reason = "the file is empty" if empty else "not an image of a known format"
@@ -216,7 +215,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
