@@ -221,17 +221,20 @@ def batches(
         )
     if not 0 <= start_batch <= count:
         raise InputError(f"start_batch={start_batch}; expected 0 <= start_batch <= {count}")
-    order = epoch_order(len(dataset), seed=seed, epoch=epoch).tolist()
+    order = epoch_order(len(dataset), seed=seed, epoch=epoch).numpy()
     group = batch_size * world_size
-    plan = []
-    for start in range(start_batch * group, count * group, group):
-        share = min(batch_size, (len(order) - start) // world_size)
-        plan.append(order[start + rank * share :][:share])
-    return _read_batches(dataset, plan, epoch, workers)
+
+    def plan() -> Iterator[list[int]]:
+        for start in range(start_batch * group, count * group, group):
+            share = min(batch_size, (len(order) - start) // world_size)
+            first = start + rank * share
+            yield order[first : first + share].tolist()
+
+    return _read_batches(dataset, plan(), batch_size, epoch, workers)
 
 
 def _read_batches(
-    dataset: ImageDataset, plan: list[list[int]], epoch: int, workers: int
+    dataset: ImageDataset, plan: Iterator[list[int]], batch_size: int, epoch: int, workers: int
 ) -> Iterator[Tensor]:
     def allocate(indices: list[int]) -> NDArray[np.uint8]:
         return np.zeros((len(indices), 3, dataset.size, dataset.size), np.uint8)
@@ -256,7 +259,7 @@ def _read_batches(
 
     try:
         # Two batches ahead, more where a batch is too small to occupy all workers.
-        depth = 2 + workers // max(1, len(plan[0])) if plan else 0
+        depth = 2 + workers // batch_size
         for indices in plan:
             if len(ahead) == depth:
                 yield finished()
@@ -362,7 +365,8 @@ def _load(path: ImagePath, size: int, resize: int | None, *, reduced: bool) -> N
 
 
 def _image_paths(paths: Sequence[str | os.PathLike[str] | StoredImage]) -> list[ImagePath]:
-    return [path if isinstance(path, StoredImage) else Path(path) for path in paths]
+    # A path is kept as it is: a copy of each would double what a million of them take.
+    return [path if isinstance(path, (Path, StoredImage)) else Path(path) for path in paths]
 
 
 def _random_words(purpose: bytes, seed: int, epoch: int, index: int) -> tuple[int, int, int]:

@@ -87,7 +87,7 @@ def list_named_images(uri: str | os.PathLike[str], *, split: str) -> dict[str, I
     elif scheme == "hf":
         images, settled = list_rows(place, split)
     else:
-        images, settled = _list_files(_resolve_folder(uri), split)
+        return _list_files(uri, split)
     if split == "all" or settled:
         return dict(images)
     return {name: images[name] for name in _hash_split(uri, list(images), split)}
@@ -114,11 +114,15 @@ def _resolve_folder(uri: str) -> Path:
     raise InputError(f"data folder {uri!r} does not exist")
 
 
-def _list_files(root: Path, split: str) -> tuple[dict[str, Path], bool]:
-    """Image files by their names, and whether they are those of ``split`` alone."""
+def _list_files(uri: str, split: str) -> dict[str, ImagePath]:
+    """The image files of one split by their names."""
+    root = _resolve_folder(uri)
     parts = _part_folders(root) if split != "all" else {}
     root = parts.get(split, root)
-    return {name: root / name for name in _walk(root)}, bool(parts)
+    names = _walk(root)
+    if split != "all" and not parts:
+        names = _hash_split(uri, names, split)
+    return {name: root / name for name in names}
 
 
 def _part_folders(root: Path) -> dict[str, Path]:
@@ -145,9 +149,10 @@ def _walk(root: Path) -> list[str]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative = Path(folder).relative_to(root)
+        relative = Path(folder).relative_to(root).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
         names += [
-            (relative / name).as_posix()
+            prefix + name
             for name in files
             if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
         ]
