@@ -106,10 +106,18 @@ def load_tokens(folder: str | Path) -> Tokens:
         raise InputError(
             f"{folder} is not finished: {done} of {files} files; run the same msvq tokenize again"
         )
-    parts = [read_shard(folder, shard) for shard in index["shards"]]
-    scales = range(len(index["grids"]))
-    codes = [torch.cat([part[f"codes_{m}"] for part in parts]) for m in scales]
-    labels = torch.cat([part[_LABELS] for part in parts]).long() if "classes" in index else None
+    count = sum(shard["images"] for shard in index["shards"])
+    codes = [torch.empty(count, h, w, dtype=torch.uint16) for h, w in index["grids"]]
+    labels = torch.empty(count, dtype=torch.int64) if "classes" in index else None
+    first = 0
+    for shard in index["shards"]:  # one at a time, or all would be in memory twice
+        part = read_shard(folder, shard)
+        last = first + shard["images"]
+        for m, grids in enumerate(codes):
+            grids[first:last] = part[f"codes_{m}"]
+        if labels is not None:
+            labels[first:last] = part[_LABELS]
+        first = last
     return Tokens(folder, index, codes, labels)
 
 
