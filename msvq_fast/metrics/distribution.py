@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msvq_fast.ops import InputError
 
-_ROWS = 1024  # of a kernel matrix at a time
+_ROWS = 1024  # of a set in float64 at a time
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
@@ -33,11 +33,12 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         The trace of the root is the sum of the singular values of ``X Yᵀ``, X and Y the centred
         features over √(N - 1): no covariance is squared, and no eigenvalue can turn negative.
     """
-    x, y = _features(x, y, least=2)
-    shift = x.mean(dim=0) - y.mean(dim=0)
-    x, y = _root(x), _root(y)
-    overlap = torch.linalg.svdvals(x @ y.T).sum()
-    distance = shift.square().sum() + x.square().sum() + y.square().sum() - 2 * overlap
+    _check_sets(x, y)
+    mean_x, mean_y = _mean(x), _mean(y)
+    root_x, root_y = _root(x, mean_x), _root(y, mean_y)
+    overlap = torch.linalg.svdvals(root_x @ root_y.T).sum()
+    shift = (mean_x - mean_y).square().sum()
+    distance = shift + root_x.square().sum() + root_y.square().sum() - 2 * overlap
     return max(float(distance), 0.0)
 
 
@@ -62,7 +63,7 @@ def kernel_distance(x: Tensor, y: Tensor, *, paired: bool = False) -> float:
     Raises:
         InputError: As `frechet_distance`, and for paired sets of different sizes.
     """
-    x, y = _features(x, y, least=2)
+    _check_sets(x, y)
     n, m = len(x), len(y)
     if paired and n != m:
         raise InputError(f"y has {m} rows but x has {n}; paired sets need as many")
@@ -94,8 +95,8 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
         raise InputError(f"splits={splits}; expected 1 to {len(logits)}, the number of images")
     scores = []
     cuts = [i * len(logits) // splits for i in range(1, splits)]  # as Salimans et al. cut
-    for part in logits.double().tensor_split(cuts):
-        log_p = part.log_softmax(dim=1)
+    for part in logits.tensor_split(cuts):
+        log_p = part.double().log_softmax(dim=1)
         p = log_p.exp()
         marginal = p.mean(dim=0, keepdim=True)  # (1, C)
         divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, marginal)
@@ -104,27 +105,44 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
     return float(values.mean()), float(values.std()) if len(values) > 1 else 0.0
 
 
-def _root(x: Tensor) -> Tensor:
+def _mean(x: Tensor) -> Tensor:
+    return torch.stack([rows.double().sum(dim=0) for rows in x.split(_ROWS)]).sum(dim=0) / len(x)
+
+
+def _root(x: Tensor, mean: Tensor) -> Tensor:
     """R with ``RᵀR`` the covariance of the rows of ``x``, at most D rows."""
-    x = (x - x.mean(dim=0)) / (len(x) - 1) ** 0.5
-    return torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x
+    dim = x.shape[1]
+    root = mean.new_empty(0, dim)
+    for rows in x.split(max(_ROWS, 4 * dim)):  # longer than R, which every block is joined to
+        root = torch.cat([root, rows.double() - mean])
+        if len(root) > dim:
+            root = torch.linalg.qr(root, mode="r").R
+    return root / (len(x) - 1) ** 0.5
 
 
 def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
-    parts = [(rows @ y.T / x.shape[1] + 1).pow(3).sum() for rows in x.split(_ROWS)]
+    parts = []
+    for i, rows in enumerate(x.split(_ROWS)):
+        a = rows.double()
+        for j, others in enumerate(y.split(_ROWS)):
+            if x is y and j < i:  # the transpose of what is counted twice
+                continue
+            part = (a @ others.double().T).div_(x.shape[1]).add_(1).pow_(3).sum()
+            parts.append(2 * part if x is y and j > i else part)
     return torch.stack(parts).sum()
 
 
 def _kernel_diagonal(x: Tensor, y: Tensor) -> Tensor:
-    return ((x * y).sum(dim=1) / x.shape[1] + 1).pow(3).sum()
+    pairs = zip(x.split(_ROWS), y.split(_ROWS), strict=True)
+    dots = torch.cat([(a.double() * b.double()).sum(dim=1) for a, b in pairs])
+    return (dots / x.shape[1] + 1).pow(3).sum()
 
 
-def _features(x: Tensor, y: Tensor, *, least: int) -> tuple[Tensor, Tensor]:
-    _check_features("x", x, least=least)
-    _check_features("y", y, least=least)
+def _check_sets(x: Tensor, y: Tensor) -> None:
+    _check_features("x", x, least=2)
+    _check_features("y", y, least=2)
     if x.shape[1] != y.shape[1]:
         raise InputError(f"y has {y.shape[1]} features per image but x has {x.shape[1]}")
-    return x.double(), y.double()
 
 
 def _check_features(name: str, x: Tensor, *, least: int) -> None:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msvq_fast.metrics import fewest_images, frechet_distance, inception_score, kernel_distance
 from msvq_fast.ops import InputError
@@ -46,6 +47,42 @@ def test_frechet_distance_is_that_of_torchmetrics():
     x, y = features(300, 24, 1), features(250, 24, 2, shift=0.1)
     theirs = fid._compute_fid(x.mean(0), torch.cov(x.T), y.mean(0), torch.cov(y.T))
     assert frechet_distance(x, y) == pytest.approx(float(theirs), rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "m"), [(300, 250), (40, 12), (97, 96)])
+def test_distances_do_not_depend_on_blocks(n, m, monkeypatch):
+    x, y = features(n, 12, 1), features(m, 12, 2, shift=0.3)
+    kept = x.clone(), y.clone()
+    whole = frechet_distance(x, y), kernel_distance(x, y), kernel_distance(x, x)
+    monkeypatch.setattr("msvq_fast.metrics.distribution._ROWS", 7)
+    blocks = frechet_distance(x, y), kernel_distance(x, y), kernel_distance(x, x)
+    assert blocks == pytest.approx(whole, rel=1e-11)
+    assert torch.equal(x, kept[0]) and torch.equal(y, kept[1])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that a float64 tensor has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                self.elements = max(self.elements, made.numel())
+        return out
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_no_set_is_in_memory_in_float64(paired, monkeypatch):
+    """50,000 images have 0.8 GB of features then."""
+    monkeypatch.setattr("msvq_fast.metrics.distribution._ROWS", 32)
+    x, y = features(1000, 8, 1).float(), features(1000, 8, 2).float()
+    with Largest() as largest:
+        frechet_distance(x, y)
+        kernel_distance(x, y, paired=paired)
+        inception_score(x)
+    assert 0 < largest.elements <= 32 * 32
 
 
 def test_frechet_distance_of_known_gaussians():
