@@ -9,7 +9,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,12 @@ from msvq_fast.ops.checks import check_at_least
 from msvq_fast.training.checkpoint import VERSIONS, find_model
 from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.distributed import World, all_reduce_, gather, join
-from msvq_fast.training.inference import fitting_size, inference_mode, load_model
+from msvq_fast.training.inference import (
+    fitting_size,
+    inference_mode,
+    load_model,
+    tile_batches,
+)
 from msvq_fast.training.judges import FeatureSet, Judges, compare_sets, load_judges
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import (
@@ -93,7 +98,7 @@ def evaluate(
     truncated: list[Tensor] = []  # per batch: (reconstructions, B)
     done = 0
     with inference_mode(model.to(device)):
-        for names, images in _batches(tiles, batch_size):
+        for names, images in tile_batches(tiles, batch_size):
             x = to_float(images.to(device))
             codes = model.encode(x)
             grids = [(c.shape[1], c.shape[2]) for c in codes]
@@ -283,21 +288,6 @@ def _blur_settings(model: MSVQVAE | VQVAE2) -> dict[str, Any]:
         return {}  # its one target is the image itself
     size = config.kernel_size or default_kernel_size(config.resolution)
     return {"kernel_size": size, "sigma_rule": config.sigma_rule}
-
-
-def _batches(
-    tiles: Iterable[tuple[str, Tensor]], batch_size: int
-) -> Iterator[tuple[list[str], Tensor]]:
-    names: list[str] = []
-    images: list[Tensor] = []
-    for name, image in tiles:
-        if images and (len(images) == batch_size or image.shape != images[0].shape):
-            yield names, torch.stack(images)
-            names, images = [], []
-        names.append(name)
-        images.append(image)
-    if images:
-        yield names, torch.stack(images)
 
 
 def _conditions(

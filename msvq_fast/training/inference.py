@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from msvq_fast.models import MSVQVAE, VQVAE2, from_pretrained
 from msvq_fast.ops import InputError
@@ -47,3 +47,19 @@ def fitting_size(size: int | None, model: MSVQVAE | VQVAE2) -> int:
     if size < 1 or size % model.stride:
         raise InputError(f"size={size}; this model takes multiples of {model.stride} pixels")
     return size
+
+
+def tile_batches(
+    tiles: Iterable[tuple[str, Tensor]], batch_size: int
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and images ``(B, 3, H, W)`` of at most ``batch_size`` neighbours of one size."""
+    names: list[str] = []
+    images: list[Tensor] = []
+    for name, image in tiles:
+        if images and (len(images) == batch_size or image.shape != images[0].shape):
+            yield names, torch.stack(images)
+            names, images = [], []
+        names.append(name)
+        images.append(image)
+    if images:
+        yield names, torch.stack(images)

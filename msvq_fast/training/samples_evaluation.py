@@ -15,7 +15,7 @@ from msvq_fast.metrics import FeatureExtractor
 from msvq_fast.ops import InputError
 from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.distributed import World, gather
-from msvq_fast.training.inference import inference_mode
+from msvq_fast.training.inference import inference_mode, tile_batches
 from msvq_fast.training.judges import FeatureSet, compare_sets, load_judges
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import RESULTS_FILE, SetQuality, check_writable, write_json
@@ -94,8 +94,10 @@ def _read(
     )
     found = FeatureSet(extractor)
     with inference_mode(extractor):
-        for number, (name, tile) in enumerate(tiles, 1):
-            found.add([name], tile.to(world.device)[None])
+        done = 0
+        for names, images in tile_batches(tiles, config.batch_size):
+            found.add(names, images.to(world.device))
+            done += len(names)
             if progress is not None:
-                progress(number)
+                progress(done)
     return found

@@ -199,6 +199,23 @@ def test_samples_are_cut_as_the_originals_and_are_no_pairs(tmp_path, monkeypatch
     assert saved["kid"] < -1e-4
 
 
+def test_samples_go_through_the_network_in_batches(tmp_path, monkeypatch):
+    sizes = []
+
+    class Counting(Colours):
+        def _extract(self, pixels):
+            sizes.append(len(pixels))
+            return super()._extract(pixels)
+
+    judges = "msvq_fast.training.samples_evaluation.load_judges"
+    monkeypatch.setattr(judges, lambda *_: Judges(extractor=Counting()))
+    data = folder_of_images(tmp_path / "images", 5)
+    options = {"data": str(data), "split": "all", "samples": str(data), "device": "cpu"}
+    cut = {"size": 32, "crop": "center", "batch_size": 2}
+    run_evaluate(EvaluateConfig(out=str(tmp_path / "out"), **cut, **options))
+    assert sizes == [2, 2, 1] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
