@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,14 @@ class _View(NamedTuple):
     codes: list[Tensor]
 
 
+class _Found(NamedTuple):
+    """What all held-out tiles say: codes per model and scale, mean power per ring."""
+
+    tiles: int
+    usage: dict[str, list[CodeUsage]]
+    power: dict[str, Tensor]
+
+
 def draw_comparison(
     folders: Mapping[str, Path],
     out: Path,
@@ -81,11 +89,11 @@ def draw_comparison(
     base, ours = views["vqvae2"], views["msvqvae"]
     _draw_reconstructions(out / PICTURES[0], shown, base, ours)
     _draw_crops(out / PICTURES[1], shown, base, ours)
-    tiles = [tile for _, tile in evaluation_tiles(paths, crop="tiles", **cut)]
+    found = _measure(models, (tile for _, tile in evaluation_tiles(paths, crop="tiles", **cut)))
     for reason in skipped.values():
         print(f"skipped: {reason}")
-    _draw_codes(out / PICTURES[2], models, tiles)
-    return _draw_spectrum(out / PICTURES[3], models, tiles)
+    _draw_codes(out / PICTURES[2], models, found)
+    return _draw_spectrum(out / PICTURES[3], found.power)
 
 
 def _view(model: MSVQVAE | VQVAE2, images: Tensor) -> _View:
@@ -94,6 +102,30 @@ def _view(model: MSVQVAE | VQVAE2, images: Tensor) -> _View:
         codes = model.encode(x)
         contributions = [c.float() for c in model.contributions(codes)]
     return _View(list(itertools.accumulate(contributions)), contributions, codes)
+
+
+def _measure(models: Mapping[str, MSVQVAE | VQVAE2], tiles: Iterable[Tensor]) -> _Found:
+    """Look at one tile at a time: all those of a data set do not fit into memory."""
+    usage = {
+        name: [CodeUsage(model.config.num_codes) for _ in range(model.num_scales)]
+        for name, model in models.items()
+    }
+    power: dict[str, Tensor] = {}
+    count = 0
+    for tile in tiles:
+        count += 1
+        views = {name: _view(model, tile[None]) for name, model in models.items()}
+        for name, view in views.items():
+            for counter, grid in zip(usage[name], view.codes, strict=True):
+                counter.update(grid)
+        ours = views["msvqvae"]
+        found = {"image": to_float(tile)[None]}
+        found |= {f"MS-VQVAE C_{m}": c for m, c in enumerate(ours.contributions)}
+        found |= {f"MS-VQVAE sum of 0..{m}": s for m, s in enumerate(ours.sums) if m}
+        found["VQ-VAE 2"] = views["vqvae2"].sums[-1]
+        for name, image in found.items():
+            power[name] = power.get(name, 0) + radial_power(image.cpu())[0]
+    return _Found(count, usage, {name: total / count for name, total in power.items()})
 
 
 def _draw_reconstructions(path: Path, images: Tensor, base: _View, ours: _View) -> None:
@@ -126,36 +158,20 @@ def _draw_crops(path: Path, images: Tensor, base: _View, ours: _View) -> None:
     save_png(path, rows, column_labels=columns, title=title)
 
 
-def _draw_codes(
-    path: Path, models: Mapping[str, MSVQVAE | VQVAE2], tiles: Sequence[Tensor]
-) -> None:
+def _draw_codes(path: Path, models: Mapping[str, MSVQVAE | VQVAE2], found: _Found) -> None:
     rows = []
-    for model in models.values():
-        usage = [CodeUsage(model.config.num_codes) for _ in range(model.num_scales)]
-        for tile in tiles:
-            for counter, grid in zip(usage, _view(model, tile[None]).codes, strict=True):
-                counter.update(grid)
+    for name in models:
+        usage = found.usage[name]
         labels = [f"{u.usage:.0f} % used, perplexity {u.perplexity:.0f}" for u in usage]
         rows.append([histogram(u.counts, label=t) for u, t in zip(usage, labels, strict=True)])
     latents = next(iter(models.values())).config.latents
     columns = [f"scale {m}, {side}x{side}" for m, side in enumerate(latents)]
     names = ["VQ-VAE 2", "MS-VQVAE"]
-    title = f"Use of the codebooks over {len(tiles)} held-out tiles"
+    title = f"Use of the codebooks over {found.tiles} held-out tiles"
     save_png(path, rows, row_labels=names, column_labels=columns, title=title)
 
 
-def _draw_spectrum(
-    path: Path, models: Mapping[str, MSVQVAE | VQVAE2], tiles: Sequence[Tensor]
-) -> dict[str, float | None]:
-    power: dict[str, Tensor] = {}
-    for tile in tiles:
-        found = {"image": to_float(tile)[None]}
-        ours = _view(models["msvqvae"], tile[None])
-        found |= {f"MS-VQVAE C_{m}": c for m, c in enumerate(ours.contributions)}
-        found |= {f"MS-VQVAE sum of 0..{m}": s for m, s in enumerate(ours.sums) if m}
-        found["VQ-VAE 2"] = _view(models["vqvae2"], tile[None]).sums[-1]
-        for name, image in found.items():
-            power[name] = power.get(name, 0) + radial_power(image.cpu())[0] / len(tiles)
+def _draw_spectrum(path: Path, power: Mapping[str, Tensor]) -> dict[str, float | None]:
     cycles = torch.arange(1, len(power["image"]) + 1).double()
     parts = ["image", *(name for name in power if " C_" in name)]
     wholes = [name for name in power if name not in parts[1:]]

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,10 @@ from PIL import Image
 from msvq_fast.cli import main
 from msvq_fast.models import PRESETS
 from msvq_fast.ops import InputError
-from msvq_fast.training import compare
+from msvq_fast.training import compare, compare_figures
 from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.compare_config import CompareConfig
-from msvq_fast.training.compare_figures import (
-    PICTURES,
-    _half_power,
-    _most_detailed,
-    _psnr,
-    _View,
-)
+from msvq_fast.training.compare_figures import PICTURES, _half_power, _most_detailed, _psnr, _View
 from msvq_fast.training.compare_report import describe, headings, print_comparison, rows, summarize
 from msvq_fast.training.paper import PAPER_RESULTS
 from msvq_fast.training.progress import MetricsFile
@@ -230,13 +225,31 @@ def test_bad_settings_stop_before_anything_is_written(change, message, pictures,
     assert not (tmp_path / "out").exists()
 
 
+def draw(done: Path, data: Path, out: Path, *, size: int) -> None:
+    names = {"vqvae2": "vqvae2-imagenet256-s-seed0", "msvqvae": "imagenet256-s-seed0"}
+    folders = {key: find_model(str(done / "runs" / name)) for key, name in names.items()}
+    compare.draw_comparison(folders, out, data=str(data), size=size, resize=None)
+
+
+def test_held_out_tiles_are_in_memory_one_at_a_time(done, pictures, tmp_path, monkeypatch):
+    before, read = [], compare_figures.evaluation_tiles
+
+    def reading(*args, **options):
+        for name, tile in read(*args, **options):
+            assert sum(old() is not None for old in before) <= 1
+            before.append(weakref.ref(tile))
+            yield name, tile
+
+    monkeypatch.setattr(compare_figures, "evaluation_tiles", reading)
+    draw(done, pictures, tmp_path, size=8)
+    assert len(before) > 2
+
+
 def test_held_out_images_that_cannot_be_read_are_named(done, pictures, tmp_path, capsys):
     shutil.copytree(pictures / "val", tmp_path / "data/val")
     (tmp_path / "data/train").mkdir()
     (tmp_path / "data/val/text.png").write_text("no image")
-    names = {"vqvae2": "vqvae2-imagenet256-s-seed0", "msvqvae": "imagenet256-s-seed0"}
-    folders = {key: find_model(str(done / "runs" / name)) for key, name in names.items()}
-    compare.draw_comparison(folders, tmp_path, data=str(tmp_path / "data"), size=16, resize=None)
+    draw(done, tmp_path / "data", tmp_path, size=16)
     assert capsys.readouterr().out.count("skipped: cannot read image") == 1
 
 
@@ -370,8 +383,8 @@ def test_half_power():
 
 
 def test_the_psnr_beside_a_row_is_that_of_the_whole_sum():
-    image = torch.full((3, 4, 4), 255, dtype=torch.uint8)
-    grey, near = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.8)
+    image, grey = torch.full((3, 4, 4), 255, dtype=torch.uint8), torch.zeros(2, 3, 4, 4)
+    near = torch.full((2, 3, 4, 4), 0.8)
     assert _psnr(_View([grey, near], [], []), image, 1) == "20.00"  # off by 0.1 of [0, 1]
 
 
