@@ -150,6 +150,9 @@ class SampleConfig:
         prior: A run of train-prior (its best checkpoint), a checkpoint, or a folder of a prior.
         checkpoint: The model that made the tokens: a run, a checkpoint, or a saved model.
         out: The PNG file; settings, scores and images/s are written beside it as JSON.
+        folder: Folder for every image as a PNG file of its own, for ``msvq evaluate --samples``;
+            started again it goes on where it was stopped. The grid then shows the first 64. null
+            writes the grid alone.
         images: Coarse images that are drawn.
         labels: Classes by name, of which images are drawn in turn; null is of no class. Only of a
             prior that learnt classes (``msvq tokenize --labels``).
@@ -174,6 +177,7 @@ class SampleConfig:
     prior: str
     checkpoint: str
     out: str = "runs/samples.png"
+    folder: str | None = None
     images: int = 8
     labels: tuple[str | int, ...] | None = None
     guidance: float | None = None

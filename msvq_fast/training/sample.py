@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,11 @@ from msvq_fast.training.inference import inference_mode, load_model
 from msvq_fast.training.prior_config import SampleConfig
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import check_writable, write_json
+from msvq_fast.training.sample_folder import SampleFolder
 
 _GROUPS = 4  # parts of a coarse grid that are predicted from the others
 _COLUMNS = 8
+_SHOWN = 64  # images in the grid where all are written to a folder
 _GAIN = 4  # of the finer contributions, which are faint
 _VARIATIONS_APART = 1 << 32  # numbers of draws, more than there are images
 
@@ -66,13 +68,14 @@ def coarse_scores(
 
 
 def run_sample(config: SampleConfig) -> Path:
-    """``msvq sample``: draw codes from coarse to fine, decode them and write a grid.
+    """``msvq sample``: draw codes from coarse to fine, decode them and write images and a grid.
 
     Returns:
         The PNG file.
 
     Raises:
-        InputError: For a bad prior, checkpoint, setting or output path, or several processes.
+        InputError: For a bad prior, checkpoint, setting or output path, a folder with images of
+            other settings, or several processes.
     """
     require_one_process("sample", "start it without torchrun")
     keep = _check(config)
@@ -88,96 +91,148 @@ def run_sample(config: SampleConfig) -> Path:
         what = "a folder" if out.is_dir() else "a JSON file"
         raise InputError(f"out={config.out!r} is {what}; give the name of a PNG file")
     check_writable(out.parent)
+    folder = _open_folder(config, prior_folder, model_folder)
+    shown = keep if folder is None else min(keep, _SHOWN)
     total = config.images + keep * config.variations
     with inference_mode(model), counting("drawings", total) as progress:
         fixed, picture = None, None
         if config.inpaint is not None:
             picture, fixed = _inpainting(config, model, prior, device)
         start = time.perf_counter()
-        drawn = _draw(prior, config, keep, labels, fixed, settings, device, progress)
+        draws = _Draws(prior, config, labels, fixed, settings, progress)
+        coarse = draws.coarse(keep, device)
         images = [
-            [_decode(model, codes) for codes in drawn.variations[v]]
-            for v in range(config.variations)
+            _finish(model, draws, coarse, variation, shown, folder)
+            for variation in range(config.variations)
         ]
         seconds = time.perf_counter() - start
-    _write_grid(out, config, images, drawn, picture)
-    rate = keep * config.variations / seconds
+    _write_grid(out, config, images, coarse.kept[:shown].tolist(), picture)
+    kept = coarse.kept.tolist()
+    rate = draws.finished / seconds
     record = {
         "settings": dataclasses.asdict(config),
-        "kept": drawn.kept,
-        **({"labels": [_label(config, i) for i in drawn.kept]} if config.labels else {}),
-        "scores": drawn.scores,
+        "kept": kept,
+        **({"labels": [_label(config, i) for i in kept]} if config.labels else {}),
+        "scores": coarse.scores,
         "images_per_second": rate,
     }
     write_json(out.with_suffix(".json"), record)
-    print(f"{keep * config.variations} images in {seconds:.2f} s, {rate:.2f} images/s; wrote {out}")
+    print(f"{draws.finished} images in {seconds:.2f} s, {rate:.2f} images/s; wrote {out}")
+    if folder is not None:
+        print(f"{keep * config.variations} images in {folder.folder}")
     return out
 
 
-@dataclasses.dataclass
-class _Drawn:
-    """Codes that were drawn.
+class _Coarse(NamedTuple):
+    """Coarse images: codes and scores of all in the order they were drawn, numbers of the kept."""
 
-    Attributes:
-        kept: Numbers of the coarse images that were kept.
-        scores: Of all coarse images, in the order they were drawn.
-        variations: Per variation the batches of codes of all kept images.
-    """
-
-    kept: list[int]
+    codes: Tensor
     scores: list[float]
-    variations: list[list[list[Tensor]]]
+    kept: Tensor
 
 
-def _draw(
-    prior: AutoregressivePrior | MaskGITPrior,
-    config: SampleConfig,
-    keep: int,
-    labels: Tensor | None,
-    fixed: list[Tensor] | None,
-    settings: dict[str, Any],
-    device: torch.device,
-    progress: Callable[[int], None] | None,
-) -> _Drawn:
-    """Draw; ``labels (images,)`` are the classes of the coarse images."""
-    done = 0
+class _Draws:
+    """Draws by the numbers of coarse images; ``labels (images,)`` are their classes."""
 
-    def draw(images: Tensor, variation: int = 0, **options: Any) -> list[Tensor]:
-        """Draw for these numbers of coarse images."""
-        nonlocal done
-        count = len(images)
-        own = None if fixed is None else [f.expand(count, -1, -1) for f in fixed]
+    def __init__(
+        self,
+        prior: AutoregressivePrior | MaskGITPrior,
+        config: SampleConfig,
+        labels: Tensor | None,
+        fixed: list[Tensor] | None,
+        settings: dict[str, Any],
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.prior, self.config, self.labels, self.fixed = prior, config, labels, fixed
+        self.settings, self.progress = settings, progress
+        self.done = self.finished = 0
+
+    def coarse(self, keep: int, device: torch.device) -> _Coarse:
+        """Draw all coarse images and choose which are kept."""
+        numbers = torch.arange(self.config.images, device=device)
+        batches = numbers.split(self.config.batch_size)
+        codes = torch.cat([self._draw(part, part, upto=0)[0] for part in batches])
+        scores = torch.cat(
+            [coarse_scores(self.prior, codes[part], self._classes(part)) for part in batches]
+        )
+        best = scores.argsort(descending=True, stable=True)[:keep]
+        kept = best if self.config.reject is not None else numbers[:keep]
+        return _Coarse(codes, scores.tolist(), kept)
+
+    def finish(self, images: Tensor, coarse: Tensor, variation: int) -> list[Tensor]:
+        """Codes of every scale of ``images`` with these coarse ones."""
+        self.finished += len(images)
+        return self._draw(images, images + variation * _VARIATIONS_APART, coarser=[coarse])
+
+    def skip(self, count: int) -> None:
+        """Count images that need no drawing."""
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done)
+
+    def _draw(self, images: Tensor, first: Tensor, **options: Any) -> list[Tensor]:
+        own = self.fixed and [f.expand(len(images), -1, -1) for f in self.fixed]
         codes = priors.sample(
-            prior,
-            count,
-            seed=config.seed,
-            first=images + variation * _VARIATIONS_APART,
-            labels=None if labels is None else labels[images],
+            self.prior,
+            len(images),
+            seed=self.config.seed,
+            first=first,
+            labels=self._classes(images),
             fixed=own,
-            settings=settings,
+            settings=self.settings,
             **options,
         )
-        done += count
-        if progress is not None:
-            progress(done)
+        self.skip(len(images))
         return codes
 
-    numbers = torch.arange(config.images, device=device)
-    batches = numbers.split(config.batch_size)
-    coarse = torch.cat([draw(part, upto=0)[0] for part in batches])
-    scores = torch.cat(
-        [
-            coarse_scores(prior, coarse[part], None if labels is None else labels[part])
-            for part in batches
-        ]
-    )
-    best = scores.argsort(descending=True, stable=True)[:keep]
-    kept = best if config.reject is not None else numbers[:keep]
-    variations = [
-        [draw(part, v, coarser=[coarse[part]]) for part in kept.split(config.batch_size)]
-        for v in range(config.variations)
-    ]
-    return _Drawn(kept.tolist(), scores.tolist(), variations)
+    def _classes(self, images: Tensor) -> Tensor | None:
+        return None if self.labels is None else self.labels[images]
+
+
+def _finish(
+    model: MSVQVAE | VQVAE2,
+    draws: _Draws,
+    coarse: _Coarse,
+    variation: int,
+    shown: int,
+    folder: SampleFolder | None,
+) -> list[list[Tensor]]:
+    """Draw, decode and write one variation of the kept images.
+
+    Returns:
+        Batches of the contributions of the first ``shown``: no more are in memory.
+    """
+    batches = []
+    for part in coarse.kept.split(draws.config.batch_size):
+        names = [_name(image, variation, draws.config.variations) for image in part.tolist()]
+        if shown <= 0 and folder is not None and all(map(folder.has, names)):
+            draws.skip(len(part))
+            continue
+        contributions = _decode(model, draws.finish(part, coarse.codes[part], variation))
+        if folder is not None:
+            for name, image in zip(names, to_uint8(sum_contributions(contributions)), strict=True):
+                folder.write(name, image)
+        if shown > 0:
+            batches.append([c[:shown] for c in contributions])
+        shown -= len(part)
+    return batches
+
+
+def _name(image: int, variation: int, variations: int) -> str:
+    return f"{image:06d}" + (f"-{variation}" if variations > 1 else "")
+
+
+def _open_folder(
+    config: SampleConfig, prior_folder: Path, model_folder: Path
+) -> SampleFolder | None:
+    if config.folder is None:
+        return None
+    settings = dataclasses.asdict(config)
+    for name in ("prior", "checkpoint", "out", "folder", "batch_size", "device"):
+        del settings[name]
+    settings["prior_sha256"] = weights_digest(prior_folder)
+    settings["weights_sha256"] = weights_digest(model_folder)
+    return SampleFolder(Path(config.folder), settings)
 
 
 def _decode(model: MSVQVAE | VQVAE2, codes: list[Tensor]) -> list[Tensor]:
@@ -188,11 +243,11 @@ def _write_grid(
     out: Path,
     config: SampleConfig,
     images: Sequence[Sequence[Sequence[Tensor]]],
-    drawn: _Drawn,
+    numbers: Sequence[int],
     picture: Tensor | None,
 ) -> None:
     """Contributions above, the image they sum to below, as Fig. 5."""
-    # Per variation the contributions (kept, 3, H, W).
+    # Per variation the contributions (numbers, 3, H, W).
     parts = [[torch.cat(part) for part in zip(*batches, strict=True)] for batches in images]
     scales = len(parts[0])
     rows: list[list[Tensor | None]] = []
@@ -200,7 +255,7 @@ def _write_grid(
     names = [
         f"contribution {m}" + (f"\naround grey, x {_GAIN}" if m else "") for m in range(scales)
     ]
-    columns = [(v, i) for i in range(len(drawn.kept)) for v in range(config.variations)]
+    columns = [(v, i) for i in range(len(numbers)) for v in range(config.variations)]
     width = config.variations if config.variations > 1 else _COLUMNS
     for first in range(0, len(columns), width):
         block = columns[first : first + width]
@@ -213,8 +268,8 @@ def _write_grid(
                 labels.append(names[m])
         sums = [to_uint8(sum_contributions([p[i : i + 1] for p in parts[v]])[0]) for v, i in block]
         rows.append([*([] if picture is None else [picture]), *sums])
-        number = f" {drawn.kept[block[0][1]]}" if config.variations > 1 else ""
-        shown_classes = dict.fromkeys(_label(config, drawn.kept[i]) for _, i in block)
+        number = f" {numbers[block[0][1]]}" if config.variations > 1 else ""
+        shown_classes = dict.fromkeys(_label(config, numbers[i]) for _, i in block)
         labels.append("\n".join([f"image{number}", *filter(None, shown_classes)]))
     save_png(out, rows, row_labels=labels)
 

@@ -1,0 +1,66 @@
+"""Drawn images in files of their own, which ``msvq evaluate --samples`` compares as a set."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from msvq_fast.data import write_whole
+from msvq_fast.ops import InputError
+from msvq_fast.training.results import check_writable, write_json
+
+SETTINGS_FILE = "samples.json"
+
+
+class SampleFolder:
+    """A folder of drawn images; a drawing that was stopped goes on with what is missing.
+
+    Args:
+        folder: Made if missing.
+        settings: What decides every image; written beside them.
+
+    Raises:
+        InputError: If it cannot be written, or holds anything but images of these settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        settings = json.loads(json.dumps(settings))  # as they are read back
+        check_writable(folder)
+        path = folder / SETTINGS_FILE
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in settings if before.get(name) != settings[name]]
+        except FileNotFoundError:
+            if any(not file.name.startswith(".") for file in folder.iterdir()):
+                raise InputError(
+                    f"folder={str(folder)!r} holds files of something else; expected an empty one"
+                ) from None
+            write_json(path, settings)
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} is not what msvq sample writes: {error}") from None
+        else:
+            if changed:
+                raise InputError(
+                    f"folder={str(folder)!r} holds images of another {', '.join(changed)}; "
+                    "expected an empty one"
+                )
+
+    def has(self, name: str) -> bool:
+        """Whether the image of this name is written."""
+        return self._file(name).is_file()
+
+    def write(self, name: str, image: Tensor) -> None:
+        """Write a uint8 image ``(3, H, W)`` as a PNG file, whole or not at all."""
+        encoded = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(encoded, format="PNG")
+        write_whole(self._file(name), encoded.getvalue())
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.png"
