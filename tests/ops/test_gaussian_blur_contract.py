@@ -104,6 +104,7 @@ def test_bad_input_says_what_is_expected(arguments: dict[str, object], message: 
         ({"kernel_size": 4}, "kernel_size=4; expected an odd positive int"),
         ({"kernel_size": (3, 5)}, r"kernel_size=\(3, 5\); expected an odd positive int"),
         ({"sigma": 0.0}, "sigma=0.0"),
+        ({"sigma": (1.0, 2.0)}, r"sigma=\(1.0, 2.0\); expected a positive finite number"),
         ({"sigma": 1.0, "sigma_rule": "mine"}, "sigma_rule='mine'"),
         ({"border": "mirror"}, "border='mirror'; expected one of"),
     ],

@@ -134,6 +134,8 @@ def pyramid_kernel(
         kernel_size = default_kernel_size(min(x.shape[-2:]))
     elif not isinstance(kernel_size, Integral):
         raise InputError(f"kernel_size={kernel_size!r}; expected an odd positive int")
+    if sigma is not None and not isinstance(sigma, Real):  # one for both axes, as the kernel size
+        raise InputError(f"sigma={sigma!r}; expected a positive finite number")
     size = int(kernel_size)
     return size, default_sigma(size, sigma_rule) if sigma is None else sigma
 
