@@ -56,7 +56,11 @@ def from_preset(name: str, *, backend: str | None = None, **overrides: Any) -> M
 
 
 def from_pretrained(source: str | Path, *, backend: str | None = None) -> MSVQVAE | VQVAE2:
-    """Load whichever model a folder or a hub repository ``owner/name`` holds."""
+    """Load whichever model a folder or a hub repository ``owner/name`` holds, in training mode.
+
+    Raises:
+        InputError: As `MSVQVAE.from_pretrained`.
+    """
     folder = local_folder(source)
     name = read_config(folder)["model"]
     classes: dict[str, type[MSVQVAE] | type[VQVAE2]] = {"MSVQVAE": MSVQVAE, "VQVAE2": VQVAE2}

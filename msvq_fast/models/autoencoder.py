@@ -43,13 +43,15 @@ class MSVQVAEOutput:
 
     Attributes:
         loss: ``()``, Eq. 6: reconstruction and commitment terms of all scales.
-        reconstruction_loss: ``(M,)`` float32, mean squared error of every partial sum against its
-            target, no gradient. VQ-VAE 2 has one.
-        commitment_loss: ``(M,)`` float32, β times the mean squared distance of latents to their
-            codes, no gradient.
+        reconstruction_loss: ``(M,)``, mean squared error of every partial sum against its target,
+            no gradient. VQ-VAE 2 has one.
+        commitment_loss: ``(M,)``, β times the mean squared distance of latents to their codes, no
+            gradient.
         contributions: M images ``(B, 3, H, W)`` whose sum is the reconstruction. VQ-VAE 2 has one.
         codes: M grids ``(B, h_m, w_m)`` int64.
         code_counts: M histograms ``(K,)`` int64 of this batch's codes.
+
+    Losses are float32, of a float64 model float64.
     """
 
     loss: Tensor
@@ -304,6 +306,8 @@ class Autoencoder(nn.Module, ABC):
     @classmethod
     def from_pretrained(cls, source: str | Path, *, backend: str | None = None) -> Self:
         """Load from a folder that `save_pretrained` wrote, or a hub repository ``owner/name``.
+
+        A checkpoint of a run is such a folder. The model is in training mode, as any new module.
 
         Raises:
             InputError: If a file is missing or corrupt, or holds another model.

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from msvq_fast.ops.checks import InputError
+from msvq_fast.ops.checks import InputError, check_no_run
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 _CHUNK = 1 << 20  # bytes
@@ -97,6 +97,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> s
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The values of ``folder/config.json``; raises `InputError` naming the file if it is bad."""
+    check_no_run(folder)
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

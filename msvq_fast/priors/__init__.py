@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from msvq_fast.ops import InputError
+from msvq_fast.ops.checks import InputError, check_no_run
 from msvq_fast.priors.autoregressive import AutoregressivePrior
 from msvq_fast.priors.coarse_to_fine import sample
 from msvq_fast.priors.maskgit import MaskGITPrior
@@ -30,7 +30,12 @@ __all__ = [
 def from_pretrained(
     folder: str | Path, *, backend: str | None = None
 ) -> AutoregressivePrior | MaskGITPrior:
-    """Load whichever prior a folder of `save_pretrained` holds; raises `InputError`."""
+    """Load whichever prior a folder of `save_pretrained` holds, in training mode.
+
+    Raises:
+        InputError: If a file is missing or corrupt, or holds something else.
+    """
+    check_no_run(Path(folder))
     path = Path(folder) / CONFIG_FILE
     try:
         name = json.loads(path.read_text(encoding="utf-8"))["model"]

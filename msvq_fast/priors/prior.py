@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 from typing_extensions import Self
 
-from msvq_fast.ops.checks import InputError, may_read
+from msvq_fast.ops.checks import InputError, check_no_run, may_read
 from msvq_fast.priors.transformer import PriorConfig, ScaleTransformer
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -99,13 +99,16 @@ class Prior(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, backend: str | None = None) -> Self:
-        """Load from a folder that `save_pretrained` wrote.
+        """Load from a folder that `save_pretrained` wrote, as a checkpoint of a run is one.
+
+        The prior is in training mode, as any new module.
 
         Raises:
             InputError: If a file is missing or corrupt, or holds another model.
         """
         from safetensors.torch import load_file
 
+        check_no_run(Path(folder))
         path = Path(folder) / CONFIG_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

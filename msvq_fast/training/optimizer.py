@@ -41,7 +41,7 @@ def optimizer_settings(preset: str, lr: float | None, betas: Betas | None) -> tu
 
 
 def default_epochs(preset: str) -> int:
-    """The paper's: §4, and of the models behind the transformers §4.3."""
+    """The paper's (§4): 250, and 200 of the models behind the transformers."""
     return 200 if preset.endswith("ffhq128") else 250
 
 

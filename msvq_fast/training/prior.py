@@ -26,7 +26,7 @@ from msvq_fast.training.run import Run
 from msvq_fast.training.tokens import Tokens, load_tokens
 from msvq_fast.training.window import FirstBad, check_weights
 
-DEFAULT_EPOCHS = 50  # §4.3 of the paper
+DEFAULT_EPOCHS = 50  # §4 of the paper
 
 
 def run_train_prior(config: TrainPriorConfig) -> int:

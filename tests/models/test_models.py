@@ -242,6 +242,9 @@ def test_loading_says_what_is_wrong(tmp_path) -> None:
     (folder / "config.json").write_text(json.dumps({**values, "depth": 3}))
     with pytest.raises(InputError, match="depth"):
         models.from_pretrained(folder)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="run is a run, not a saved model; give one of its check"):
+        models.from_pretrained(tmp_path / "run")
     for text in ("{", '{"model": ["MSVQVAE"]}'):
         (folder / "config.json").write_text(text)
         with pytest.raises(InputError, match="is not the configuration of a model"):

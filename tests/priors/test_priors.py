@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from msvq_fast.ops import InputError
-from msvq_fast.priors import AutoregressivePrior, MaskGITPrior, PriorConfig, sample
+from msvq_fast.priors import (
+    AutoregressivePrior,
+    MaskGITPrior,
+    PriorConfig,
+    from_pretrained,
+    sample,
+)
 from msvq_fast.priors.autoregressive import _Decoder, fronts
 from msvq_fast.priors.maskgit import halton_rank
 from msvq_fast.priors.transformer import ScaleTransformer
@@ -366,6 +372,10 @@ def test_learns_and_saves(kind: type, tmp_path: Path) -> None:
     other = MaskGITPrior if kind is AutoregressivePrior else AutoregressivePrior
     with pytest.raises(InputError, match="holds a"):
         other.from_pretrained(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for load in (kind.from_pretrained, from_pretrained):
+        with pytest.raises(InputError, match="run is a run, not a saved model"):
+            load(tmp_path / "run")
 
 
 def test_parameters_beside_table_4() -> None:
