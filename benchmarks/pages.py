@@ -77,9 +77,18 @@ def _options(config: type[Any], prefix: str = "") -> list[tuple[str, str, str]]:
             continue
         missing = field.default is dataclasses.MISSING
         default = "needed" if missing else f"`{json.dumps(field.default)}`"
-        text = texts[field.name].replace("|", "\\|").replace("<", "&lt;")
+        text = _with_choices(texts[field.name], hints[field.name])
+        text = text.replace("|", "\\|").replace("<", "&lt;")
         found.append((f"{prefix}{field.name}".replace("_", "-"), default, text))
     return found
+
+
+def _with_choices(text: str, hint: Any) -> str:
+    """The meaning of an option, with the words that it takes where not all are said."""
+    parts = (hint, *typing.get_args(hint))
+    words = [w for p in parts if typing.get_origin(p) is typing.Literal for w in typing.get_args(p)]
+    said = all(re.search(rf"\b{re.escape(word)}\b", text) for word in words)
+    return text if said else f"{text} One of {', '.join(words)}."
 
 
 def render(text: str) -> str:

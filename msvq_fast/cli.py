@@ -171,7 +171,7 @@ def _run(command: Command, config: Any) -> int:
         return _fail(str(error), 2)
     except OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
-        return _fail(f"{reason}; lower batch_size and raise accumulate as much", 1)
+        return _fail("; ".join([reason, *_memory_hint(config)]), 1)
     except WorkError as error:
         return _fail(str(error), 1)
     return result if isinstance(result, int) else 0
@@ -180,6 +180,18 @@ def _run(command: Command, config: Any) -> int:
 def _fail(message: str, code: int) -> int:
     print(f"msvq: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _memory_hint(config: Any) -> list[str]:
+    """What to change where a device's memory was too small: what the command has of it."""
+    remedies = []
+    if isinstance(getattr(config, "memory", None), str):
+        remedies.append("try memory=sequential, then strips")
+    if hasattr(config, "accumulate"):
+        remedies.append("lower batch_size and raise accumulate as much")
+    elif hasattr(config, "batch_size"):
+        remedies.append("lower batch_size")
+    return remedies
 
 
 def _underscored(argument: str) -> str:

@@ -31,14 +31,15 @@ class CompareConfig:
         steps: Optimiser steps; wins over ``epochs``.
         batch_size: Images per micro-batch.
         accumulate: Micro-batches per optimiser step.
-        lr: Peak learning rate of both models; None is the paper's 3e-4.
-        betas: Adam's two decay rates; None is (0.9, 0.5) as the paper prints them.
+        lr: Peak learning rate of both models; None as for ``msvq train``.
+        betas: Adam's two decay rates; None as for ``msvq train``.
         schedule: Of both models; None is cosine for MS-VQVAE and constant for VQ-VAE 2, as in
             the paper, which confounds model and schedule.
         codebook_init: Of both models; None is the preset's.
         restart_below: Of both models; None is the preset's.
         gradient: Of both models' quantizers; None is the preset's.
-        resize: Shorter side of the images in pixels before cropping; None keeps their size.
+        resize: Shorter side of the images in pixels before cropping; None keeps their size where a
+            crop fits.
         precision: bf16 is autocast; auto is bf16 on CUDA and fp32 elsewhere.
         channels_last: Memory format of the convolutions; auto is on for CUDA.
         workers: Threads that decode images ahead; 0 decodes between steps.

@@ -110,7 +110,8 @@ class TrainConfig:
             encoder and one decoder after the other again; strips does so in strips of rows.
         strips: Strips of memory=strips; more need less memory and compute more twice.
         deterministic: Bit-exact repeats on CUDA too, at some speed; CPU runs always are.
-        resize: Shorter side of the images in pixels before cropping; None keeps their size.
+        resize: Shorter side of the images in pixels before cropping; None keeps their size where a
+            crop fits, or takes the crop's with ``crop=center``.
         crop: Where training crops are cut.
         flip: Mirror half of the training crops.
         repeat: Crops per image and epoch; None is enough for 1024 crops an epoch.
@@ -199,18 +200,20 @@ class EvaluateConfig:
     """What ``msvq evaluate`` judges, on which images.
 
     Attributes:
-        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model; needed
+            without ``samples``.
         data: A folder of images, ``builtin:photos``, ``wds:SHARDS`` or ``hf:NAME[:SPLIT]``.
         split: Part of the data.
-        out: Folder for results.json and per_image.csv.
-        size: Side of the square tiles in pixels; None is the model's resolution.
-        resize: Shorter side of the images in pixels before cutting; None keeps their size, or
-            takes ``size`` with ``crop=center``.
+        out: Folder for results.json and, of a checkpoint, per_image.csv.
+        size: Side of the square tiles in pixels; None is the model's resolution. Needed with
+            ``samples``.
+        resize: Shorter side of the images in pixels before cutting; None keeps their size where
+            ``size`` fits, or takes ``size`` with ``crop=center``.
         crop: All tiles of every image, or one from its centre.
         batch_size: Tiles at a time.
         limit: Most images, evenly spread over the split; None takes all.
         samples: Folder of generated images to compare with ``data`` as a set, in place of a
-            checkpoint: FD, KID and IS.
+            checkpoint: FD, KID and IS of ``extractor``.
         lpips_weights: File or folder with the features of torchvision's alexnet, vgg16 or
             squeezenet1_1 and the heads of the lpips package; None leaves LPIPS out.
         extractor: Network of the distances between sets: inception gives FID, KID and IS,
@@ -275,8 +278,8 @@ class TokenizeConfig:
         split: Part of the data.
         out: Folder for tokens.json and the shards.
         size: Side of the square crops in pixels; None is the model's resolution.
-        resize: Shorter side of the images in pixels before cutting; None keeps their size, or
-            takes ``size`` with ``crop=center``.
+        resize: Shorter side of the images in pixels before cutting; None keeps their size where
+            ``size`` fits, or takes ``size`` with ``crop=center``.
         crop: All tiles of every image, one from its centre, or random ones.
         repeat: Random crops per image.
         flip: Mirror half of the random crops.

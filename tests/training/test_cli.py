@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -277,6 +278,27 @@ def test_a_reader_may_leave() -> None:
     done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("train", "; try memory=sequential, then strips; lower batch_size and raise accumulate "),
+        ("evaluate --checkpoint x", "Tried to allocate 2 GiB; lower batch_size\n"),
+        ("info", "Tried to allocate 2 GiB\n"),
+    ],
+)
+def test_too_little_memory_names_the_remedies_that_the_command_has(
+    line: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out_of_memory(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory, Tried to allocate 2 GiB. GPU 0 has more")
+
+    command, _ = parse(line.split())
+    module = importlib.import_module(command.module)
+    monkeypatch.setattr(module, command.function, out_of_memory)
+    assert main(line.split()) == 1
+    assert hint in capsys.readouterr().err
 
 
 def test_a_missing_extension_is_named(
