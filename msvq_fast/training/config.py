@@ -118,7 +118,9 @@ class TrainConfig:
         workers: Threads that decode images ahead; 0 decodes between steps.
         seed: Seed of the weights, the data order and the crops.
         device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
-        backend: Backend of all ops; None picks per call.
+        backend: Backend of all ops, an error where one lacks it: the loss has no triton, vector
+            quantization native on CPUs and Hopper GPUs; reference is plain PyTorch, None picks per
+            call.
         validate_every: Epochs between validations; 0 is never.
         validation_tiles: Most held-out tiles that a validation looks at.
         checkpoint_every: Optimiser steps between checkpoints; 0 is at the end of every epoch.

@@ -37,7 +37,7 @@ def gaussian_blur(
             ``σ = ((κ - 1)/2 - 1)/3 + 4/5``.
         border: How pixels outside are read: ``reflect`` (edge not repeated), ``symmetric`` (edge
             repeated), ``replicate``, ``circular`` or ``constant`` (zero).
-        backend: ``None`` picks; ``"reference"``, ``"native"`` or ``"triton"`` runs or raises.
+        backend: ``None`` picks; ``"reference"`` or ``"native"`` runs or raises.
 
     Returns:
         ``(B, C, H, W)``, the dtype and memory format of ``x``.

@@ -60,7 +60,8 @@ def local_attention(
             ``[y' - c_y + r, x' - c_x + r]``; ``(heads, 2k - 1, 2k - 1)`` and ``k - 1`` for r with
             ``border="shift"``. -inf leaves a key out. A ``"full"`` scale takes none.
         scale: Factor of the dot products; None takes ``d ** -0.5``; 0.0 is 0.0.
-        backend: ``None`` picks; ``"reference"``, ``"native"`` or ``"triton"`` runs or raises.
+        backend: ``None`` picks; ``"reference"``, ``"native"`` (CPU tensors) or ``"triton"`` (CUDA
+            tensors) runs or raises.
 
     Returns:
         ``(B, heads, N_m, d)``, the dtype of ``q``. A query that sees no key gets 0.

@@ -56,7 +56,7 @@ def multiscale_loss(
         border: The blur's border, see `gaussian_blur`.
         recompute: The kernels' forward writes the gradients too and holds them for the backward;
             True holds none and runs the pass again.
-        backend: ``None`` picks; ``"reference"``, ``"native"`` or ``"triton"`` runs or raises.
+        backend: ``None`` picks; ``"reference"`` or ``"native"`` runs or raises.
 
     Returns:
         The loss ``()`` and the unweighted terms ``(M,)``, coarsest first, without gradient; both
