@@ -267,6 +267,8 @@ def _one_line(message: str, command: str | None) -> str:
     """Turn what jsonargparse says into one line, with a near miss where there is one."""
     if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         return _unknown_option(found[1].split()[0].partition("=")[0], command)
+    if found := re.match(r"argument (--[\w.]+)/(--[\w.]+): ignored explicit argument", message):
+        return f"{found[1]} takes no value; its opposite is {found[2]}"
     if found := re.search(r"does not accept option '([\w.-]+)'", message):
         return _unknown_option(f"--{found[1]}", command)
     if found := re.search(r"invalid choice: '(.*?)'", message):
@@ -289,6 +291,8 @@ def _one_line(message: str, command: str | None) -> str:
 
 
 def _unknown_option(name: str, command: str | None) -> str:
+    if not name.startswith("-"):
+        return f"{name!r} belongs to no option; those that are true or false take no value"
     options = [f"--{option}" for option in _options(command)]
     return f"unknown option {name}; {_hint(name, options, f'{command} ' if command else '')}"
 

@@ -74,6 +74,8 @@ def test_free_fields_are_fields() -> None:
         (["train", "--model.num_code=3"], "did you mean --model.num_codes?"),
         (["train", "--zzzzzz"], "unknown option --zzzzzz; msvq train --help"),
         (["evaluate", "--gan_start=1"], "unknown option --gan_start; msvq evaluate --help"),
+        (["train", "--flip=false"], "--flip takes no value; its opposite is --no_flip"),
+        (["train", "--flip", "false"], "'false' belongs to no option; those that are true or "),
         (["train", "--lr", "fast"], "--lr fast: expected float"),
         (["train", "--steps", "1.5"], "--steps 1.5: expected int or null"),
         (["train", "--crop", "left"], "--crop left: expected random or center"),
