@@ -104,7 +104,8 @@ def gaussian_pyramid(
         M images ``(B, C, H, W)``, coarsest first; the last is ``x`` itself.
 
     Raises:
-        InputError: As `gaussian_blur`, and for ``num_scales < 1`` or an unknown rule.
+        InputError: As `gaussian_blur`, for ``num_scales < 1``, an unknown rule, or a pair of kernel
+            sizes or sigmas.
 
     Numerics:
         As `gaussian_blur`. Where no gradient is asked for, a GPU may blur twice in one pass: the

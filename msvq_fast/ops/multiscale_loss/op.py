@@ -70,8 +70,9 @@ def multiscale_loss(
         ``backend="reference"``; once elsewhere.
 
     Raises:
-        InputError: For shapes, dtypes or devices that differ, no contribution, or an ``x`` that
-            requires a gradient.
+        InputError: For shapes, dtypes or devices that differ, no contribution, weights of another
+            number, ``x`` or weights that require a gradient, an unknown reduction, or a blur that
+            `gaussian_pyramid` refuses.
 
     Numerics:
         Targets, sums and the reduction are float32 (float64 for float64 contributions) whatever

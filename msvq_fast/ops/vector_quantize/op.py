@@ -98,7 +98,8 @@ def vector_quantize(
         in place before the backward runs.
 
     Raises:
-        InputError: As `nearest_code`, and if ``codebook`` requires a gradient: it has none.
+        InputError: As `nearest_code`, for a ``commitment_weight`` below 0, and if ``codebook``
+            requires a gradient: it has none.
 
     Numerics:
         Loss and sums accumulate in float32 (float64 if ``z`` or ``codebook`` is), whatever
