@@ -181,6 +181,9 @@ def _index(shard: Path, size: int, changed: int) -> tuple[StoredImage, ...]:
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
                 for info in tar:
+                    # A negative size would lead back to headers read before, for ever.
+                    if info.size < 0 or tar.offset < info.offset_data:
+                        raise tarfile.ReadError(f"a negative size at byte {info.offset}")
                     member = _plain_name(info.name)
                     key, extension = _split_name(member)
                     place: tuple[int, int] | str
@@ -206,9 +209,11 @@ def _index(shard: Path, size: int, changed: int) -> tuple[StoredImage, ...]:
             if end != bytes(_BLOCK):
                 what = "a broken header" if len(end) == _BLOCK else "no end mark"
                 raise tarfile.ReadError(f"{what} at byte {tar.offset}")
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"cannot read shard {str(shard)!r}: {error.strerror}") from error
-    except tarfile.TarError as error:
+    except Exception as error:  # tarfile meets odd headers with exceptions of any kind
         raise InputError(f"shard {str(shard)!r} is not a whole tar file: {error}") from error
     images: list[StoredImage] = []
     for member, place in found.items():

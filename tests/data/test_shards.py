@@ -344,6 +344,27 @@ def test_broken_shards_are_named(root: Path, change: Callable[[bytes], bytes], r
     assert "\n" not in str(error.value)
 
 
+def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
+    fields = name.ljust(124, b"\0") + size.ljust(24, b"\0") + 8 * b" " + kind
+    return (fields[:148] + b"%07o\0" % sum(fields) + kind).ljust(512, b"\0")
+
+
+def test_headers_that_mislead_are_named(tmp_path: Path) -> None:
+    shard = write(tmp_path / "x.tar", {"0.png": picture(0)})
+    long_name = header(b"././@LongLink", b"1", b"L") + b"x".ljust(512, b"\0")
+    for added in (
+        header(b"1.png", b"-1"),
+        header(b"1.png", b"-1000"),  # its end is its beginning
+        header(b"1.png", b"\x80" + (2**70).to_bytes(11, "big")),
+        header(b"p", b"32", b"x") + b"26 GNU.sparse.size=nonsense\n".ljust(512, b"\0"),
+        2000 * long_name,
+    ):
+        shard.write_bytes(header(b"0.txt", b"0") + added + bytes(1024))
+        with pytest.raises(InputError, match=r"x\.tar' is not a whole tar file: ") as error:
+            list_images(f"wds:{shard}", split="all")
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [
