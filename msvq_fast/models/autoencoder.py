@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from msvq_fast.models.hub import (
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
 from msvq_fast.nn.blocks import Chain, Encoder, JoinedConv
+from msvq_fast.nn.saved import build_and_load
 from msvq_fast.ops.checks import InputError, check_at_least, check_choice
 
 MEMORY_MODES = ("default", "sequential", "strips")
@@ -312,8 +312,6 @@ class Autoencoder(nn.Module, ABC):
         Raises:
             InputError: If a file is missing or corrupt, or holds another model.
         """
-        from safetensors.torch import load_file
-
         folder = local_folder(source)
         values = read_config(folder)
         name = values.pop("model")
@@ -323,15 +321,7 @@ class Autoencoder(nn.Module, ABC):
             config = cls.config_class(**values)
         except TypeError as error:
             raise InputError(f"{folder / CONFIG_FILE} does not fit this version: {error}") from None
-        model = cls(config, backend=backend)
-        path = folder / WEIGHTS_FILE
-        try:
-            model.load_state_dict(load_file(path))
-        except Exception as error:  # safetensors and torch raise their own types
-            # torch says what is wrong only from its second line on, and goes through all tensors.
-            reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-            raise InputError(f"{path} cannot be loaded: {reason}") from None
-        return model
+        return build_and_load(lambda: cls(config, backend=backend), folder / WEIGHTS_FILE)
 
     def push_to_hub(
         self,

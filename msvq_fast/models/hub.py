@@ -61,7 +61,7 @@ def read_results(path: str | Path, folder: Path) -> dict[str, Any]:
         _measured(results)
     except OSError as error:
         raise InputError(f"results={str(path)!r} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"results={str(path)!r} is not what msvq evaluate writes: {error!r}"
         ) from None
@@ -105,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError("no field 'model' with a name")
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist; expected a folder of a saved model") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not the configuration of a model: {error}") from None
     return values
 

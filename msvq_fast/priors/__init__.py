@@ -38,10 +38,10 @@ def from_pretrained(
     check_no_run(Path(folder))
     path = Path(folder) / CONFIG_FILE
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["model"]
+        name = str(json.loads(path.read_text(encoding="utf-8"))["model"])
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; expected a folder of a prior") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not the configuration of a prior: {error}") from None
     classes: dict[str, type[AutoregressivePrior] | type[MaskGITPrior]] = {
         "AutoregressivePrior": AutoregressivePrior,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 from typing_extensions import Self
 
+from msvq_fast.nn.saved import build_and_load
 from msvq_fast.ops.checks import InputError, check_no_run, may_read
 from msvq_fast.priors.transformer import PriorConfig, ScaleTransformer
 
@@ -106,8 +107,6 @@ class Prior(nn.Module, ABC):
         Raises:
             InputError: If a file is missing or corrupt, or holds another model.
         """
-        from safetensors.torch import load_file
-
         check_no_run(Path(folder))
         path = Path(folder) / CONFIG_FILE
         try:
@@ -116,18 +115,11 @@ class Prior(nn.Module, ABC):
             config = PriorConfig(**values)
         except FileNotFoundError:
             raise InputError(f"{path} does not exist; expected a folder of a prior") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} is not the configuration of a prior: {error}") from None
         if name != cls.__name__:
             raise InputError(f"{path} holds a {name}; expected a {cls.__name__}")
-        model = cls(config, backend=backend)
-        path = Path(folder) / WEIGHTS_FILE
-        try:
-            model.load_state_dict(load_file(path))
-        except Exception as error:  # safetensors and torch raise their own types
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} cannot be loaded: {reason}") from None
-        return model
+        return build_and_load(lambda: cls(config, backend=backend), Path(folder) / WEIGHTS_FILE)
 
     def check_codes(
         self,
