@@ -123,9 +123,17 @@ def read_state(path: Path) -> dict[str, Any]:
         missing = [k for k in ("step", "config", "model_config", "files") if k not in state]
         if missing:
             raise ValueError(f"no field {missing[0]!r}")
+        files = state["files"]
+        tables = [state["config"], state["model_config"], files, *dict(files).values()]
+        best = state.get("best")
+        steps = [state["step"], *([] if best is None else [best["step"]])]
+        if not all(isinstance(table, dict) for table in tables):
+            raise TypeError("config, model_config or files is no table")
+        if not all(type(step) is int and step >= 0 for step in steps):
+            raise TypeError("a step is no number of steps")
     except FileNotFoundError:
         raise CorruptCheckpointError(f"{file} is missing: {path} is no checkpoint") from None
-    except ValueError as error:  # also what JSON and UTF-8 raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:  # also JSON's and UTF-8's
         raise CorruptCheckpointError(f"{file} is corrupt: {error}") from None
     return state
 
@@ -140,9 +148,10 @@ def verify(path: Path, state: dict[str, Any]) -> None:
         file = path / name
         if not file.is_file():
             raise CorruptCheckpointError(f"{file} is missing")
-        if file.stat().st_size != expected["bytes"]:
+        if file.stat().st_size != expected.get("bytes"):
             raise CorruptCheckpointError(
-                f"{file} is corrupt: {file.stat().st_size} bytes, written were {expected['bytes']}"
+                f"{file} is corrupt: {file.stat().st_size} bytes, written were "
+                f"{expected.get('bytes')}"
             )
         if _fingerprint(file) != expected:
             raise CorruptCheckpointError(f"{file} is corrupt: its checksum does not match")

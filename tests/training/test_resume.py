@@ -15,6 +15,7 @@ from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError
 from msvq_fast.training import loop
 from msvq_fast.training.checkpoint import (
+    CorruptCheckpointError,
     checkpoint_path,
     find_model,
     list_checkpoints,
@@ -136,3 +137,25 @@ def test_steps_that_are_shared_out_otherwise(restart_below: float, message: str)
     images = {"images": 1, "images_sha256": ""}
     (line,) = describe_changes(state, TrainConfig(batch_size=8), images, 1)
     assert line.endswith(f"every step has the same 8 crops as before, but {message}")
+
+
+def test_a_state_of_other_types_is_corrupt(tmp_path: Path, train: Train) -> None:
+    assert train(tmp_path, "--steps=1", "--validate_every=0") == 0
+    (checkpoint,) = list_checkpoints(tmp_path)
+    state = json.loads((checkpoint / "state.json").read_text())
+    for change in (
+        {"step": "4"},
+        {"step": -1},
+        {"best": 4},
+        {"best": {"step": 1.5}},
+        {"config": []},
+        {"files": ["model.safetensors"]},
+        {"files": {"model.safetensors": 3}},
+    ):
+        (checkpoint / "state.json").write_text(json.dumps({**state, **change}))
+        with pytest.raises(CorruptCheckpointError, match=r"state\.json is corrupt: "):
+            find_model(tmp_path)
+    for text in ("[" * 10**5, "5"):
+        (checkpoint / "state.json").write_text(text)
+        with pytest.raises(CorruptCheckpointError, match=r"state\.json is corrupt: "):
+            find_model(tmp_path)
