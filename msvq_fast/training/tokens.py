@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from msvq_fast.ops import InputError
 INDEX = "tokens.json"
 _SCHEMA = 1
 _NAMES, _LABELS = "names", "labels"
+_FIELDS = {"settings": dict, "num_codes": int, "grids": list, "files": int, "files_done": int}
+_FIELDS |= {"shards": list, "complete": bool}
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,16 @@ def load_tokens(folder: str | Path) -> Tokens:
             f"{folder} is not finished: {done} of {files} files; run the same msvq tokenize again"
         )
     count = sum(shard["images"] for shard in index["shards"])
-    codes = [torch.empty(count, h, w, dtype=torch.uint16) for h, w in index["grids"]]
+    try:
+        codes = [torch.empty(count, h, w, dtype=torch.uint16) for h, w in index["grids"]]
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{folder / INDEX}: no memory for {count} images: {reason}") from None
     labels = torch.empty(count, dtype=torch.int64) if "classes" in index else None
     first = 0
     for shard in index["shards"]:  # one at a time, or all would be in memory twice
         part = read_shard(folder, shard)
+        _check_shard(part, index, shard, folder / shard["file"])
         last = first + shard["images"]
         for m, grids in enumerate(codes):
             grids[first:last] = part[f"codes_{m}"]
@@ -121,6 +128,24 @@ def load_tokens(folder: str | Path) -> Tokens:
     return Tokens(folder, index, codes, labels)
 
 
+def _check_shard(
+    part: dict[str, Tensor], index: dict[str, Any], shard: dict[str, Any], path: Path
+) -> None:
+    """Raise `InputError` unless a shard holds what its index says: a GPU checks no code."""
+    wanted = {
+        f"codes_{m}": (torch.uint16, index["num_codes"], g) for m, g in enumerate(index["grids"])
+    }
+    if "classes" in index:
+        wanted[_LABELS] = (torch.int32, len(index["classes"]), ())
+    for name, (dtype, numbers, grid) in wanted.items():
+        shape = (shard["images"], *grid)
+        if name not in part or part[name].dtype != dtype or part[name].shape != shape:
+            raise InputError(f"{path} holds no {name} of {dtype} {shape}, as {INDEX} says")
+        low, high = part[name].to(torch.int32).aminmax()
+        if not 0 <= low <= high < numbers:
+            raise InputError(f"{path}: {name} spans [{low}, {high}]; expected 0 to {numbers - 1}")
+
+
 def read_index(folder: Path) -> dict[str, Any] | None:
     """Read ``tokens.json``, None where there is none; `InputError` if it is not one."""
     path = folder / INDEX
@@ -128,11 +153,26 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["schema"] != _SCHEMA:
             raise ValueError(f"schema {index['schema']}; this version reads {_SCHEMA}")
-        for key in ("settings", "num_codes", "grids", "files", "files_done", "shards", "complete"):
-            index[key]
+        for key, kind in _FIELDS.items():
+            if type(index[key]) is not kind:
+                raise ValueError(f"{key} is no {kind.__name__}")
+        counts = [index["num_codes"], *(side for grid in index["grids"] for side in grid)]
+        counts += [shard["images"] for shard in index["shards"]]
+        pairs = all(len(grid) == 2 for grid in index["grids"])
+        if not pairs or not index["grids"] or not all(type(n) is int and n > 0 for n in counts):
+            raise ValueError("num_codes, grids or images are no numbers of at least 1")
+        for shard in index["shards"]:
+            if Path(shard["file"]).name != shard["file"]:
+                raise ValueError(f"shard {shard['file']!r}; expected a file beside it")
+        if not all(isinstance(name, str) for name in index.get("classes", ())):
+            raise ValueError("classes are no names")
+        if index["complete"] and not index["shards"]:
+            raise ValueError("it is complete without a shard")
+        for key in ("weights_sha256", "size"):
+            index["settings"][key]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not an index of tokens: {error}") from None
     return dict(index)
 
@@ -152,7 +192,10 @@ def read_shard(folder: Path, shard: dict[str, Any]) -> dict[str, Tensor]:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     if len(content) != shard["bytes"] or zlib.crc32(content) != shard["crc32"]:
         raise InputError(f"{path} is corrupt: its checksum does not match {INDEX}")
-    return dict(load(content))
+    try:
+        return dict(load(content))
+    except SafetensorError as error:
+        raise InputError(f"{path} is no file of tensors: {error}") from None
 
 
 def write_shard(
