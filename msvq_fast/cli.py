@@ -118,8 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
-            stream.reconfigure(errors="replace")  # rather "?" than no help
+        if isinstance(stream, io.TextIOWrapper) and (
+            stream.encoding.lower() != "utf-8" or stream.errors == "strict"
+        ):
+            stream.reconfigure(errors="replace")  # rather "?" than no help, or a name of odd bytes
     try:
         command, config = parse(argv)
         return _run(command, config)
@@ -178,7 +180,9 @@ def _run(command: Command, config: Any) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"msvq: error: {' '.join(message.split())}", file=sys.stderr)
+    # Names in files may hold what a terminal obeys.
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    print(f"msvq: error: {text}", file=sys.stderr)
     return code
 
 

@@ -273,6 +273,22 @@ def test_any_output_will_do(command: str) -> None:
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
 
 
+def test_names_that_are_no_utf_8_can_be_printed() -> None:
+    program = "from msvq_fast.cli import main\nmain(['--version'])\nprint('wrote \\udcff.png')"
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # strict, as of most locales
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, capture_output=True, env=environment, check=False)
+    assert done.stdout.endswith(b"wrote ?.png\n"), done.stderr
+
+
+def test_names_do_not_reach_the_terminal_as_orders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokens.json").write_text(json.dumps({"schema": "\33[31mred\u202e"}))
+    error = fails(capsys, "train-prior", f"--tokens={tmp_path}")
+    assert r"schema \x1b[31mred\u202e; this version" in error
+
+
 def test_a_reader_may_leave() -> None:
     reader, writer = os.pipe()
     os.close(reader)
