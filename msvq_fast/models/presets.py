@@ -10,6 +10,8 @@ from msvq_fast.nn import GRADIENTS
 from msvq_fast.ops.checks import InputError, check_choice, check_not_negative
 from msvq_fast.ops.gaussian_blur.op import SIGMA_RULES
 
+_MOST_PIXELS = 2**16  # of a side, beyond any image that can be read
+
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -57,6 +59,8 @@ class AutoencoderConfig:
         for name in counts:
             if not _is_count(getattr(self, name)):
                 raise InputError(f"{name}={getattr(self, name)!r}; expected an int of at least 1")
+        if self.resolution > _MOST_PIXELS:
+            raise InputError(f"resolution={self.resolution}; expected at most {_MOST_PIXELS}")
         if self.width < 2:
             raise InputError(f"width={self.width}; expected at least 2: residual blocks halve it")
         if not 0 <= self.decay < 1:
@@ -113,9 +117,14 @@ class MSVQVAEConfig(AutoencoderConfig):
         super().__post_init__()
         check_choice("block_factor", self.block_factor, (2, 4))
         if self.kernel_size is not None and not (
-            _is_count(self.kernel_size) and self.kernel_size % 2 == 1
+            _is_count(self.kernel_size)
+            and self.kernel_size % 2 == 1
+            and self.kernel_size < 2 * self.resolution
         ):
-            raise InputError(f"kernel_size={self.kernel_size}; expected an odd positive int")
+            raise InputError(
+                f"kernel_size={self.kernel_size!r}; expected an odd int of 1 to "
+                f"{2 * self.resolution - 1}, which reaches across the image"
+            )
         check_choice("sigma_rule", self.sigma_rule, SIGMA_RULES)
 
 

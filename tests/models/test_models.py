@@ -306,6 +306,8 @@ def test_bad_codes() -> None:
         ({"decay": 1.0}, "decay=1.0"),
         ({"block_factor": 3}, "block_factor=3"),
         ({"kernel_size": 8}, "odd"),
+        ({"kernel_size": 129}, "odd int of 1 to 127"),
+        ({"resolution": 2**17, "latents": (2**16,)}, "expected at most 65536"),
         ({"sigma_rule": "mine"}, "sigma_rule"),
         ({"codebook_init": "pca"}, "codebook_init"),
         ({"kernel_size": 3.0}, "odd"),
