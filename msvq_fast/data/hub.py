@@ -35,7 +35,10 @@ class RowImage(StoredImage):
             return cell["bytes"]
         if cell.get("path") is None:
             raise OSError("the row has no image")
-        return Path(cell["path"]).read_bytes()
+        path = Path(cell["path"])
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise OSError("not a regular file")
+        return path.read_bytes()
 
 
 def list_rows(place: str, split: str) -> tuple[dict[str, RowImage], bool]:

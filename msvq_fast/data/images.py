@@ -116,7 +116,11 @@ def read_image(
 
 def read_centre(path: str | os.PathLike[str] | StoredImage, height: int, width: int) -> Tensor:
     """The centre of an image resized to the longer of the two: uint8 ``(3, height, width)``."""
-    image = resize_short_side(read_image(path), max(height, width))
+    image = read_image(path)
+    try:
+        image = resize_short_side(image, max(height, width))
+    except ImageReadError as error:
+        raise ImageReadError(f"cannot use image {str(path)!r}: {error}") from None
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     return image[:, top : top + height, left : left + width].contiguous()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from msvq_fast.data import ImageDataset, batches, list_images, read_image, relative_names
+from msvq_fast.data import (
+    ImageDataset,
+    ImageReadError,
+    batches,
+    list_images,
+    read_image,
+    relative_names,
+)
+from msvq_fast.data.hub import RowImage
 from msvq_fast.ops.checks import InputError
 
 
@@ -151,6 +160,15 @@ def test_rows_without_a_readable_image_are_skipped(hf: Any, tmp_path: Path) -> N
         f"{uri}/train/{row:08d}": f"cannot read image '{uri}/train/{row:08d}': {reason}"
         for row, reason in enumerate(reasons, 1)
     }
+
+
+def test_a_row_may_name_no_pipe_or_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in (("no", "No such file"), (".", "not a reg"), ("pipe", "not a reg")):
+        cell = {"bytes": None, "path": str(tmp_path / name)}
+        row = RowImage(tmp_path, "0", None, None, [{"image": cell}], "image")
+        with pytest.raises(ImageReadError, match=reason):
+            read_image(row)
 
 
 def test_columns_that_do_not_decide(hf: Any, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from msvq_fast.data import ImageReadError, read_image, resize_short_side, to_float
+from msvq_fast.data import ImageReadError, read_centre, read_image, resize_short_side, to_float
 from msvq_fast.ops.checks import InputError
 
 
@@ -246,3 +246,9 @@ def test_to_float_spans_minus_one_to_one() -> None:
     torch.testing.assert_close(values, torch.tensor([-1.0, -0.6, 1.0]), rtol=0, atol=1.2e-7)
     with pytest.raises(InputError, match=r"dtype torch\.float32; expected uint8"):
         to_float(values)
+
+
+def test_an_image_too_narrow_for_its_centre_is_named(tmp_path: Path) -> None:
+    Image.new("L", (30000, 1)).save(tmp_path / "narrow.png")
+    with pytest.raises(ImageReadError, match=r"cannot use image '.*narrow\.png': .*too narrow"):
+        read_centre(tmp_path / "narrow.png", 256, 256)
