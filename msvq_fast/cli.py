@@ -141,7 +141,10 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
         ArgumentError: For an unknown command or option, or a value of the wrong type.
         SystemExit: After help or the like is printed.
     """
-    parsed = _parser().parse_args([_underscored(argument) for argument in argv])
+    try:
+        parsed = _parser().parse_args([_underscored(argument) for argument in argv])
+    except RecursionError:
+        raise ArgumentError(None, "options nested too deeply; expected names and values") from None
     name = parsed["command"]
     command = COMMANDS[name]
     return command, _build(command.config, parsed[name].as_dict(), "")

@@ -273,6 +273,13 @@ def test_any_output_will_do(command: str) -> None:
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
 
 
+def test_a_file_nested_without_end_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "deep.yaml").write_text(f"data: {'[' * 3000}{']' * 3000}")
+    assert "nested too deeply" in fails(capsys, "train", f"--config={tmp_path}/deep.yaml")
+
+
 def test_names_that_are_no_utf_8_can_be_printed() -> None:
     program = "from msvq_fast.cli import main\nmain(['--version'])\nprint('wrote \\udcff.png')"
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # strict, as of most locales
