@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import platform
 import shutil
 import zlib
@@ -162,8 +163,15 @@ def load_optimizer(path: Path) -> dict[str, Any]:
 
     An optimizer takes to its device what belongs there. Numbers of steps may not: read from a GPU
     they would wait for it once for every parameter and step.
+
+    Raises:
+        CorruptCheckpointError: If it holds what only code could make.
     """
-    return torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CorruptCheckpointError(f"{path / OPTIMIZER} cannot be loaded: {reason}") from None
 
 
 def find_model(path: str | Path) -> Path:

@@ -19,6 +19,7 @@ from msvq_fast.training.checkpoint import (
     checkpoint_path,
     find_model,
     list_checkpoints,
+    load_optimizer,
     read_state,
     save_checkpoint,
     verify,
@@ -159,3 +160,14 @@ def test_a_state_of_other_types_is_corrupt(tmp_path: Path, train: Train) -> None
         (checkpoint / "state.json").write_text(text)
         with pytest.raises(CorruptCheckpointError, match=r"state\.json is corrupt: "):
             find_model(tmp_path)
+
+
+def test_an_optimizer_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"optimizer": Code()}, tmp_path / "optimizer.pt")
+    with pytest.raises(CorruptCheckpointError, match=r"optimizer\.pt cannot be loaded: "):
+        load_optimizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
