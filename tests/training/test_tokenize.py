@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import weakref
 from pathlib import Path
 
 import pytest
@@ -371,47 +370,3 @@ def test_altered_shards_are_named(
     (tmp_path / "tokens.json").write_text("{}")
     with pytest.raises(InputError, match="is not an index of tokens"):
         load_tokens(tmp_path)
-
-
-def test_shards_are_loaded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = torch.arange(5 * 4).view(5, 1, 2, 2)
-    shards = [write_shard(tmp_path, n, [f"{n}"], [grid], [n % 2]) for n, grid in enumerate(codes)]
-    settings = {"weights_sha256": "", "size": 8}
-    index = {"settings": settings, "num_codes": 20, "grids": [(2, 2)], "classes": ["a", "b"]}
-    done = {"files": 5, "files_done": 5, "complete": True}
-    write_index(tmp_path, {**index, **done, "shards": shards})
-    read: list[weakref.ref[torch.Tensor]] = []
-
-    def reading(folder: Path, shard: dict[str, object]) -> dict[str, torch.Tensor]:
-        assert sum(part() is not None for part in read) <= 1  # the one before
-        part = read_shard(folder, shard)
-        read.append(weakref.ref(part["codes_0"]))
-        return part
-
-    monkeypatch.setattr("msvq_fast.training.tokens.read_shard", reading)
-    loaded = load_tokens(tmp_path)
-    assert torch.equal(loaded.batch(torch.arange(5))[0], codes[:, 0])
-    assert loaded.labels is not None and loaded.labels.tolist() == [0, 1, 0, 1, 0]
-
-
-def test_an_index_that_does_not_fit_its_shards_is_named(
-    saved: Path, pictures: Path, tmp_path: Path
-) -> None:
-    assert main(arguments(saved, pictures, tmp_path)) == 0
-    index = json.loads((tmp_path / "tokens.json").read_text())
-    shards = [{**shard, "images": 9} for shard in index["shards"]]
-    outside = [{**shard, "file": "/dev/zero"} for shard in index["shards"]]
-    for change in (
-        {"num_codes": 7},
-        {"num_codes": "many"},
-        {"grids": [[2, 2], [10**9, 10**9]]},
-        {"grids": []},
-        {"classes": ["a"]},
-        {"shards": shards},
-        {"shards": []},
-        {"settings": {}},
-        {"shards": outside},  # last: it would fill the memory
-    ):
-        (tmp_path / "tokens.json").write_text(json.dumps({**index, **change}))
-        with pytest.raises(InputError, match=r"tokens\.json|spans \[.*expected 0 to 6"):
-            load_tokens(tmp_path)
