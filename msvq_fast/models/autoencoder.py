@@ -30,7 +30,7 @@ from msvq_fast.models.hub import (
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
 from msvq_fast.nn.blocks import Chain, Encoder, JoinedConv
-from msvq_fast.nn.saved import build_and_load
+from msvq_fast.nn.saved import build_and_load, save_weights
 from msvq_fast.ops.checks import InputError, check_at_least, check_choice
 
 MEMORY_MODES = ("default", "sequential", "strips")
@@ -285,8 +285,6 @@ class Autoencoder(nn.Module, ABC):
         Raises:
             InputError: If weights are sharded, or ``results`` cannot be read or is of others.
         """
-        from safetensors.torch import save_file  # here: models run and are measured without it
-
         for name, tensor in self.state_dict().items():
             if hasattr(tensor, "full_tensor"):
                 raise InputError(
@@ -295,8 +293,7 @@ class Autoencoder(nn.Module, ABC):
                 )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_weights(self, folder / WEIGHTS_FILE)
         values = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
         (folder / CONFIG_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
         measured = None if results is None else read_results(results, folder)

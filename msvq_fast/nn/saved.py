@@ -44,6 +44,17 @@ def build_and_load(build: Callable[[], Model], path: Path) -> Model:
     return model
 
 
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the state of ``model`` as safetensors, with the permissions of any new file."""
+    from safetensors.torch import save_file  # here: models run and are measured without it
+
+    path.touch()
+    mode = path.stat().st_mode
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(mode)  # of newer versions the file is its owner's alone
+
+
 class _Bounded(TorchFunctionMode):
     """Raises before more room is made than twice ``values``, which leaves some for their start."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 from typing_extensions import Self
 
-from msvq_fast.nn.saved import build_and_load
+from msvq_fast.nn.saved import build_and_load, save_weights
 from msvq_fast.ops.checks import InputError, check_no_run, may_read
 from msvq_fast.priors.transformer import PriorConfig, ScaleTransformer
 
@@ -89,12 +89,9 @@ class Prior(nn.Module, ABC):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if missing."""
-        from safetensors.torch import save_file  # here: priors run and are measured without it
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_weights(self, folder / WEIGHTS_FILE)
         text = json.dumps({"model": type(self).__name__, **dataclasses.asdict(self.config)})
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from msvq_fast import models, priors
-from msvq_fast.nn.saved import build_and_load
+from msvq_fast.nn.saved import build_and_load, save_weights
 from msvq_fast.ops import InputError
 
 # The first of each fails at once where nothing is checked, the last takes all memory.
@@ -58,3 +60,16 @@ def test_what_a_model_starts_with_is_as_without_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     build_and_load(lambda: models.build(expected.config), tmp_path / "model.safetensors")
     assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+def test_weights_have_the_permissions_of_a_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_weights(nn.Linear(2, 2), tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "new").chmod(0o604)
+    save_weights(nn.Linear(2, 2), tmp_path / "new")  # as one that is written over keeps its own
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o604
