@@ -1,5 +1,6 @@
 """Images in and pictures out: folders, shards, datasets, crops, batches, grids."""
 
+from msvq_fast.data.ahead import read_ahead
 from msvq_fast.data.charts import curve_chart, histogram
 from msvq_fast.data.dataset import (
     ImageDataset,
@@ -36,6 +37,7 @@ __all__ = [
     "list_images",
     "list_labelled_images",
     "list_named_images",
+    "read_ahead",
     "read_centre",
     "read_image",
     "relative_names",

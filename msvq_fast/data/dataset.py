@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msvq_fast.data.ahead import read_ahead
 from msvq_fast.data.images import (
     ImagePath,
     ImageReadError,
@@ -285,6 +286,7 @@ def evaluation_tiles(
     skipped: dict[str, str] | None = None,
     rank: int = 0,
     world_size: int = 1,
+    workers: int = 0,
 ) -> Iterator[tuple[str, Tensor]]:
     """Fixed tiles to evaluate on, in a fixed order, always decoded at full size.
 
@@ -301,6 +303,7 @@ def evaluation_tiles(
             it the first unreadable file raises.
         rank: this process, ``0 <= rank < world_size``, which takes every ``world_size``-th file.
         world_size: number of processes that share the files.
+        workers: threads that decode ahead; 0 decodes in the caller. The tiles are the same.
 
     Yields:
         ``(name, tile)``: the path below the images' common folder, with ``:row,column`` appended
@@ -311,6 +314,7 @@ def evaluation_tiles(
             ``skipped`` only when no file can be read (by one process; several may differ).
     """
     check_choice("crop", crop, ("center", "tiles"))
+    check_at_least(0, workers=workers)
     _check_sizes(paths, size, resize)
     files = _image_paths(paths)
     if limit is not None:
@@ -319,7 +323,7 @@ def evaluation_tiles(
         files = [files[i * len(files) // count] for i in range(count)]
     resize = size if resize is None and crop == "center" else resize
     named = list(zip(relative_names(files), files, strict=True))[rank::world_size]
-    return _read_tiles(named, size, resize, crop, skipped, world_size)
+    return _read_tiles(named, size, resize, crop, skipped, world_size, workers)
 
 
 def _read_tiles(
@@ -329,18 +333,24 @@ def _read_tiles(
     crop: str,
     skipped: dict[str, str] | None,
     world_size: int,
+    workers: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    failures = 0
-    for name, file in named:
+    def load(file: ImagePath) -> NDArray[np.uint8] | ImageReadError:
         try:
-            image = _load(file, size, resize, reduced=False)
+            return _load(file, size, resize, reduced=False)
         except ImageReadError as error:
+            return error
+
+    failures = 0
+    images = read_ahead(load, [file for _, file in named], workers)
+    for (name, file), image in zip(named, images, strict=True):
+        if isinstance(image, ImageReadError):
             if skipped is None:
-                raise
-            skipped[str(file)] = str(error)
+                raise image
+            skipped[str(file)] = str(image)
             failures += 1
             if failures == len(named) and world_size == 1:
-                raise InputError(f"none of the {failures} images can be read; {error}") from None
+                raise InputError(f"none of the {failures} images can be read; {image}") from None
             continue
         height, width = image.shape[:2]
         rows, columns = (1, 1) if crop == "center" else (height // size, width // size)

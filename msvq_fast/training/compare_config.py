@@ -147,6 +147,7 @@ class CompareConfig:
             data=self.data,
             out=out,
             resize=self.resize,
+            workers=self.workers,
             device=self.device,
             lpips_weights=self.lpips_weights,
             extractor=self.extractor,

@@ -224,6 +224,7 @@ class EvaluateConfig:
         inception_weights: File of the FID Inception that pytorch-fid and torch-fidelity publish.
         efflite0_weights: File of EfficientNet-Lite0; None takes that of the extra ``eff``.
         force_fd: Report the Fréchet distance of fewer images than twice the features' width too.
+        workers: Threads that decode images ahead; 0 decodes between batches.
         device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
     """
 
@@ -242,6 +243,7 @@ class EvaluateConfig:
     inception_weights: str | None = None
     efflite0_weights: str | None = None
     force_fd: bool = False
+    workers: int = 2
     device: str = "auto"
 
 
@@ -290,6 +292,7 @@ class TokenizeConfig:
             ``data`` that it lies in, the ``.cls`` beside it in a shard, a dataset's ClassLabel.
         batch_size: Crops at a time.
         shard_size: Crops per shard, rounded up to whole images; what a kill can cost.
+        workers: Threads that decode images ahead; 0 decodes between batches.
         device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
     """
 
@@ -306,6 +309,7 @@ class TokenizeConfig:
     labels: bool = False
     batch_size: int = 16
     shard_size: int = 4096
+    workers: int = 2
     device: str = "auto"
 
 

@@ -186,6 +186,7 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, world: World) 
         skipped=skipped,
         rank=world.rank,
         world_size=world.size,
+        workers=config.workers,
     )
     if world.leads:
         check_writable(Path(config.out))

@@ -90,6 +90,7 @@ def _read(
         skipped=skipped,
         rank=world.rank,
         world_size=world.size,
+        workers=config.workers,
         **options,
     )
     found = FeatureSet(extractor)

@@ -20,6 +20,7 @@ from msvq_fast.data import (
     evaluation_tiles,
     list_images,
     list_labelled_images,
+    read_ahead,
     relative_names,
     to_float,
 )
@@ -53,6 +54,7 @@ def run_tokenize(config: TokenizeConfig) -> Path:
     check_at_least(
         1, batch_size=config.batch_size, shard_size=config.shard_size, repeat=config.repeat
     )
+    check_at_least(0, workers=config.workers)
     if config.crop != "random" and (config.repeat != 1 or config.flip):
         raise InputError(f"crop={config.crop} has no repeat and no flip; they are of crop=random")
     device = choose_device(config.device)
@@ -192,18 +194,25 @@ def _write_shards(
         batches.append([codes.cpu() for codes in model.encode(x)])
         waiting.clear()
 
-    for number in range(index["files_done"], len(files)):
-        file, name, label = files[number]
+    def read(number: int) -> list[tuple[str, Tensor]] | ImageReadError:
         try:
-            for suffix, crop in _crops(file, number, size, config):
-                crops.append(name + suffix)
-                if label is not None:
-                    labels.append(label)
-                waiting.append(crop)
-                if len(waiting) == config.batch_size:
-                    encode()
+            return list(_crops(files[number][0], number, size, config))
         except ImageReadError as error:
-            index["skipped"][name] = str(error)
+            return error
+
+    numbers = range(index["files_done"], len(files))
+    for number, found in zip(numbers, read_ahead(read, numbers, config.workers), strict=True):
+        _, name, label = files[number]
+        if isinstance(found, ImageReadError):
+            index["skipped"][name] = str(found)
+            found = []
+        for suffix, crop in found:
+            crops.append(name + suffix)
+            if label is not None:
+                labels.append(label)
+            waiting.append(crop)
+            if len(waiting) == config.batch_size:
+                encode()
         if progress is not None:
             progress(number + 1)
         last = number + 1 == len(files)

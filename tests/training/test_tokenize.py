@@ -110,6 +110,19 @@ def test_random_crops_differ_from_file_to_file(saved: Path, pictures: Path, tmp_
         assert torch.equal(mine, expected)
 
 
+@pytest.mark.parametrize("crop", ["tiles", "random"])
+def test_workers_do_not_change_the_tokens(
+    saved: Path, pictures: Path, tmp_path: Path, crop: str
+) -> None:
+    written = []
+    for workers in (0, 3):
+        out = tmp_path / str(workers)
+        options = (f"--workers={workers}", f"--crop={crop}")
+        assert main(arguments(saved, pictures, out, *options)) == 0
+        written.append(everything(out))
+    assert written[0] == written[1]
+
+
 @pytest.mark.parametrize("source", ["pictures", "shards"])
 def test_killed_and_started_again_nothing_is_lost_or_twice(
     saved: Path, pictures: Path, tmp_path: Path, source: str, request: pytest.FixtureRequest
