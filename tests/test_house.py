@@ -95,6 +95,28 @@ def test_the_extension_knows_nothing_of_torch_or_of_the_machine_it_is_built_on()
     assert "=native" not in (ROOT / "CMakeLists.txt").read_text("utf-8")
 
 
+# All of them are in PyTorch 2.7.0, the oldest that pyproject.toml allows, and in 2.14.1.
+PRIVATE_IN_TORCH = {
+    "torch._C._are_functorch_transforms_active",
+    "torch._C._get_tracing_state",
+    "torch._C._len_torch_dispatch_stack",
+    "torch._dynamo",
+    "torch._ops.OpOverload",
+    "torch._subclasses.fake_tensor",
+    "torch.utils._python_dispatch",
+}
+
+
+def test_what_is_private_in_torch_is_there_in_its_oldest_version() -> None:
+    """CI has one version, so that a name which only that one has would be seen by users first."""
+    used = set()
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        used |= set(re.findall(r"\btorch(?:\.\w+)*\._[a-zA-Z]\w*(?:\.\w+)*", text))
+        assert not re.search(r"from torch\S* import (?:\w+, )*_", text), path
+    assert used == PRIVATE_IN_TORCH
+
+
 def test_works_with_torch_alone() -> None:
     saving = ("safetensors", "huggingface_hub", "PIL", "yaml", "rich", "jsonargparse")
     missing = dict.fromkeys(("triton", "msvq_fast._C", *saving))

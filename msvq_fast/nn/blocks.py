@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from msvq_fast.ops.checks import is_watched
 from msvq_fast.ops.conv_bias_relu import conv_bias_relu
@@ -183,7 +183,18 @@ def _makes_image(layer: nn.ConvTranspose2d) -> bool:
 def _runs_on_cuda(x: Tensor) -> bool:
     """Whether layers run on ``x`` there and now, and nobody looks on; of torch.fx it is none."""
     there = isinstance(x, Tensor) and x.device.type == "cuda" and x.dim() == 4
-    return there and not is_watched() and not _has_any_global_hook()
+    return there and not is_watched() and not _has_global_hook()
+
+
+def _has_global_hook() -> bool:
+    """Whether a hook sees the calls of all modules; PyTorch 2.7 has no function that says so."""
+    hooks = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    return any(hooks)
 
 
 def _is_plain(layer: nn.Module) -> bool:
