@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.export import register_dataclass
 from typing_extensions import Self
 
 from msvq_fast.models.checks import check_hierarchy, check_images
@@ -30,6 +29,7 @@ from msvq_fast.models.hub import (
 from msvq_fast.models.presets import AutoencoderConfig, preset_config
 from msvq_fast.nn import VectorQuantizer
 from msvq_fast.nn.blocks import Chain, Encoder, JoinedConv
+from msvq_fast.nn.outputs import register_output
 from msvq_fast.nn.saved import build_and_load, save_weights
 from msvq_fast.ops.checks import InputError, check_at_least, check_choice
 
@@ -76,8 +76,7 @@ class MSVQVAEOutput:
         return torch.stack([_perplexity(n) for n in self.code_counts])
 
 
-# DistributedDataParallel(static_graph=True), FSDP and torch.export find tensors in nothing else.
-register_dataclass(MSVQVAEOutput, serialized_type_name="msvq_fast.MSVQVAEOutput")
+register_output(MSVQVAEOutput)
 
 
 def sum_contributions(contributions: Sequence[Tensor], upto: int | None = None) -> Tensor:

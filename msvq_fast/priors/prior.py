@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.export import register_dataclass
 from typing_extensions import Self
 
+from msvq_fast.nn.outputs import register_output
 from msvq_fast.nn.saved import build_and_load, save_weights
 from msvq_fast.ops.checks import InputError, check_no_run, may_read
 from msvq_fast.priors.transformer import PriorConfig, ScaleTransformer
@@ -37,8 +37,7 @@ class PriorOutput:
     nll: Tensor
 
 
-# As of the models' output: DistributedDataParallel(static_graph=True) finds no other tensors.
-register_dataclass(PriorOutput, serialized_type_name="msvq_fast.PriorOutput")
+register_output(PriorOutput)
 
 
 class Prior(nn.Module, ABC):
