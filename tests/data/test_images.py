@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -50,15 +52,26 @@ def test_rgb_is_not_copied_before_it_is_read(
 @pytest.mark.parametrize("mode", ["L", "1", "P", "YCbCr"])
 def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     source = Image.fromarray(gradient(16, 16)).convert(mode)
-    source.save(tmp_path / "x.tiff")
+    # uncompressed YCbCr is read by Pillow 13, but not by 12.0; libtiff converts it by its own rule
+    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}
+    source.save(tmp_path / "x.tiff", **options)
     expected = np.asarray(source.convert("RGB")).transpose(2, 0, 1)
-    assert np.array_equal(read_image(tmp_path / "x.tiff").numpy(), expected)
+    found = read_image(tmp_path / "x.tiff").numpy()
+    np.testing.assert_allclose(found.astype(int), expected, rtol=0, atol=int(mode == "YCbCr"))
 
 
 def test_cmyk(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "cyan.jpg", quality=100)
     red, green, blue = read_image(tmp_path / "cyan.jpg")[:, 4, 4].tolist()
     assert red < 10 and green > 245 and blue > 245
+
+
+def declare_transparent(path: Path, grey: int) -> None:
+    """Put a tRNS chunk of one 16-bit value before the pixels of a PNG."""
+    head, tail = path.read_bytes().split(b"IDAT", 1)
+    body = b"tRNS" + struct.pack(">H", grey)
+    chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
+    path.write_bytes(head[:-4] + chunk + head[-4:] + b"IDAT" + tail)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "I;16", "RGB"])
@@ -74,7 +87,11 @@ def test_transparency_lies_on_white(tmp_path: Path, mode: str) -> None:
             source.putpalette([0, 0, 0, 10, 20, 30])
         source.putpixel((1, 0), 1 if mode != "RGB" else (1, 1, 1))
         options["transparency"] = 1 if mode != "RGB" else (1, 1, 1)
-    source.save(tmp_path / "x.png", **options)
+    if mode == "I;16":  # Pillow 10 reads it, but does not write it
+        source.save(tmp_path / "x.png")
+        declare_transparent(tmp_path / "x.png", 1)
+    else:
+        source.save(tmp_path / "x.png", **options)
     assert read_image(tmp_path / "x.png")[:, 0].T.tolist() == [[0, 0, 0], [255, 255, 255]]
 
 
