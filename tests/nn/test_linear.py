@@ -67,6 +67,32 @@ def test_what_gains_nothing_is_a_product(convolutions: list[torch.Size]) -> None
     assert convolutions == []
 
 
+class OnlyLinear(torch.Tensor):
+    """Weights that only ``F.linear`` takes, as quantized ones."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            args = (args[0], args[1].as_subclass(torch.Tensor), *args[2:])
+        elif func in (torch.Tensor.__getitem__, F.conv2d):
+            raise NotImplementedError
+        return super().__torch_function__(func, (), args, kwargs)
+
+
+def test_weights_of_another_class_meet_a_product(convolutions: list[torch.Size]) -> None:
+    layer, rows = Linear(8, 4), torch.randn(LEAST_ROWS, 8)
+    expected = F.linear(rows, layer.weight, layer.bias)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(OnlyLinear))
+    assert torch.equal(layer(rows), expected)
+    assert convolutions == []
+
+
+def test_rows_of_another_width_are_named(convolutions: list[torch.Size]) -> None:
+    with pytest.raises(RuntimeError, match="to have 8 channels, but got 4 channels"):
+        Linear(8, 4)(torch.randn(LEAST_ROWS, 4))
+    assert len(convolutions) == 1
+
+
 def test_who_watches_sees_a_product(convolutions: list[torch.Size]) -> None:
     layer, rows = Linear(8, 4), torch.randn(LEAST_ROWS, 8)
     for graph in (torch.export.export(layer, (rows,)).graph, make_fx(layer)(rows).graph):
