@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
 import platform
 import shutil
 import zlib
@@ -165,11 +164,13 @@ def load_optimizer(path: Path) -> dict[str, Any]:
     they would wait for it once for every parameter and step.
 
     Raises:
-        CorruptCheckpointError: If it holds what only code could make.
+        CorruptCheckpointError: If it holds what only code could make, or nothing of the kind.
     """
     try:
         return torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch meets odd pickles with exceptions of any kind
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CorruptCheckpointError(f"{path / OPTIMIZER} cannot be loaded: {reason}") from None
 

@@ -171,3 +171,7 @@ def test_an_optimizer_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpointError, match=r"optimizer\.pt cannot be loaded: "):
         load_optimizer(tmp_path)
     assert not (tmp_path / "ran").exists()
+    for odd in (b"", b".", b"no pickle"):
+        (tmp_path / "optimizer.pt").write_bytes(odd)
+        with pytest.raises(CorruptCheckpointError, match=r"optimizer\.pt cannot be loaded: "):
+            load_optimizer(tmp_path)
