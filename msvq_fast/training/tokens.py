@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ _SCHEMA = 1
 _NAMES, _LABELS = "names", "labels"
 _FIELDS = {"settings": dict, "num_codes": int, "grids": list, "files": int, "files_done": int}
 _FIELDS |= {"shards": list, "complete": bool}
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,13 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         counts = [index["num_codes"], *(side for grid in index["grids"] for side in grid)]
         counts += [shard["images"] for shard in index["shards"]]
         pairs = all(len(grid) == 2 for grid in index["grids"])
-        if not pairs or not index["grids"] or not all(type(n) is int and n > 0 for n in counts):
-            raise ValueError("num_codes, grids or images are no numbers of at least 1")
+        bounded = all(type(n) is int and 0 < n <= _MOST for n in counts)
+        if not pairs or not index["grids"] or not bounded:
+            raise ValueError(f"num_codes, grids or images are no numbers of 1 to {_MOST}")
         for shard in index["shards"]:
-            if Path(shard["file"]).name != shard["file"]:
+            if not re.fullmatch(r"shard_\d+\.safetensors", shard["file"]):
                 raise ValueError(f"shard {shard['file']!r}; expected a file beside it")
+            shard["bytes"], shard["crc32"]
         if not all(isinstance(name, str) for name in index.get("classes", ())):
             raise ValueError("classes are no names")
         if index["complete"] and not index["shards"]:

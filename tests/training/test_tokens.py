@@ -55,6 +55,9 @@ def test_shards_are_loaded_one_at_a_time(
         ({"settings": {}}, "is not an index of tokens"),
         ({"images": 9}, r"holds no codes_0 of torch.uint16 \(9, 2, 2\)"),
         ({"file": "/dev/zero"}, "expected a file beside it"),
+        ({"file": "shard\0"}, "expected a file beside it"),
+        ({"images": 10**30}, "no numbers of 1 to 2147483647"),
+        ({"num_codes": 10**30}, "no numbers of 1 to 2147483647"),
     ],
 )
 def test_an_index_that_does_not_fit_its_shards_is_named(
@@ -65,4 +68,14 @@ def test_an_index_that_does_not_fit_its_shards_is_named(
         change = {"shards": [{**shards[0], **change}, *shards[1:]]}
     write_index(tmp_path, {**index, **change})
     with pytest.raises(InputError, match=message):
+        load_tokens(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["file", "images", "bytes", "crc32"])
+def test_an_index_without_a_field_of_a_shard_is_named(
+    index: dict[str, Any], tmp_path: Path, key: str
+) -> None:
+    del index["shards"][1][key]
+    write_index(tmp_path, index)
+    with pytest.raises(InputError, match=f"is not an index of tokens: '{key}'"):
         load_tokens(tmp_path)
