@@ -90,6 +90,10 @@ def run_sample(config: SampleConfig) -> Path:
     if out.is_dir() or out.suffix == ".json":  # where the settings are written
         what = "a folder" if out.is_dir() else "a JSON file"
         raise InputError(f"out={config.out!r} is {what}; give the name of a PNG file")
+    if config.folder is not None and Path(config.folder).resolve() in out.resolve().parents:
+        raise InputError(
+            f"out={config.out!r} lies in folder={config.folder!r}; the grid is no image of the set"
+        )
     check_writable(out.parent)
     folder = _open_folder(config, prior_folder, model_folder)
     shown = keep if folder is None else min(keep, _SHOWN)

@@ -43,14 +43,15 @@ class SampleFolder:
                     f"folder={str(folder)!r} holds files of something else; expected an empty one"
                 ) from None
             write_json(path, settings)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} is not what msvq sample writes: {error}") from None
         else:
-            if changed:
+            if changed and any(folder.glob("*.png")):
                 raise InputError(
                     f"folder={str(folder)!r} holds images of another {', '.join(changed)}; "
                     "expected an empty one"
                 )
+            write_json(path, settings)
 
     def has(self, name: str) -> bool:
         """Whether the image of this name is written."""

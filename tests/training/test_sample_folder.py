@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from msvq_fast import priors
-from msvq_fast.data import list_images, read_image, to_uint8
+from msvq_fast.data import list_images, read_image, save_png, to_uint8
 from msvq_fast.training import sample
 from msvq_fast.training.sample_folder import SETTINGS_FILE
 from tests.training.test_sample import folders, grid, load, run
@@ -94,3 +94,27 @@ def test_images_of_other_settings_are_not_mixed(
     (to / SETTINGS_FILE).unlink()
     assert run(folders, tmp_path / "grid.png", "maskgit", *options) == 2
     assert "holds files of something else; expected an empty one" in capsys.readouterr().err
+
+
+def test_settings_may_change_before_there_is_an_image(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_png(tmp_path / "picture.png", [[torch.zeros(3, 16, 16, dtype=torch.uint8)]])
+    to = tmp_path / "images"
+    options = ("--images=2", f"--folder={to}", f"--inpaint={tmp_path}/picture.png")
+    region = "--region=[0.1, 0.1, 0.2, 0.2]"
+    assert run(folders, tmp_path / "grid.png", "maskgit", *options, region) == 2
+    assert "holds no cell" in capsys.readouterr().err
+    assert run(folders, tmp_path / "grid.png", "maskgit", *options) == 0
+    assert run(folders, tmp_path / "grid.png", "maskgit", *options, region) == 2
+    assert "holds images of another region" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["samples.png", "deep/grid.png"])
+def test_the_grid_is_not_among_the_images(
+    folders: dict[str, Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "images"
+    assert run(folders, to / name, "maskgit", "--images=2", f"--folder={to}") == 2
+    assert f"lies in folder='{to}'" in capsys.readouterr().err
+    assert not to.exists()
