@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -194,25 +195,28 @@ def _write_shards(
         batches.append([codes.cpu() for codes in model.encode(x)])
         waiting.clear()
 
-    def read(number: int) -> list[tuple[str, Tensor]] | ImageReadError:
-        try:
-            return list(_crops(files[number][0], number, size, config))
+    def read(number: int) -> Iterator[tuple[str, Tensor]] | ImageReadError:
+        found = _crops(files[number][0], number, size, config)
+        try:  # only the first one waits for the file: a list of all may take more memory than it
+            return itertools.chain([next(found)], found)
         except ImageReadError as error:
             return error
 
     numbers = range(index["files_done"], len(files))
     for number, found in zip(numbers, read_ahead(read, numbers, config.workers), strict=True):
         _, name, label = files[number]
-        if isinstance(found, ImageReadError):
-            index["skipped"][name] = str(found)
-            found = []
-        for suffix, crop in found:
-            crops.append(name + suffix)
-            if label is not None:
-                labels.append(label)
-            waiting.append(crop)
-            if len(waiting) == config.batch_size:
-                encode()
+        try:
+            if isinstance(found, ImageReadError):
+                raise found
+            for suffix, crop in found:
+                crops.append(name + suffix)
+                if label is not None:
+                    labels.append(label)
+                waiting.append(crop)
+                if len(waiting) == config.batch_size:
+                    encode()
+        except ImageReadError as error:
+            index["skipped"][name] = str(error)
         if progress is not None:
             progress(number + 1)
         last = number + 1 == len(files)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,19 @@ def test_random_crops_differ_from_file_to_file(saved: Path, pictures: Path, tmp_
     codes = models.from_pretrained(saved).eval().encode(to_float(crop)[None])
     for mine, expected in zip(tokens.batch(torch.tensor([22])), codes, strict=True):
         assert torch.equal(mine, expected)
+
+
+def test_crops_are_in_memory_a_batch_at_a_time(saved, pictures, tmp_path, monkeypatch):
+    alive, cut = weakref.WeakSet(), tokenize._crops
+
+    def cutting(*args):
+        for suffix, tile in cut(*args):
+            alive.add(tile)
+            assert len(alive) <= BATCH + 4  # with the first ones of files ahead
+            yield suffix, tile
+
+    monkeypatch.setattr(tokenize, "_crops", cutting)
+    assert main(arguments(saved, pictures, tmp_path, "--crop=random", "--repeat=40")) == 0
 
 
 @pytest.mark.parametrize("crop", ["tiles", "random"])
