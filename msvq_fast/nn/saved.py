@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -52,7 +53,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
     mode = path.stat().st_mode
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt"})
-    path.chmod(mode)  # of newer versions the file is its owner's alone
+    with contextlib.suppress(OSError):  # of a disk that knows no permissions
+        path.chmod(mode)  # of newer versions the file is its owner's alone
 
 
 class _Bounded(TorchFunctionMode):

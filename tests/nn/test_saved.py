@@ -73,3 +73,14 @@ def test_weights_have_the_permissions_of_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "new").chmod(0o604)
     save_weights(nn.Linear(2, 2), tmp_path / "new")  # as one that is written over keeps its own
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o604
+
+
+def test_a_disk_without_permissions_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    save_weights(nn.Linear(2, 2), tmp_path / "new")
+    build_and_load(lambda: nn.Linear(2, 2), tmp_path / "new")
