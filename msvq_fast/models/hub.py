@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from msvq_fast.ops.checks import InputError, check_no_run
+from msvq_fast.nn.saved import check_no_run
+from msvq_fast.ops.checks import InputError
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 _CHUNK = 1 << 20  # bytes

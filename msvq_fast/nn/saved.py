@@ -18,6 +18,15 @@ from msvq_fast.ops.checks import InputError
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def check_no_run(folder: Path) -> None:
+    """Raise if ``folder`` is that of a training run, which holds checkpoints and no saved model."""
+    if (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").exists():
+        raise InputError(
+            f"{folder} is a run, not a saved model; give one of its checkpoints: "
+            "msvq_fast.training.checkpoint.find_model finds the best"
+        )
+
+
 def build_and_load(build: Callable[[], Model], path: Path) -> Model:
     """Build a model and load the safetensors ``path`` into it.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,15 +75,6 @@ def check_not_negative(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < math.inf:
             raise InputError(f"{name}={value}; expected a finite number >= 0")
-
-
-def check_no_run(folder: Path) -> None:
-    """Raise if ``folder`` is that of a training run, which holds checkpoints and no saved model."""
-    if (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").exists():
-        raise InputError(
-            f"{folder} is a run, not a saved model; give one of its checkpoints: "
-            "msvq_fast.training.checkpoint.find_model finds the best"
-        )
 
 
 def may_read(tensor: Tensor) -> bool:

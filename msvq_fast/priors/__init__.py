@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from msvq_fast.ops.checks import InputError, check_no_run
+from msvq_fast.nn.saved import check_no_run
+from msvq_fast.ops import InputError
 from msvq_fast.priors.autoregressive import AutoregressivePrior
 from msvq_fast.priors.coarse_to_fine import sample
 from msvq_fast.priors.maskgit import MaskGITPrior

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from msvq_fast.nn.outputs import register_output
-from msvq_fast.nn.saved import build_and_load, save_weights
-from msvq_fast.ops.checks import InputError, check_no_run, may_read
+from msvq_fast.nn.saved import build_and_load, check_no_run, save_weights
+from msvq_fast.ops.checks import InputError, may_read
 from msvq_fast.priors.transformer import PriorConfig, ScaleTransformer
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
