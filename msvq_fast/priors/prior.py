@@ -111,7 +111,7 @@ class Prior(nn.Module, ABC):
             config = PriorConfig(**values)
         except FileNotFoundError:
             raise InputError(f"{path} does not exist; expected a folder of a prior") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except Exception as error:  # values of any type meet the checks
             raise InputError(f"{path} is not the configuration of a prior: {error}") from None
         if name != cls.__name__:
             raise InputError(f"{path} holds a {name}; expected a {cls.__name__}")

@@ -49,6 +49,9 @@ class PriorConfig:
         object.__setattr__(self, "grids", tuple((int(h), int(w)) for h, w in self.grids))
         if not self.grids or any(min(grid) < 1 for grid in self.grids):
             raise InputError(f"grids={self.grids}; expected one (h, w) of at least 1 per scale")
+        for name in ("num_codes", "depth", "heads", "width", "num_classes"):
+            if type(getattr(self, name)) is not int:
+                raise InputError(f"{name}={getattr(self, name)!r}; expected an int")
         check_at_least(
             1, num_codes=self.num_codes, depth=self.depth, heads=self.heads, width=self.width
         )

@@ -17,7 +17,7 @@ from msvq_fast.ops import InputError
 
 # The first of each fails at once where nothing is checked, the last takes all memory.
 MODEL = [{"num_codes": 10**30}, {"code_dim": 10**12}, {"num_residual_blocks": 10**12}]
-PRIOR = [{"num_codes": 1.5}, {"grids": [[10**9] * 2]}, {"grids": [[1e300, 4]]}, {"depth": 10**12}]
+PRIOR = [{"grids": [[10**9] * 2]}, {"grids": [[1e300, 4]]}, {"depth": 10**12}]
 
 
 def change(folder: Path, values: dict[str, Any]) -> None:
@@ -50,6 +50,17 @@ def test_odd_configurations_are_named(load: Any, text: str, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=r"is not the configuration of a|holds a '"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_codes": 1.5}, {"heads": 2.0}, {"depth": True}, {"grids": [[1e400, 2]]}]
+)
+def test_a_prior_of_odd_numbers_is_named(values: dict[str, Any], tmp_path: Path) -> None:
+    sizes = priors.PriorConfig(((2, 2),), num_codes=8, width=8, heads=2, depth=1)
+    priors.MaskGITPrior(sizes).save_pretrained(tmp_path)
+    change(tmp_path, values)
+    with pytest.raises(InputError, match="is not the configuration of a prior: "):
+        priors.from_pretrained(tmp_path)
 
 
 def test_what_a_model_starts_with_is_as_without_a_file(tmp_path: Path) -> None:
