@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from msvq_fast.ops.checks import is_watched
 
 LEAST_ROWS = 128  # fewer are no quicker as a convolution
+_LEAST_PRODUCTS = 2**22  # of two numbers: fewer take less time than a convolution to begin
 _IMAGES = 16  # fewer go to MKL where PyTorch has one thread
 
 
@@ -20,24 +21,26 @@ class Linear(nn.Linear):
 
     PyTorch's matrix products are MKL's, which does not use AVX-512 there; its convolutions are
     oneDNN's, which does. Many rows of float32 run as a 1x1 convolution on such a processor, without
-    a copy; everything else is ``F.linear``.
+    a copy; everything else, small layers too, is ``F.linear``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
-        # What quantizes or shards weights gives them a class of its own, which may know no other.
-        plain = type(self.weight) in (Tensor, nn.Parameter) and self.weight.dtype == torch.float32
-        if not (plain and _is_better_convolved(x)):
+        if not _is_better_convolved(x, self.weight):
             return F.linear(x, self.weight, self.bias)
         lines = x.reshape(_IMAGES, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (16, C, 1, N / 16)
         out = F.conv2d(lines, self.weight[:, :, None, None], self.bias)
         return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
-def _is_better_convolved(x: Tensor) -> bool:
+def _is_better_convolved(x: Tensor, weight: Tensor) -> bool:
+    # What quantizes or shards weights gives them a class of its own, which may know no other.
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == torch.float32
+    if not plain or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
     rows = x.numel() // max(x.shape[-1], 1)
-    fits = x.device.type == "cpu" and x.dtype == torch.float32 and rows >= LEAST_ROWS
-    if not fits or rows % _IMAGES or torch.is_autocast_enabled("cpu") or is_watched():
+    many = rows >= LEAST_ROWS and x.numel() * weight.shape[0] >= _LEAST_PRODUCTS
+    if not many or rows % _IMAGES or torch.is_autocast_enabled("cpu") or is_watched():
         return False
     return _mkl_lacks_avx512()
 

@@ -20,6 +20,7 @@ def convolutions(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         return conv2d(x, *rest)
 
     monkeypatch.setattr(module, "_mkl_lacks_avx512", lambda: True)
+    monkeypatch.setattr(module, "_LEAST_PRODUCTS", LEAST_ROWS * 4)
     monkeypatch.setattr(F, "conv2d", note)
     return shapes
 
@@ -58,6 +59,7 @@ def test_what_gains_nothing_is_a_product(convolutions: list[torch.Size]) -> None
     layer, rows = Linear(8, 4), torch.randn(LEAST_ROWS, 8)
     for x in (rows[:-16], torch.randn(LEAST_ROWS + 8, 8), rows[:0], rows[0]):
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    Linear(3, 1)(rows[:, :3])  # fewer products
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(rows).dtype == torch.bfloat16
     layer.double()(rows.double())
