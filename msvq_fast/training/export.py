@@ -206,7 +206,7 @@ def _write(program: ExportedProgram, path: Path, inputs: list[str], outputs: lis
         content = io.BytesIO()  # torch's own writer ends the process where the disk is full
         torch.export.save(program, content)
         with writing(final):
-            path.write_bytes(content.getbuffer())
+            path.write_bytes(content.getvalue())  # of its buffer an error would keep a view
         module = torch.export.load(path).module()
 
         def run_torch(arguments: Sequence[Tensor]) -> list[Tensor]:

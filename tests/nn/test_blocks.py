@@ -285,7 +285,7 @@ def test_the_reference_runs_layer_by_layer() -> None:
             assert {p.joined for p in parts if isinstance(p, blocks.Chain)} == {joined}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_layers_can_be_traced() -> None:
     chain, x = chains()[0], torch.randn(1, 3, 8, 8)
     want = chain(x)

@@ -142,7 +142,7 @@ def test_a_compiler_does_not_trace_a_kernel() -> None:
     assert torch.equal(out, 2 * x) and traced == [False]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_who_watches_operations() -> None:
     seen: list[bool] = []
 

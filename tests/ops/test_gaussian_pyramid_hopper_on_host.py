@@ -227,7 +227,7 @@ def test_which_pyramids_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_no_tangent_is_lost() -> None:
     if not hasattr(OP.kernels["native"]._C, "gaussian_blur_cuda"):
         pytest.skip("built without CUDA")

@@ -277,7 +277,8 @@ def test_a_file_nested_without_end_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "deep.yaml").write_text(f"data: {'[' * 3000}{']' * 3000}")
-    assert "nested too deeply" in fails(capsys, "train", f"--config={tmp_path}/deep.yaml")
+    told = fails(capsys, "train", f"--config={tmp_path}/deep.yaml")
+    assert "nested too deeply" in told or "maximum nesting depth" in told  # PyYAML's own words
 
 
 def test_names_that_are_no_utf_8_can_be_printed() -> None:
