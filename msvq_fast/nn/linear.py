@@ -21,7 +21,8 @@ class Linear(nn.Linear):
 
     PyTorch's matrix products are MKL's, which does not use AVX-512 there; its convolutions are
     oneDNN's, which does. Many rows of float32 run as a 1x1 convolution on such a processor, without
-    a copy; everything else, small layers too, is ``F.linear``.
+    a copy; everything else, small layers too, is ``F.linear``. The two differ in last bits;
+    parameters and gradients are those of ``nn.Linear``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
