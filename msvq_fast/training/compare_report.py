@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from msvq_fast.training.compare_config import BASELINE
-from msvq_fast.training.paper import PAPER_RESULTS
+from msvq_fast.training.paper import PAPER_RESULTS, PaperRow
 
 NAMES = {"vqvae2": "VQ-VAE 2", "msvqvae": "MS-VQVAE"}
 # figure: heading, factor, digits, whether more is better; None is a matter of taste
@@ -107,7 +107,7 @@ def rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     shown = _shown(summary)
     for key, model in summary["models"].items():
         yield NAMES[key], [cell(model, figure) for figure in shown]
-        if (row := summary["paper"][key]) is not None:
+        if (row := PAPER_RESULTS.get(model["preset"])) is not None:
             cells = [paper_cell(row, figure, summary["suffix"]) for figure in shown]
             yield NAMES[key] + _PAPER, cells
 
@@ -126,19 +126,18 @@ def cell(model: Mapping[str, Any], figure: str) -> str:
     return text
 
 
-def paper_cell(row: Mapping[str, Any], figure: str, suffix: str) -> str:
+def paper_cell(row: PaperRow, figure: str, suffix: str) -> str:
     """The same figure as the paper prints it; of set distances it has the FID alone."""
     _, factor, digits, _ = FIGURES[figure]
     name = _name_in_paper(figure, suffix)
     if name is None:
         return "-"
-    if figure == "parameters":
-        return f"{row['parameters']}"
-    value = row[name]
-    if isinstance(value, (list, tuple)):
-        mean = int(statistics.fmean(value) + 0.5)  # 326.5 is 327 there
-        return "-".join(f"{v:.0f}" for v in value) + f" ({mean})"
-    return f"{factor * value:.{digits}f}"
+    value = getattr(row, name)
+    if isinstance(value, tuple):
+        return "-".join(map(str, value)) + f" ({getattr(row, f'{name}_mean')})"
+    if figure in ("parameters", "lpips"):  # LPIPS has two digits in Table 1, three in Table 2
+        return f"{value}"
+    return f"{factor * value:.{2 if figure == 'ssim' else digits}f}"
 
 
 def describe(summary: Mapping[str, Any]) -> list[str]:

@@ -14,13 +14,15 @@ class PaperRow:
 
     Attributes:
         parameters: Millions.
-        usage: Percent of codes used, per scale; Table 2 says 100 for all in its text.
+        usage: Percent of codes used, per scale; of Table 2 the text says 100 for all.
         perplexity: Per scale.
         mse: On images in [0, 1].
         ssim: Mean structural similarity.
         lpips: Its network is not stated.
         psnr: dB.
         rfid: Against the whole validation set.
+        usage_mean: Over the scales, as printed, which two rows of Table 1 round down.
+        perplexity_mean: Likewise.
     """
 
     parameters: float
@@ -31,6 +33,8 @@ class PaperRow:
     lpips: float
     psnr: float
     rfid: float
+    usage_mean: int
+    perplexity_mean: int
 
 
 # Of a row all but the parameters, in their order.
@@ -46,6 +50,20 @@ _FIGURES: dict[str, tuple[Any, ...]] = {
     "vqvae2-imagenet256-s": ((100, 100), (273, 380), 0.59e-3, 0.93, 0.058, 32.23, 5.39),
     "imagenet256-s": ((100, 100), (371, 262), 0.50e-3, 0.93, 0.046, 32.95, 4.49),
 }
+# Of a row the means of usage and perplexity.
+_MEANS: dict[str, tuple[int, ...]] = {
+    "vqvae2-celebahq1024-l": (62, 120),
+    "celebahq1024-l": (71, 140),
+    "vqvae2-celebahq1024-m": (48, 75),
+    "celebahq1024-m": (100, 179),
+    "vqvae2-celebahq1024-s": (78, 119),
+    "celebahq1024-s": (79, 123),
+    "vqvae2-imagenet256-l": (100, 629),
+    "imagenet256-l": (100, 707),
+    "vqvae2-imagenet256-s": (100, 327),
+    "imagenet256-s": (100, 317),
+}
 PAPER_RESULTS = {
-    name: PaperRow(PAPER_PARAMETERS[name], *figures) for name, figures in _FIGURES.items()
+    name: PaperRow(PAPER_PARAMETERS[name], *figures, *_MEANS[name])
+    for name, figures in _FIGURES.items()
 }
