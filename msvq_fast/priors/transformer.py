@@ -20,7 +20,7 @@ Memory = list[tuple[list[Tensor], list[Tensor]]]
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Sizes of a prior; the defaults are the paper's.
+    """Sizes of a prior; depth, heads and width default to the paper's.
 
     Attributes:
         grids: ``(h, w)`` of every scale, coarse to fine.

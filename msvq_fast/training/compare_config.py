@@ -33,8 +33,8 @@ class CompareConfig:
         accumulate: Micro-batches per optimiser step.
         lr: Peak learning rate of both models; None as for ``msvq train``.
         betas: Adam's two decay rates; None as for ``msvq train``.
-        schedule: Of both models; None is cosine for MS-VQVAE and constant for VQ-VAE 2, as in
-            the paper, which confounds model and schedule.
+        schedule: Of both models; None is cosine for MS-VQVAE (the paper's) and constant for
+            VQ-VAE 2, which confounds model and schedule.
         codebook_init: Of both models; None is the preset's.
         restart_below: Of both models; None is the preset's.
         gradient: Of both models' quantizers; None is the preset's.

@@ -89,7 +89,7 @@ class TrainConfig:
         lr: Peak learning rate of Adam; None is the paper's 3e-4, for the tiny presets 1e-3.
         betas: Adam's two decay rates; None is (0.9, 0.5) as the paper prints them, for the tiny
             presets (0.5, 0.9), since the printed ones diverge there.
-        schedule: None is cosine for MS-VQVAE and constant for VQ-VAE 2, as in the paper.
+        schedule: None is cosine for MS-VQVAE (the paper's) and constant for VQ-VAE 2.
         warmup_epochs: Epochs of linear warm-up; None is 5 with cosine, but at most a tenth of the
             run, and 0 with constant.
         min_lr_fraction: Where cosine ends, as a fraction of ``lr``.

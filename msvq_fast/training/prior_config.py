@@ -17,8 +17,10 @@ class TrainPriorConfig:
         validation: Folder of tokens of other images, by the same model; null is no validation.
         out: Folder of the run: checkpoints, metrics.jsonl, config.json.
         kind: Code after code, or masked codes many at a time.
-        attention: Windows cost the same per token on any grid, dense attention grows with it.
-        kernels: Windows in cells, odd, one per scale; null is 3 on scale 0 and 5 on the others.
+        attention: Windows cost the same per token on any grid, dense attention grows with it. The
+            paper's maskgit is windowed, its autoregressive prior dense; scale 0 always is dense.
+        kernels: Windows in cells, odd, one per scale; null is 3 on scale 0 and 5 on the others, as
+            the paper has them for two scales.
         depth: Transformer blocks per scale.
         heads: Attention heads.
         width: Channels of a token.
