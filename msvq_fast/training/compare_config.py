@@ -41,7 +41,7 @@ class CompareConfig:
         resize: Shorter side of the images in pixels before cropping; None keeps their size where a
             crop fits.
         precision: bf16 is autocast; auto is bf16 on CUDA and fp32 elsewhere.
-        channels_last: Memory format of the convolutions; auto is on for CUDA.
+        channels_last: Memory format of the convolutions; auto is on for CUDA and for bf16.
         workers: Threads that decode images ahead; 0 decodes between steps.
         log_every: Optimiser steps between log lines.
         device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.

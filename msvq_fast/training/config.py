@@ -100,7 +100,7 @@ class TrainConfig:
         gan_weight: Factor of its adaptive weight.
         gan_start: Optimiser steps before it joins.
         precision: bf16 is autocast; auto is bf16 on CUDA and fp32 elsewhere.
-        channels_last: Memory format of the convolutions; auto is on for CUDA.
+        channels_last: Memory format of the convolutions; auto is on for CUDA and for bf16.
         compile: Run the model through torch.compile; with another memory mode than default its
             parts, and those that run in strips not.
         cuda_graph: Record forward and backward once as a CUDA graph and replay it: the same numbers
@@ -364,7 +364,7 @@ def how_computed(config: Mapping[str, Any], device: str) -> dict[str, Any]:
     if how["precision"] == "auto":
         how["precision"] = "bf16" if on_cuda else "fp32"
     if how.get("channels_last") == "auto":
-        how["channels_last"] = "on" if on_cuda else "off"
+        how["channels_last"] = "on" if on_cuda or how["precision"] == "bf16" else "off"
     if how.get("memory") == "strips":
         how["memory"] = f"strips ({config['strips']})"
     if not on_cuda:  # repeats there with and without

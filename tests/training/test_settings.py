@@ -59,6 +59,8 @@ def test_of_computation() -> None:
     how = [how_computed(config.to_dict(), device) for device in ("cpu", "cuda")]
     assert [h["precision"] for h in how] == ["fp32", "bf16"]
     assert [h["channels_last"] for h in how] == ["off", "on"]
+    _, config = parse(["train", "--precision=bf16"])
+    assert how_computed(config.to_dict(), "cpu")["channels_last"] == "on"
 
 
 def test_deterministic_algorithms_last_as_long_as_the_run(
