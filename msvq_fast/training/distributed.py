@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -232,6 +232,21 @@ def gather(value: T, world: World) -> list[T]:
     values: list[Any] = [None] * world.size
     dist.all_gather_object(values, value)
     return values
+
+
+def require_same(values: Mapping[str, Any], world: World) -> None:
+    """Raise `InputError` on all processes if they do not all have the same ``values``.
+
+    Processes with other data or options would go on to other collectives, and wait for ever.
+    """
+    first, *others = gather(dict(values), world)
+    for rank, theirs in enumerate(others, start=1):
+        for name, value in theirs.items():
+            if value != first[name]:
+                raise InputError(
+                    f"{name} is {first[name]} in process 0 and {value} in process {rank}; "
+                    "expected the same in all"
+                )
 
 
 def first_decides(decide: Callable[[], Path | None], world: World) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msvq_fast.data import evaluation_tiles, list_images, to_float, to_uint8
+from msvq_fast.data import evaluation_tiles, list_named_images, to_float, to_uint8
 from msvq_fast.metrics import LPIPS, CodeUsage, mse, psnr_from_mse, ssim, to_unit_range
 from msvq_fast.models import (
     MSVQVAE,
@@ -29,7 +29,7 @@ from msvq_fast.ops import InputError, default_kernel_size, gaussian_pyramid
 from msvq_fast.ops.checks import check_at_least
 from msvq_fast.training.checkpoint import VERSIONS, find_model
 from msvq_fast.training.config import EvaluateConfig
-from msvq_fast.training.distributed import World, all_reduce_, gather, join
+from msvq_fast.training.distributed import World, all_reduce_, gather, join, require_same
 from msvq_fast.training.inference import (
     fitting_size,
     inference_mode,
@@ -47,6 +47,7 @@ from msvq_fast.training.results import (
     print_table,
     write_results,
 )
+from msvq_fast.training.resume import describe_images, name_images
 from msvq_fast.training.samples_evaluation import run_evaluate_samples
 
 _NO_JUDGES = Judges()
@@ -175,7 +176,9 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, world: World) 
     folder = find_model(checkpoint)
     model = load_model(folder, world.device)
     size = fitting_size(config.size, model)
-    paths = list_images(config.data, split=config.split)
+    images = list_named_images(config.data, split=config.split)
+    paths, digest = list(images.values()), weights_digest(folder)
+    require_same({"data": name_images(describe_images(images)), "checkpoint": digest}, world)
     skipped: dict[str, str] = {}
     tiles = evaluation_tiles(
         paths,
@@ -194,7 +197,7 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, world: World) 
         **dataclasses.asdict(config),
         "size": size,
         "resize": config.resize or (size if config.crop == "center" else None),
-        "weights_sha256": weights_digest(folder),
+        "weights_sha256": digest,
         "skipped": skipped,  # filled while the tiles are read
     }
     judges = load_judges(config, world.device)

@@ -103,6 +103,11 @@ class _Run(Run):
             cut: dict[str, Any] = {"size": size, "resize": config.resize, "crop": config.crop}
             limit = config.validation_tiles
             self.tiles = load_held_out(held_out, limit=limit, skipped=self.unseen, **cut)
+        # A disk may be one machine's own, and may fail for one process alone.
+        seen = {"data": resume.name_images(self.images)}
+        if self.validates:
+            seen["validation"] = f"{len(self.tiles)} tiles ({len(self.unseen)} images unreadable)"
+        distributed.require_same(seen, self.world)
 
     def _plan(self) -> None:
         config = self.config

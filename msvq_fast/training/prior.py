@@ -106,6 +106,10 @@ class _Run(Run):
         self.tokens = load_tokens(config.tokens)
         self.held_out = self._load_held_out()
         self.validates = config.validate_every > 0 and self.held_out is not None
+        seen = {"tokens": _name(self.tokens)}
+        if self.held_out is not None:
+            seen["validation"] = _name(self.held_out)
+        distributed.require_same(seen, world)
         self._plan()
         start, state = self._choose_start()
         torch.manual_seed(config.seed)
@@ -291,6 +295,10 @@ class _Run(Run):
                 "model_config": self.description,
             },
         )
+
+
+def _name(tokens: Tokens) -> str:
+    return f"{len(tokens)} images (codes {_digest(tokens)[:12]})"
 
 
 def _digest(tokens: Tokens) -> str:

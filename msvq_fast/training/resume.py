@@ -128,6 +128,11 @@ def describe_images(images: Mapping[str, ImagePath]) -> dict[str, Any]:
     return {"images": len(images), "images_sha256": digest.hexdigest()}
 
 
+def name_images(description: Mapping[str, Any]) -> str:
+    """`describe_images` in words."""
+    return f"{description['images']} images (names {description['images_sha256'][:12]})"
+
+
 # How the images of a step are shared out; their product may not change.
 _SHARES = ("processes", "batch_size", "accumulate")
 

@@ -21,6 +21,11 @@ from msvq_fast.training.progress import Column, MetricsFile, open_display
 from msvq_fast.training.results import write_json
 from msvq_fast.training.window import TrainingError
 
+# Options that each process may have its own of: places on its machine, and how it computes.
+_OWN = frozenset(
+    {"data", "tokens", "validation", "resume", "lpips_weights", "workers", "device", "backend"}
+)
+
 
 class Run(ABC):
     """One process of a training run; subclasses say what a step is and what is held out.
@@ -41,6 +46,8 @@ class Run(ABC):
 
     def __init__(self, config: TrainConfig | TrainPriorConfig, world: World) -> None:
         self.config, self.world, self.out = config, world, Path(config.out)
+        options = {n: v for n, v in config.to_dict().items() if n not in _OWN}
+        distributed.require_same(options, world)
 
     def _choose_start(self) -> tuple[Path | None, dict[str, Any]]:
         """The checkpoint to go on from and its state, those of a fresh start without one."""

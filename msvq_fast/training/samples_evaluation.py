@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from msvq_fast.data import ImagePath, evaluation_tiles, list_images
+from msvq_fast.data import ImagePath, evaluation_tiles, list_named_images
 from msvq_fast.metrics import FeatureExtractor
 from msvq_fast.ops import InputError
 from msvq_fast.training.config import EvaluateConfig
-from msvq_fast.training.distributed import World, gather
+from msvq_fast.training.distributed import World, gather, require_same
 from msvq_fast.training.inference import inference_mode, tile_batches
 from msvq_fast.training.judges import FeatureSet, compare_sets, load_judges
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import RESULTS_FILE, SetQuality, check_writable, write_json
+from msvq_fast.training.resume import describe_images, name_images
 
 
 def run_evaluate_samples(config: EvaluateConfig, world: World) -> SetQuality:
@@ -44,16 +45,17 @@ def run_evaluate_samples(config: EvaluateConfig, world: World) -> SetQuality:
     if extractor is None:
         raise InputError("evaluate --samples needs --extractor inception or efflite0")
     sources = {
-        "originals": list_images(config.data, split=config.split),
-        "samples": list_images(config.samples, split="all"),
+        "originals": list_named_images(config.data, split=config.split),
+        "samples": list_named_images(config.samples, split="all"),
     }
+    require_same({n: name_images(describe_images(i)) for n, i in sources.items()}, world)
     if world.leads:
         check_writable(Path(config.out))
     skipped: dict[str, str] = {}
     sets: dict[str, FeatureSet] = {}
-    for what, paths in sources.items():
+    for what, images in sources.items():
         with counting(what) if world.leads else contextlib.nullcontext() as progress:
-            sets[what] = _read(paths, config, extractor, skipped, world, progress)
+            sets[what] = _read(list(images.values()), config, extractor, skipped, world, progress)
     for part in gather(skipped, world):
         skipped.update(part)
     result = compare_sets(

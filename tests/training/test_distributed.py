@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,17 @@ loop._Run.close = leaving
 # Process 1 has no data.
 APART = """
 sys.argv += ["--data=nowhere"] * int(os.environ["RANK"])
+"""
+
+
+# A disk that fails for one process alone.
+BLIND = """
+real = dataset._load
+def load(path, *rest, **options):
+    if path.name == "11.png":
+        raise dataset.ImageReadError("Input/output error")
+    return real(path, *rest, **options)
+dataset._load = load
 """
 
 
@@ -208,6 +220,31 @@ def test_a_process_that_cannot_start_ends_the_other(
         first[1],
     )
     assert not list_checkpoints(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ("sys.argv += [f'--data={sys.argv[1][:-1]}other']", "data is 10 images .* and 9 images"),
+        ("sys.argv += ['--steps=6']", "steps is 5 in process 0 and 6 in process 1"),
+        (
+            "from msvq_fast.data import dataset\n" + BLIND,
+            r"validation is 2 tiles .* and 1 tiles \(",
+        ),
+    ],
+    ids=["data", "options", "disk"],
+)
+def test_processes_that_differ_end_all(
+    tmp_path: Path, pictures: Path, train_command: TrainCommand, theirs: str, message: str
+) -> None:
+    shutil.copytree(pictures, tmp_path / "other")
+    (tmp_path / "other" / "train" / "3.png").unlink()
+    command = train_command(tmp_path / "two", "--steps=5", "--batch_size=2")
+    program = WORKER + f"if os.environ['RANK'] == '1':\n{textwrap.indent(theirs, ' ')}\n"
+    first, second = run_two(tmp_path, command, program)
+    assert first[0] == second[0] == 2
+    assert first[1] == second[1]
+    assert re.fullmatch(f"msvq: error: {message}.*; expected the same in all\n", first[1])
 
 
 @pytest.mark.parametrize("compiled", [False, True])
