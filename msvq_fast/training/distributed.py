@@ -166,7 +166,26 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {name: False}
-    return DistributedDataParallel(model, device_ids=ids, **options)
+    wrapped = DistributedDataParallel(model, device_ids=ids, **options)
+    _settle_buckets(wrapped)
+    return wrapped
+
+
+def _settle_buckets(wrapped: DistributedDataParallel) -> None:
+    """Give every gradient its final place in the all-reduce, before the first step.
+
+    DDP orders them as they came in its first backward, and from three processes on the place
+    decides in which order a gradient is summed: a resumed run would round its first step otherwise
+    than one that was never stopped. This backward reaches the last parameters first, as real ones.
+    """
+    model = wrapped.module
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.forward = lambda: torch.stack([p.sum() for p in parameters]).sum()
+    try:
+        wrapped().backward()
+    finally:
+        del model.forward
+    model.zero_grad(set_to_none=True)
 
 
 def gradient_sync(wrapped: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import shutil
 import signal
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from msvq_fast.training.checkpoint import list_checkpoints, read_state, verify
-from msvq_fast.training.distributed import gradient_sync, leave
+from msvq_fast.training.distributed import World, gradient_sync, leave, wrap
 from tests.training.two_processes import run_two
 
 Train = Callable[..., int]
@@ -220,6 +222,46 @@ def test_a_process_that_cannot_start_ends_the_other(
         first[1],
     )
     assert not list_checkpoints(tmp_path / "two")
+
+
+class Backwards(nn.Module):
+    """Its gradients come in the order in which its parameters were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(50, 50)
+        self.first = nn.Linear(50, 50)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x)).square().sum()
+
+
+def gradients_of_two_steps(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=3)
+    torch.manual_seed(rank)
+    wrapped, x = wrap(Backwards(), World(rank, 3, torch.device("cpu"))), torch.randn(8, 50)
+    found = []
+    for _ in range(2):
+        wrapped.zero_grad()
+        wrapped(x).backward()
+        found.append([p.grad for p in wrapped.parameters()])
+    torch.save(found, f"{folder}/{rank}.pt")
+    leave()
+
+
+def test_the_first_step_is_summed_as_all_others(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=gradients_of_two_steps, args=(r, tmp_path)) for r in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * 3
+    first, second = torch.load(tmp_path / "0.pt", weights_only=True)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)  # or a resumed run would differ from one that never stopped
 
 
 @pytest.mark.parametrize(
