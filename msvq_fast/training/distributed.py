@@ -68,7 +68,7 @@ def join(device: str) -> Iterator[World]:
             ``cuda`` take the device of the local rank.
 
     Raises:
-        InputError: If the device is unknown or not there.
+        InputError: If the device is unknown or not there, or the processes cannot meet.
         LostProcessError: In place of what is raised inside when another process is gone.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -87,7 +87,15 @@ def join(device: str) -> Iterator[World]:
 @contextlib.contextmanager
 def _group(world: World) -> Iterator[None]:
     # gloo for host tensors too: agreeing on a stop must not wait for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend)
+    except (ValueError, dist.DistError) as error:
+        said = str(error).partition("\n")[0]
+        raise InputError(
+            f"WORLD_SIZE={world.size}, but the processes cannot meet: {said}; start them with "
+            "torchrun, or unset WORLD_SIZE for one process"
+        ) from error
     try:
         yield
     except RuntimeError as error:

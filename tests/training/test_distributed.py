@@ -7,6 +7,7 @@ import multiprocessing
 import re
 import shutil
 import signal
+import socket
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from msvq_fast.ops import InputError
 from msvq_fast.training.checkpoint import list_checkpoints, read_state, verify
-from msvq_fast.training.distributed import World, gradient_sync, leave, wrap
+from msvq_fast.training.distributed import World, gradient_sync, join, leave, wrap
 from tests.training.two_processes import run_two
 
 Train = Callable[..., int]
@@ -222,6 +224,23 @@ def test_a_process_that_cannot_start_ends_the_other(
         first[1],
     )
     assert not list_checkpoints(tmp_path / "two")
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch, missing: bool) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        here = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in here.items():
+            monkeypatch.setenv(name, value)
+        if missing:
+            monkeypatch.delenv("RANK")
+        what = "RANK expected, but not set" if missing else "EADDRINUSE"
+        said = pytest.raises(InputError, match=f"^WORLD_SIZE=2, but the .*{what}.*torchrun")
+        with said, join("cpu"):
+            pass
 
 
 class Backwards(nn.Module):
