@@ -220,7 +220,7 @@ class MetricsFile:
     def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
         self._path = path = folder / METRICS
         with path.open("a", encoding="utf-8") as before:
-            _lock(before)
+            _lock(before, path)
             self._events = _open_events(folder, step) if tensorboard else None
             temporary = path.with_name(f".{METRICS}.{os.getpid()}")
             try:
@@ -228,7 +228,7 @@ class MetricsFile:
                     with temporary.open("wb") as file:
                         file.writelines(_lines_upto(path, step) if step else ())
                     self._file: IO[str] = temporary.open("a", encoding="utf-8")
-                    _lock(self._file)
+                    _lock(self._file, temporary)
                     temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -259,7 +259,7 @@ def is_running(folder: Path) -> bool:
     """Whether a run has its ``metrics.jsonl`` open in ``folder``; never where nothing locks."""
     try:
         with (folder / METRICS).open("r+", encoding="utf-8") as file:
-            _lock(file)
+            _lock(file, folder / METRICS)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except InputError:
@@ -267,7 +267,27 @@ def is_running(folder: Path) -> bool:
     return False
 
 
-def _lock(file: IO[str]) -> None:
+@contextlib.contextmanager
+def only_writer(folder: Path, option: str) -> Iterator[None]:
+    """Keep other processes that enter this out of ``folder``; `InputError` if one is in it.
+
+    Args:
+        folder: It exists.
+        option: Name of the option that chose it.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows, where nothing locks
+        yield
+        return
+    try:
+        _lock(descriptor, folder, option)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(file: IO[str] | int, path: Path, option: str = "out") -> None:
     """Lock a file until it is closed or the process ends; `InputError` if another one has it."""
     try:
         import fcntl
@@ -277,7 +297,7 @@ def _lock(file: IO[str]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(
-            f"{file.name} is being written by another run; choose another out"
+            f"{path} is being written by another run; choose another {option}"
         ) from None
     except OSError:  # some file systems have no locks
         return

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from msvq_fast.training.inference import inference_mode, load_model
 from msvq_fast.training.prior_config import SampleConfig
 from msvq_fast.training.progress import counting
 from msvq_fast.training.results import check_writable, write_json
-from msvq_fast.training.sample_folder import SampleFolder
+from msvq_fast.training.sample_folder import SampleFolder, open_folder
 
 _GROUPS = 4  # parts of a coarse grid that are predicted from the others
 _COLUMNS = 8
@@ -95,10 +96,13 @@ def run_sample(config: SampleConfig) -> Path:
             f"out={config.out!r} lies in folder={config.folder!r}; the grid is no image of the set"
         )
     check_writable(out.parent)
-    folder = _open_folder(config, prior_folder, model_folder)
-    shown = keep if folder is None else min(keep, _SHOWN)
+    shown = keep if config.folder is None else min(keep, _SHOWN)
     total = config.images + keep * config.variations
-    with inference_mode(model), counting("drawings", total) as progress:
+    with (
+        _open_folder(config, prior_folder, model_folder) as folder,
+        inference_mode(model),
+        counting("drawings", total) as progress,
+    ):
         fixed, picture = None, None
         if config.inpaint is not None:
             picture, fixed = _inpainting(config, model, prior, device)
@@ -228,15 +232,15 @@ def _name(image: int, variation: int, variations: int) -> str:
 
 def _open_folder(
     config: SampleConfig, prior_folder: Path, model_folder: Path
-) -> SampleFolder | None:
+) -> AbstractContextManager[SampleFolder | None]:
     if config.folder is None:
-        return None
+        return nullcontext()
     settings = dataclasses.asdict(config)
     for name in ("prior", "checkpoint", "out", "folder", "batch_size", "device"):
         del settings[name]
     settings["prior_sha256"] = weights_digest(prior_folder)
     settings["weights_sha256"] = weights_digest(model_folder)
-    return SampleFolder(Path(config.folder), settings)
+    return open_folder(Path(config.folder), settings)
 
 
 def _decode(model: MSVQVAE | VQVAE2, codes: list[Tensor]) -> list[Tensor]:

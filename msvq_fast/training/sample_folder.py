@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,39 @@ from torch import Tensor
 
 from msvq_fast.data import write_whole
 from msvq_fast.ops import InputError
+from msvq_fast.training.progress import only_writer
 from msvq_fast.training.results import check_writable, write_json
 
 SETTINGS_FILE = "samples.json"
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[SampleFolder]:
+    """`SampleFolder`, made if missing, for this process alone.
+
+    Raises:
+        InputError: If it cannot be written, another process draws into it, or it holds anything
+            but images of these settings.
+    """
+    check_writable(folder)
+    with only_writer(folder, "folder"):
+        yield SampleFolder(folder, settings)
 
 
 class SampleFolder:
     """A folder of drawn images; a drawing that was stopped goes on with what is missing.
 
     Args:
-        folder: Made if missing.
+        folder: It exists and can be written.
         settings: What decides every image; written beside them.
 
     Raises:
-        InputError: If it cannot be written, or holds anything but images of these settings.
+        InputError: If it holds anything but images of these settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         settings = json.loads(json.dumps(settings))  # as they are read back
-        check_writable(folder)
         path = folder / SETTINGS_FILE
         try:
             before = json.loads(path.read_text(encoding="utf-8"))

@@ -31,7 +31,7 @@ from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.config import TokenizeConfig
 from msvq_fast.training.distributed import choose_device, require_one_process
 from msvq_fast.training.inference import fitting_size, inference_mode, load_model
-from msvq_fast.training.progress import counting
+from msvq_fast.training.progress import counting, only_writer
 from msvq_fast.training.results import check_writable
 from msvq_fast.training.tokens import INDEX, read_index, read_shard, write_index, write_shard
 
@@ -77,23 +77,24 @@ def run_tokenize(config: TokenizeConfig) -> Path:
     }
     if labels:
         settings["labels_sha256"] = _sha256(labels)
-    index = _start(out, settings, model, len(files), classes)
     number_of = {name: number for number, name in enumerate(classes)}
     numbers = [number_of[label] for label in labels] if labels else [None] * len(files)
-    if not index["complete"]:
-        with inference_mode(model), counting("files", len(files)) as progress:
-            start = time.perf_counter()
-            described = list(zip(files, names, numbers, strict=True))
-            for images in _write_shards(
-                model, config, size, described, out, index, device, progress
-            ):
-                if progress is None:
-                    rate = images / (time.perf_counter() - start)
-                    print(
-                        f"{index['files_done']}/{len(files)} files, {_images(index)} images"
-                        f"  {rate:.1f} images/s",
-                        flush=True,
-                    )
+    with only_writer(out, "out"):
+        index = _start(out, settings, model, len(files), classes)
+        if not index["complete"]:
+            with inference_mode(model), counting("files", len(files)) as progress:
+                start = time.perf_counter()
+                described = list(zip(files, names, numbers, strict=True))
+                for images in _write_shards(
+                    model, config, size, described, out, index, device, progress
+                ):
+                    if progress is None:
+                        rate = images / (time.perf_counter() - start)
+                        print(
+                            f"{index['files_done']}/{len(files)} files, {_images(index)} images"
+                            f"  {rate:.1f} images/s",
+                            flush=True,
+                        )
     if not index["shards"]:
         reason = next(iter(index["skipped"].values()))
         raise InputError(f"none of the {len(files)} images can be read; {reason}")

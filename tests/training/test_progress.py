@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
-from msvq_fast.training.progress import MetricsFile
+from msvq_fast.cli import main
+from msvq_fast.training.progress import MetricsFile, only_writer
+from tests.training.test_sample import folders
+
+__all__ = ["folders"]  # a fixture
 
 
 def test_every_number_is_a_scalar_of_its_kind_scale_and_step(
@@ -53,3 +57,25 @@ def test_a_long_file_is_taken_over_line_by_line(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2000])
     assert peak < 200_000
+
+
+@pytest.mark.parametrize("command", ["tokenize", "sample"])
+def test_a_folder_that_another_process_writes_is_left_alone(
+    command: str,
+    folders: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    to, model = tmp_path / "shared", f"--checkpoint={folders['model']}"
+    to.mkdir()
+    arguments, option = [f"--data={pictures}", f"--out={to}"], "out"
+    if command == "sample":
+        arguments, option = [f"--prior={folders['maskgit']}", f"--folder={to}"], "folder"
+        arguments += ["--images=1", f"--out={tmp_path / 'grid.png'}"]
+    with only_writer(to, "out"):
+        assert main([command, model, "--device=cpu", *arguments]) == 2
+    message = f"{to} is being written by another run; choose another {option}"
+    assert capsys.readouterr().err == f"msvq: error: {message}\n"
+    assert not list(to.iterdir())
+    assert main([command, model, "--device=cpu", *arguments]) == 0
