@@ -188,9 +188,9 @@ def _settle_buckets(wrapped: DistributedDataParallel) -> None:
     """
     model = wrapped.module
     parameters = [p for p in model.parameters() if p.requires_grad]
-    model.forward = lambda: torch.stack([p.sum() for p in parameters]).sum()
+    model.forward = lambda _: torch.stack([p.sum() for p in parameters]).sum()
     try:
-        wrapped().backward()
+        wrapped(None).backward()  # with an argument: on a GPU DDP takes the first of them
     finally:
         del model.forward
     model.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from msvq_fast.ops import InputError
 from msvq_fast.training.checkpoint import list_checkpoints, read_state, verify
-from msvq_fast.training.distributed import World, gradient_sync, join, leave, wrap
+from msvq_fast.training.distributed import World, _settle_buckets, gradient_sync, join, leave, wrap
 from tests.training.two_processes import run_two
 
 Train = Callable[..., int]
@@ -306,6 +306,18 @@ def test_processes_that_differ_end_all(
     assert first[0] == second[0] == 2
     assert first[1] == second[1]
     assert re.fullmatch(f"msvq: error: {message}.*; expected the same in all\n", first[1])
+
+
+def test_the_backward_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(Backwards())
+        wrapped.device_ids = [0]  # as on a GPU, where inputs are moved there
+        _settle_buckets(wrapped)
+    finally:
+        leave()
+    assert all(p.grad is None for p in wrapped.parameters())
+    assert "forward" not in vars(wrapped.module)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
