@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from msvq_fast.nn.attention_cache import AttentionCache, ring_rows, write_ring
 from msvq_fast.nn.linear import Linear
 from msvq_fast.ops import InputError, local_attention, local_attention_at
+from msvq_fast.ops.checks import accumulation_dtype
 
 ROTARY_BASE = 100.0
 
@@ -173,7 +174,7 @@ class LocalAttention(nn.Module):
         pairs.append((like.new_zeros(shape), like.new_zeros(shape)))
         angles = None
         if self.rotary:
-            angles = rotary_angles(grids[-1], grids[-1], shape[-1] // 4, weight.device)
+            angles = rotary_angles(grids[-1], grids[-1], shape[-1] // 4, like)
         return AttentionCache(
             grids=tuple((h, w) for h, w in grids),
             keys=tuple(key for key, _ in pairs),
@@ -238,20 +239,20 @@ def rotate(x: Tensor, grid: tuple[int, int], fine: tuple[int, int]) -> Tensor:
     The cell ``(y, x)`` of ``grid`` sits at ``(y + ½) h_fine / h - ½`` and likewise in x, so the dot
     product of two rotated vectors depends only on their distance in cells of ``fine``. The first
     half of the channels turns with the row, the second with the column; the angle of pair i is
-    ``position / 100^(i / pairs)``. Computed in float32, returned in the dtype of ``x``.
+    ``position / 100^(i / pairs)``. Computed in float32 (float64 for float64), returned in the
+    dtype of ``x``.
     """
-    return turn(x, rotary_angles(grid, fine, x.shape[-1] // 4, x.device))
+    return turn(x, rotary_angles(grid, fine, x.shape[-1] // 4, x))
 
 
-def rotary_angles(
-    grid: tuple[int, int], fine: tuple[int, int], pairs: int, device: torch.device
-) -> Tensor:
-    """The angles ``(h * w, 2 * pairs)`` of `rotate`: rows first, then columns."""
-    steps = torch.arange(pairs, dtype=torch.float32, device=device) / pairs
+def rotary_angles(grid: tuple[int, int], fine: tuple[int, int], pairs: int, like: Tensor) -> Tensor:
+    """The angles ``(h * w, 2 * pairs)`` of `rotate` for ``like``: rows first, then columns."""
+    dtype, device = accumulation_dtype(like.dtype), like.device
+    steps = torch.arange(pairs, dtype=dtype, device=device) / pairs
     frequency = ROTARY_BASE**-steps
     angles = []
     for axis in (0, 1):
-        cells = torch.arange(grid[axis], dtype=torch.float32, device=device)
+        cells = torch.arange(grid[axis], dtype=dtype, device=device)
         position = (cells + 0.5) * (fine[axis] / grid[axis]) - 0.5
         angles.append(position[:, None] * frequency)  # (h or w, pairs)
     rows = angles[0][:, None].expand(grid[0], grid[1], pairs)
@@ -260,8 +261,8 @@ def rotary_angles(
 
 
 def turn(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate channel pairs of ``x (B, heads, N, d)`` by ``angles (N, d / 2)``, in float32."""
+    """Rotate channel pairs of ``x (B, heads, N, d)`` by ``angles (N, d / 2)``, in their dtype."""
     cos, sin = angles.cos(), angles.sin()
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.to(angles.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-2).to(x.dtype)

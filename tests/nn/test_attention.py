@@ -60,6 +60,13 @@ def test_rotation_sees_only_distances():
     torch.testing.assert_close(cells.norm(dim=-1), k.norm().expand(3, 4))
 
 
+@pytest.mark.parametrize("settings", [{}, {"rotary": True, "relative_bias": True}])
+def test_a_float64_module_is_exact(settings):
+    module = LocalAttention(8, 2, [3, 3], **settings).double()
+    x = [t.double().requires_grad_() for t in tokens(batch=1, width=8)]
+    assert torch.autograd.gradcheck(lambda *scales: module(scales, GRIDS), x)
+
+
 def test_raster_order_is_causal():
     module = LocalAttention(16, 2, [3, 5], order="raster", rotary=True)
     x = tokens(width=16)
