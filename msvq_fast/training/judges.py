@@ -88,8 +88,10 @@ class FeatureSet:
         """
         parts = gather((self._names, self._features, self._logits), world)
         names = [name for own, _, _ in parts for name in own]
-        if not names:
-            raise InputError("there is no image to compare; expected at least two")
+        if len(names) < 2:
+            raise InputError(
+                f"a set to compare has {len(names)} images; expected at least two in each"
+            )
         hashes = [_hash(name) for name in names]
         order = torch.tensor(sorted(range(len(names)), key=hashes.__getitem__))
         features = torch.cat([batch for _, batches, _ in parts for batch in batches])

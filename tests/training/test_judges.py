@@ -163,6 +163,15 @@ def test_command_writes_hashes_and_figures(model, tmp_path, capsys):
         assert all(float(row["lpips"]) > 0 for row in csv.DictReader(file))
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_set_of_one_image_has_no_distances(count):
+    judged = FeatureSet(Colours())
+    images = torch.stack([tile for _, tile in tiles()])
+    judged.add([f"{n}.png" for n in range(count)], images[:count])
+    with pytest.raises(InputError, match=f"a set to compare has {count} images; expected at least"):
+        compare_sets(Colours(), judged, judged, paired=True, force_fd=False, world=ONE)
+
+
 def test_samples_are_compared_as_a_set(tmp_path, capsys):
     _, eff = weights(tmp_path)
     data = folder_of_images(tmp_path / "images", 5)
