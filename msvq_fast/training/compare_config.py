@@ -83,6 +83,7 @@ class CompareConfig:
 
     def check(self) -> None:
         """Raise InputError for the first field out of its range, in one line."""
+        from msvq_fast.models import preset_config
         from msvq_fast.ops.checks import InputError
 
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -93,6 +94,12 @@ class CompareConfig:
             raise InputError(
                 f"preset={self.preset!r}; expected a preset of MS-VQVAE such as "
                 f"{self.preset.removeprefix(BASELINE)!r}, its baseline is trained beside it"
+            )
+        stride = preset_config(self.preset).stride
+        if self.resolution is not None and (self.resolution < 1 or self.resolution % stride):
+            raise InputError(
+                f"resolution={self.resolution}; expected a multiple of {stride}, the pixels of a "
+                f"cell of {self.preset}'s coarsest grid"
             )
 
     def settings(self) -> dict[str, Any]:

@@ -215,7 +215,8 @@ def test_a_stopped_training_stops_the_comparison(pictures, tmp_path, monkeypatch
         ({"lpips_weights": "nowhere"}, "nowhere"),
         ({"preset": "vqvae2-imagenet256-s"}, "expected a preset of MS-VQVAE"),
         ({"preset": "imagenet"}, "preset 'imagenet' is unknown"),
-        ({"resolution": 5}, "latents"),
+        ({"resolution": 100}, "resolution=100; expected a multiple of 8, the pixels"),
+        ({"resolution": 0}, "resolution=0; expected a multiple of 8"),
     ],
 )
 def test_bad_settings_stop_before_anything_is_written(change, message, pictures, tmp_path):
