@@ -324,6 +324,8 @@ def _check(config: SampleConfig) -> int:
         raise InputError(
             f"region={tuple(config.region)}; expected top < bottom and left < right, all in 0..1"
         )
+    if config.inpaint is None and tuple(config.region) != SampleConfig.region:
+        raise InputError(f"region={tuple(config.region)} without inpaint, the image it is part of")
     if config.reject is None:
         return config.images
     found = re.fullmatch(r"keep=(\d+)", config.reject)
@@ -383,6 +385,11 @@ def _label(config: SampleConfig, image: int) -> str:
 def _sampling_settings(
     config: SampleConfig, prior: AutoregressivePrior | MaskGITPrior
 ) -> dict[str, Any]:
+    if config.variations > 1 and prior.config.num_scales == 1:
+        raise InputError(
+            f"variations={config.variations}; expected 1: this prior has one scale, so they would "
+            "all be the same"
+        )
     settings: dict[str, Any] = {
         name: getattr(config, name) for name in ("temperature", "top_k", "top_p")
     }

@@ -249,6 +249,7 @@ def test_inpainting_keeps_the_codes_outside(
         ("maskgit", ["--reject=3"], "reject='3'; expected keep=1 to keep=8"),
         ("maskgit", ["--reject=keep=9"], "reject='keep=9'; expected keep=1 to keep=8"),
         ("maskgit", ["--region=[0.5,0,0.2,1]"], "expected top < bottom"),
+        ("maskgit", ["--region=[0.5,0,1,1]"], "region=(0.5, 0.0, 1.0, 1.0) without inpaint"),
         ("maskgit", ["--inpaint=nowhere.png"], "cannot read image 'nowhere.png'"),
         ("maskgit", ["--temperature=-1"], "temperature=-1.0; expected at least 0"),
         ("maskgit", ["--steps=0"], "steps=0; expected at least 1"),
@@ -273,6 +274,17 @@ def test_settings_that_cannot_work(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_one_scale_has_no_variations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"width": 8, "code_dim": 4, "num_residual_blocks": 1, "num_codes": NUM_CODES}
+    model = models.from_preset("tiny", resolution=16, latents=(4,), **small)
+    model.save_pretrained(tmp_path / "model")
+    MaskGITPrior(PriorConfig(((4, 4),), **SIZES)).save_pretrained(tmp_path / "maskgit")
+    folders = {name: tmp_path / name for name in ("model", "maskgit")}
+    assert run(folders, tmp_path / "grid.png", "maskgit", "--variations=3") == 2
+    assert "variations=3; expected 1: this prior has one scale" in capsys.readouterr().err
+    assert run(folders, tmp_path / "grid.png", "maskgit", "--images=2") == 0
 
 
 def test_several_processes_are_refused(
