@@ -220,7 +220,7 @@ class EvaluateConfig:
             squeezenet1_1 and the heads of the lpips package; None leaves LPIPS out.
         extractor: Network of the distances between sets: inception gives FID, KID and IS,
             efflite0 the stand-ins FD-EffLite0, KID-EffLite0 and IS-EffLite0, which are no FID;
-            None is inception where ``inception_weights`` is given, else none.
+            None is the one whose weights are given, inception before efflite0, else none.
         inception_weights: File of the FID Inception that pytorch-fid and torch-fidelity publish.
         efflite0_weights: File of EfficientNet-Lite0; None takes that of the extra ``eff``.
         force_fd: Report the Fréchet distance of fewer images than twice the features' width too.

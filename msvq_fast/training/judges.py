@@ -48,7 +48,9 @@ def load_judges(config: EvaluateConfig, device: torch.device) -> Judges:
     Raises:
         InputError: If weights are missing or wrong, naming the file and what it must hold.
     """
-    chosen = config.extractor or ("inception" if config.inception_weights is not None else None)
+    given = {"inception": config.inception_weights, "efflite0": config.efflite0_weights}
+    first = next((name for name, weights in given.items() if weights is not None), None)
+    chosen = config.extractor or first
     extractor: FeatureExtractor | None = None
     if chosen == "inception":
         if config.inception_weights is None:

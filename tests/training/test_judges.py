@@ -163,6 +163,13 @@ def test_command_writes_hashes_and_figures(model, tmp_path, capsys):
         assert all(float(row["lpips"]) > 0 for row in csv.DictReader(file))
 
 
+def test_weights_that_are_given_name_their_network(tmp_path):
+    config = EvaluateConfig(efflite0_weights=str(weights(tmp_path)[1]))
+    judges = load_judges(config, torch.device("cpu"))
+    assert judges.extractor is not None and judges.extractor.suffix == "-EffLite0"
+    assert load_judges(EvaluateConfig(), torch.device("cpu")).extractor is None
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_set_of_one_image_has_no_distances(count):
     judged = FeatureSet(Colours())
