@@ -24,6 +24,7 @@ from msvq_fast.training.optimizer import (
     Schedule,
     build_adam,
     default_epochs,
+    default_schedule,
     is_unstable,
     load_moments,
     optimizer_settings,
@@ -124,9 +125,7 @@ class _Run(Run):
             )
         epochs = config.epochs or default_epochs(config.preset)
         self.total_steps = config.steps or epochs * self.steps_per_epoch
-        kind = config.schedule or (
-            "cosine" if isinstance(self.model_config, MSVQVAEConfig) else "constant"
-        )
+        kind = config.schedule or default_schedule(config.preset)
         warmup = warmup_steps(
             config.warmup_epochs,
             kind,

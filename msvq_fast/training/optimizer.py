@@ -40,6 +40,11 @@ def optimizer_settings(preset: str, lr: float | None, betas: Betas | None) -> tu
     return lr, betas
 
 
+def default_schedule(preset: str) -> Literal["cosine", "constant"]:
+    """The paper's (§4): cosine for MS-VQVAE, constant for VQ-VAE 2."""
+    return "constant" if preset.startswith("vqvae2-") else "cosine"
+
+
 def default_epochs(preset: str) -> int:
     """The paper's (§4): 250, and 200 of the models behind the transformers."""
     return 200 if preset.endswith("ffhq128") else 250

@@ -23,7 +23,7 @@ from msvq_fast.training.checkpoint import (
     verify,
 )
 from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig, how_computed
-from msvq_fast.training.optimizer import RATES, optimizer_settings
+from msvq_fast.training.optimizer import RATES, default_schedule, optimizer_settings
 from msvq_fast.training.prior_config import TrainPriorConfig
 
 
@@ -273,9 +273,11 @@ def describe_computation(
 
 
 def _with_rates(config: dict[str, Any]) -> dict[str, Any]:
-    """Null and the number that it stands for are the same run."""
-    lr, betas = optimizer_settings(config["preset"], config["lr"], config["betas"])
-    return {**config, "lr": lr, "betas": list(betas)}
+    """Null and what it stands for are the same run."""
+    preset = config["preset"]
+    lr, betas = optimizer_settings(preset, config["lr"], config["betas"])
+    schedule = config["schedule"] or default_schedule(preset)
+    return {**config, "lr": lr, "betas": list(betas), "schedule": schedule}
 
 
 def _shares(config: dict[str, Any], processes: int) -> dict[str, int]:

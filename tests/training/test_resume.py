@@ -51,6 +51,23 @@ def test_a_run_in_another_folder_finds_a_best_of_its_own(
     assert find_model(second) == checkpoint_path(second, 20)
 
 
+@pytest.mark.parametrize(("preset", "schedule"), [("tiny", "cosine"), ("vqvae2-tiny", "constant")])
+def test_the_default_by_its_name_is_no_change(
+    tmp_path: Path,
+    train: Train,
+    capsys: pytest.CaptureFixture[str],
+    preset: str,
+    schedule: str,
+) -> None:
+    assert train(tmp_path, f"--preset={preset}", "--steps=2") == 0
+    named = ("--lr=0.001", "--betas=[0.5,0.9]", f"--schedule={schedule}", "--resume=auto")
+    assert train(tmp_path, f"--preset={preset}", "--steps=3", *named) == 0
+    assert "from here on the run is another" not in capsys.readouterr().out
+    other = "cosine" if schedule == "constant" else "constant"
+    assert train(tmp_path, f"--preset={preset}", f"--schedule={other}", "--resume=auto") == 2
+    assert f"schedule is {schedule} there and {other} here" in capsys.readouterr().err
+
+
 def test_every_byte_of_a_large_file_counts(tmp_path: Path) -> None:
     large = {"moments": torch.zeros(3 << 18)}  # 3 MiB
     folder = save_checkpoint(
