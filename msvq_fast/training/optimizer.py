@@ -41,7 +41,7 @@ def optimizer_settings(preset: str, lr: float | None, betas: Betas | None) -> tu
 
 
 def default_schedule(preset: str) -> Literal["cosine", "constant"]:
-    """The paper's (§4): cosine for MS-VQVAE, constant for VQ-VAE 2."""
+    """The paper's cosine (§4) for MS-VQVAE, constant for VQ-VAE 2."""
     return "constant" if preset.startswith("vqvae2-") else "cosine"
 
 

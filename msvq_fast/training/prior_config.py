@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -196,3 +197,26 @@ class SampleConfig:
     order: Literal["confidence", "halton"] | None = None
     batch_size: int = 16
     device: str = "auto"
+
+    def check(self) -> int:
+        """Raise InputError for what is out of its range; return how many images are kept."""
+        from msvq_fast.ops.checks import InputError, check_at_least
+
+        check_at_least(
+            1, images=self.images, variations=self.variations, batch_size=self.batch_size
+        )
+        if self.guidance and not self.labels:
+            raise InputError(f"guidance={self.guidance} without labels; expected labels, or null")
+        top, left, bottom, right = region = tuple(self.region)
+        if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+            raise InputError(
+                f"region={region}; expected top < bottom and left < right, all in 0..1"
+            )
+        if self.inpaint is None and region != SampleConfig.region:
+            raise InputError(f"region={region} without inpaint, the image it is part of")
+        if self.reject is None:
+            return self.images
+        found = re.fullmatch(r"keep=(\d+)", self.reject)
+        if not found or not 1 <= int(found[1]) <= self.images:
+            raise InputError(f"reject={self.reject!r}; expected keep=1 to keep={self.images}")
+        return int(found[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from msvq_fast.data import (
     to_uint8,
 )
 from msvq_fast.models import MSVQVAE, VQVAE2, sum_contributions, weights_digest
-from msvq_fast.ops.checks import InputError, check_at_least
+from msvq_fast.ops.checks import InputError
 from msvq_fast.priors import AutoregressivePrior, MaskGITPrior
 from msvq_fast.priors.maskgit import halton_rank
 from msvq_fast.training.checkpoint import STATE, find_model, read_state
@@ -79,7 +78,7 @@ def run_sample(config: SampleConfig) -> Path:
             other settings, or several processes.
     """
     require_one_process("sample", "start it without torchrun")
-    keep = _check(config)
+    keep = config.check()
     device = choose_device(config.device)
     prior_folder, model_folder = find_model(config.prior), find_model(config.checkpoint)
     prior = priors.from_pretrained(prior_folder).to(device).eval()
@@ -310,28 +309,6 @@ def _hole(config: SampleConfig, height: int, width: int) -> Tensor:
     y = (torch.arange(height) + 0.5)[:, None] / height
     x = (torch.arange(width) + 0.5) / width
     return (y >= top) & (y < bottom) & (x >= left) & (x < right)
-
-
-def _check(config: SampleConfig) -> int:
-    """Check what needs no model; returns how many coarse images are kept."""
-    check_at_least(
-        1, images=config.images, variations=config.variations, batch_size=config.batch_size
-    )
-    if config.guidance and not config.labels:
-        raise InputError(f"guidance={config.guidance} without labels; expected labels, or null")
-    top, left, bottom, right = config.region
-    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
-        raise InputError(
-            f"region={tuple(config.region)}; expected top < bottom and left < right, all in 0..1"
-        )
-    if config.inpaint is None and tuple(config.region) != SampleConfig.region:
-        raise InputError(f"region={tuple(config.region)} without inpaint, the image it is part of")
-    if config.reject is None:
-        return config.images
-    found = re.fullmatch(r"keep=(\d+)", config.reject)
-    if not found or not 1 <= int(found[1]) <= config.images:
-        raise InputError(f"reject={config.reject!r}; expected keep=1 to keep={config.images}")
-    return int(found[1])
 
 
 def check_match(
