@@ -256,7 +256,7 @@ class _Run(Run):
         self.window.check()
         summary = self.window.read()
         self._record_steps({**vars(summary), **self.losses.read()})
-        warning = summary.describe_unused()
+        warning = summary.describe_unused(restarts=self.model_config.restart_below > 0)
         if warning and self.step >= self.steps_per_epoch and not self.warned:
             self.warned = True
             self.display.message(warning)

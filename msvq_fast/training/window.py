@@ -85,14 +85,19 @@ class WindowSummary:
     usage: list[float]
     perplexity: list[float]
 
-    def describe_unused(self) -> str | None:
-        """Warn of scales that use few of their codes; None if there are none."""
+    def describe_unused(self, *, restarts: bool) -> str | None:
+        """Warn of scales that use few of their codes; None if there are none.
+
+        Args:
+            restarts: Whether unused codes restart already.
+        """
         unused = [m for m, percent in enumerate(self.usage) if percent < _LOW_USAGE]
         if not unused:
             return None
+        remedy = "" if restarts else "; model.restart_below=0.1 revives codes"
+        scales = ", ".join(map(str, unused))
         return (
-            f"warning: less than {_LOW_USAGE} % of the codes of scale "
-            f"{', '.join(map(str, unused))} are in use; model.restart_below=0.1 revives codes"
+            f"warning: less than {_LOW_USAGE} % of the codes of scale {scales} are in use{remedy}"
         )
 
 

@@ -44,9 +44,12 @@ def test_scales_that_use_few_codes_are_named() -> None:
     sums = Window(1, 1, 200, ONE)
     for used, warned in ((19, True), (20, False)):
         sums.add(output(1.0, [1.0], [0.0], [1] * used + [0] * (200 - used)), 1)
-        found = sums.read().describe_unused()
-        assert (found is not None) == warned
-        assert found is None or "less than 10 % of the codes of scale 0" in found
+        summary = sums.read()
+        for restarts in (False, True):
+            found = summary.describe_unused(restarts=restarts)
+            assert (found is not None) == warned
+            assert found is None or "less than 10 % of the codes of scale 0" in found
+            assert found is None or ("restart_below" in found) != restarts
 
 
 def test_the_first_bad_step_and_its_parts_are_named() -> None:
