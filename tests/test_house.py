@@ -164,6 +164,22 @@ def test_models_leave_the_compiler_alone() -> None:
     assert len(set(out.split())) == 1
 
 
+# lpips and torch-fidelity bring torchvision along, natten is built for one version of PyTorch.
+NOT_INSTALLED = {"lpips", "torch_fidelity", "natten", "no_such_peer"}
+PACKAGED_AS = {"cv2": "opencv-python-headless", "skimage": "scikit-image"}
+
+
+def test_make_test_installs_what_tests_would_be_skipped_without() -> None:
+    asked = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        asked |= set(re.findall(r"importorskip\(\s*[\"'](\w+)", path.read_text(encoding="utf-8")))
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = "".join(re.findall(r"^(?:test|export|hf) = \[.*?\](?= #|$)", text, re.M | re.S))
+    installed = set(re.findall(r'"([\w-]+)>=', extras))
+    ours = {"msvq_fast", *NOT_INSTALLED}
+    assert {PACKAGED_AS.get(name, name).replace("_", "-") for name in asked - ours} <= installed
+
+
 def test_public_names_exist() -> None:
     out = run(
         "import msvq_fast\n"
