@@ -180,6 +180,15 @@ def test_make_test_installs_what_tests_would_be_skipped_without() -> None:
     assert {PACKAGED_AS.get(name, name).replace("_", "-") for name in asked - ours} <= installed
 
 
+def test_the_licences_of_the_photographs_are_in_the_metadata() -> None:
+    table = (PACKAGE / "data" / "photos" / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    named = {name.replace(" ", "-") for name in re.findall(r"\[(CC[\w ]* \d\.\d)\]", table)}
+    (line,) = re.findall(
+        r'^license = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M
+    )
+    assert named and {"Apache-2.0", *named} == set(line.split(" AND "))
+
+
 def test_public_names_exist() -> None:
     out = run(
         "import msvq_fast\n"
