@@ -13,9 +13,12 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _compiler_first() -> None:
+def _compiler_first() -> Iterator[None]:
     """Let torch.compile note PyTorch's own functions before a test has others in their place."""
     torch.compile(torch.neg, backend="eager")(torch.ones(1))
+    with pytest.MonkeyPatch.context() as patch:  # a process group would have them noted anew
+        patch.setattr(torch._dynamo.trace_rules, "clear_lru_cache", lambda: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

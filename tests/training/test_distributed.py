@@ -333,3 +333,15 @@ def test_only_the_last_micro_batch_is_reduced(tmp_path: Path, compiled: bool) ->
     finally:
         leave()
     assert found == [False, True]
+
+
+def test_a_process_group_leaves_other_tests_the_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    leave()
+    x = torch.zeros(2)
+    torch.compile(lambda: x + 1, backend="eager")()
+    monkeypatch.undo()  # torch.empty_like is PyTorch's own again
+    compiled = torch.compile(lambda: torch.empty_like(x).fill_(3), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(), x + 3)
