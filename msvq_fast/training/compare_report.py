@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from rich.box import HEAVY_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from msvq_fast.training.compare_config import BASELINE
 from msvq_fast.training.paper import PAPER_RESULTS, PaperRow
+from msvq_fast.training.results import table_console
 
 NAMES = {"vqvae2": "VQ-VAE 2", "msvqvae": "MS-VQVAE"}
 # figure: heading, factor, digits, whether more is better; None is a matter of taste
@@ -28,7 +28,6 @@ FIGURES: dict[str, tuple[str, float, int, bool | None]] = {
     "kid": ("KID e-3", 1e3, 1, False),
 }
 
-_WIDTH = 160  # of the table in files
 _PAPER = ", paper"
 
 
@@ -74,9 +73,7 @@ def summarize(preset: str, results: Mapping[tuple[str, int], Mapping[str, Any]])
 
 def print_comparison(summary: Mapping[str, Any], file: IO[str] | None = None) -> None:
     """Print the table: a row per model, mean ± spread over seeds, the paper's row below it."""
-    console = Console(file=file, highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    console = table_console(file)
     table = Table(header_style="bold", box=HEAVY_HEAD if console.is_terminal else None)
     table.add_column("")
     for heading in headings(summary):

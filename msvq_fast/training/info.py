@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -19,18 +18,18 @@ from msvq_fast import models, ops
 from msvq_fast.ops.backend import BACKENDS
 from msvq_fast.training.config import InfoConfig
 from msvq_fast.training.memory import batch_memory, step_memory
+from msvq_fast.training.results import table_console
 
 
 def run_info(config: InfoConfig) -> int:
     """Print presets, predicted memory, or versions and ops by backend; return exit code 0."""
-    console = Console()
+    console = table_console()
     if config.memory:
         console.print(memory_table(config))
         console.print(
             f"{config.preset}, {config.precision}, {config.batch} images a step, counted from "
             "sizes. Workspaces of the convolutions and what the allocator leaves unused come on "
             "top: 1 to 2 GB on a GPU is usual.",
-            highlight=False,
             soft_wrap=True,
         )
         return 0
@@ -44,7 +43,7 @@ def run_info(config: InfoConfig) -> int:
         )
         return 0
     for name, value in versions().items():
-        console.print(f"{name:<10} {value}", markup=False, highlight=False)
+        console.print(f"{name:<10} {value}", markup=False)
     for device in ("cpu", "cuda"):
         if device == "cpu" or torch.cuda.is_available():
             console.print("", ops_table(device), sep="\n")

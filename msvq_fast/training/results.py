@@ -22,6 +22,7 @@ from rich.table import Table
 from msvq_fast.data import write_whole
 
 RESULTS_FILE, PER_IMAGE_FILE = "results.json", "per_image.csv"
+_FILE_WIDTH = 160  # of a table in a file or a pipe
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,17 @@ def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> 
     write_json(folder / RESULTS_FILE, result.to_dict(), indent=2)
 
 
+def table_console(file: IO[str] | None = None) -> Console:
+    """A console that cuts no figure of a table off a terminal, whatever COLUMNS says."""
+    console = Console(file=file, highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    return console
+
+
 def print_table(result: EvaluationResult, file: IO[str] | None = None) -> None:
     """Print the figures per scale: a table on a terminal, plain aligned text elsewhere."""
-    console = Console(file=file, highlight=False)
+    console = table_console(file)
     table = Table(header_style="bold", box=HEAVY_HEAD if console.is_terminal else None)
     table.add_column("scale", justify="right")
     judged = result.final.lpips is not None

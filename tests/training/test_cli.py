@@ -236,8 +236,9 @@ def test_info_names_every_op_and_backend(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_info_presets_shows_the_parameters_beside_the_papers(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "20")  # nobody's screen: it is a pipe
     assert main(["info", "--presets"]) == 0
     *table, note = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in table}

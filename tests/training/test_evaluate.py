@@ -166,7 +166,8 @@ def table(result):
     return file.getvalue()
 
 
-def test_table_off_a_terminal_is_plain_text(model):
+def test_table_off_a_terminal_is_plain_text(model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
     result = evaluate(model, tiles())
     text = table(result)
     assert text.isascii()
