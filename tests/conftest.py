@@ -10,6 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+for name in ("COLUMNS", "FORCE_COLOR"):  # of whoever runs the tests: help and tables follow them
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,16 +17,16 @@ pytest.importorskip("setuptools")
 
 # Fails to build unless it was configured as FAILS_UNTIL says; writes the module it is asked for.
 CMAKE = """#!{python}
-import pathlib, sys
+import json, pathlib, sys
 log = pathlib.Path({log!r})
 arguments = sys.argv[1:]
 with log.open("a") as file:
-    print(*arguments, file=file)
+    print(json.dumps(arguments), file=file)
 if "--build" in arguments:
-    configured = log.read_text().splitlines()[-2]
+    configured = json.loads(log.read_text().splitlines()[-2])
     if {works!r} not in configured:
         sys.exit(1)
-    words = dict(a[2:].split("=", 1) for a in configured.split() if a.startswith("-D"))
+    words = dict(a[2:].split("=", 1) for a in configured if a.startswith("-D"))
     folder = pathlib.Path(words["MSVQ_OUTPUT_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / words["MSVQ_OUTPUT_NAME"]).write_text("built")
