@@ -70,6 +70,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, kind: str, f
     options = [f"--format={kind}", f"--checkpoint={tmp_path / 'model'}", f"--out={out}"]
     done = subprocess.run(
         [sys.executable, "-c", code, "export", *options],
+        env={**os.environ, "HOME": str(tmp_path)},  # ONNX Runtime writes there, or says it cannot
         capture_output=True,
         text=True,
         check=False,
