@@ -38,7 +38,6 @@ def run_info(config: InfoConfig) -> int:
         console.print(
             "The paper prints no FFHQ autoencoder: that is what Table 4 leaves after 13.32 M of "
             "transformers.",
-            highlight=False,
             soft_wrap=True,
         )
         return 0
