@@ -145,6 +145,8 @@ class LiveDisplay:
 
     def close(self) -> None:
         """Draw the last state and give the terminal back."""
+        if not any(self._last.values()):  # stopped early, or nothing was left to train
+            self._live.update(self._bar)
         self._live.stop()
 
     def _render(self) -> Any:
@@ -176,7 +178,7 @@ def open_display(
     """Return the view for this process: live on a terminal, lines in pipes and CI, else silent."""
     if not leads:
         return SilentDisplay()
-    if sys.stdout.isatty() and not os.environ.get("CI"):
+    if _redraws(sys.stdout) and not os.environ.get("CI"):
         return LiveDisplay(step=step, total_steps=total_steps, grids=grids, columns=columns)
     return PlainDisplay()
 
@@ -190,16 +192,27 @@ def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], No
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not _redraws(sys.stderr):
         yield None
         return
+    console = Console(stderr=True)
     count = "{task.completed}" if total is None else "{task.completed}/{task.total}"
     bar = () if total is None else (BarColumn(),)
     columns = (SpinnerColumn(), *bar, TextColumn(f"{count} {what}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+def _redraws(stream: IO[str] | None) -> bool:
+    """Whether lines of a stream can be drawn over: FORCE_COLOR alone makes no terminal of a pipe.
+
+    On a dumb terminal rich would show nothing before the end.
+    """
+    from rich.console import Console
+
+    terminal = stream is not None and stream.isatty()
+    return terminal and not Console(file=stream).is_dumb_terminal
 
 
 class MetricsFile:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import sys
 import tracemalloc
@@ -10,7 +11,14 @@ from typing import Any
 import pytest
 
 from msvq_fast.cli import main
-from msvq_fast.training.progress import MetricsFile, only_writer
+from msvq_fast.training.progress import (
+    PRIOR_COLUMNS,
+    LiveDisplay,
+    MetricsFile,
+    counting,
+    only_writer,
+    open_display,
+)
 from tests.training.test_sample import folders
 
 __all__ = ["folders"]  # a fixture
@@ -79,3 +87,44 @@ def test_a_folder_that_another_process_writes_is_left_alone(
     assert capsys.readouterr().err == f"msvq: error: {message}\n"
     assert not list(to.iterdir())
     assert main([command, model, "--device=cpu", *arguments]) == 0
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+@pytest.mark.parametrize(
+    ("terminal", "kind", "redrawn"),
+    [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)],
+)
+def test_only_what_can_be_drawn_over_is_drawn_over(
+    terminal: bool, kind: str, redrawn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dumb terminal would show nothing before the end, a log file every frame."""
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", kind)
+    out, err = Stream(terminal), Stream(terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    display = open_display(leads=True, step=0, total_steps=9, grids=["4x4"], columns=())
+    display.close()
+    assert isinstance(display, LiveDisplay) == redrawn
+    with counting("files", 3) as progress:
+        assert (progress is not None) == redrawn
+    assert ("\x1b" in out.getvalue(), "\x1b" in err.getvalue()) == (redrawn, redrawn)
+
+
+def test_a_view_that_ends_without_figures_waits_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", out := Stream(True))
+    monkeypatch.setenv("TERM", "xterm")
+    display = LiveDisplay(step=9, total_steps=9, grids=["4x4"], columns=PRIOR_COLUMNS)
+    display.close()
+    assert "9/9" in out.getvalue()
+    assert "waiting" not in out.getvalue()
+    assert "NLL" not in out.getvalue()
