@@ -22,6 +22,7 @@ COLOURS = (
 _INK, _GRID = (32, 33, 36), (222, 224, 227)
 _OVERSAMPLING = 2  # drawn larger and shrunk: Pillow's lines have no antialiasing
 _TICKS = 5
+_DECADES = 12  # labels of a logarithmic axis that do not touch
 
 
 def curve_chart(
@@ -35,7 +36,8 @@ def curve_chart(
     """Curves over a common axis, both axes logarithmic.
 
     Args:
-        curves: Label of each curve and its values ``(n,)``; those not positive are left out.
+        curves: Label of each curve and its values ``(n,)``; those not positive and finite are left
+            out.
         x: ``(n,)`` positive places, ascending.
         x_label: Below the axis.
         y_label: Above the axis.
@@ -78,7 +80,7 @@ def histogram(counts: Tensor, *, label: str, size: tuple[int, int] = (300, 420))
         raise InputError("counts holds nothing; expected (K,) with at least one code drawn")
     shares = (counts.double() / counts.sum()).sort(descending=True).values.tolist()
     top = max(shares)
-    frame = _Frame(size, (0, len(shares)), (0, 1.08 * top), linear=True)
+    frame = _Frame(size, (0, len(shares)), (0, 1.3 * top), linear=True)  # the legend is above
     frame.axis_lines("codes, most frequent first", "share of all draws")
     for place, share in enumerate(shares):
         frame.bar(place, share, COLOURS[1])
@@ -132,6 +134,10 @@ class _Frame:
 
     def curve(self, pairs: Sequence[tuple[float, float]], colour: tuple[int, int, int]) -> None:
         places = [self._place(*pair) for pair in pairs]
+        if len(places) == 1:
+            ((x, y),) = places
+            r = 2 * _OVERSAMPLING
+            self.draw.ellipse([(x - r, y - r), (x + r, y + r)], fill=colour)
         self.draw.line(places, colour, 2 * _OVERSAMPLING, joint="curve")
 
     def bar(self, place: int, height: float, colour: tuple[int, int, int]) -> None:
@@ -169,7 +175,8 @@ class _Frame:
             return [(value, f"{value:.4g}") for value in _round_values(*axis)]
         decades = range(math.ceil(axis.low - 1e-9), math.floor(axis.high + 1e-9) + 1)
         if len(decades) > 1:
-            return [(float(d), f"{10.0**d:g}") for d in decades]
+            every = math.ceil(len(decades) / _DECADES)
+            return [(float(d), f"{10.0**d:g}") for d in decades if d % every == 0]
         values = _round_values(10.0**axis.low, 10.0**axis.high)
         return [(math.log10(value), f"{value:.4g}") for value in values]
 
@@ -181,7 +188,7 @@ def _positive(name: str, x: Tensor, values: Tensor) -> list[tuple[float, float]]
     if values.shape != x.shape:
         raise InputError(f"curve {name!r} has {len(values)} values for {len(x)} places")
     pairs = zip(x.tolist(), values.tolist(), strict=True)
-    return [(math.log10(a), math.log10(b)) for a, b in pairs if a > 0 and b > 0]
+    return [(math.log10(a), math.log10(b)) for a, b in pairs if a > 0 and 0 < b < math.inf]
 
 
 def _with_margin(values: Sequence[float]) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -70,7 +71,8 @@ def save_png(
 
     All cells have the size of the largest picture; a smaller one (a token map) is enlarged with
     sharp pixel edges to fill its cell. Labels may hold line breaks and are wrapped to their
-    space. The file appears complete or not at all.
+    space; columns are as wide as the longest word above them. The file appears complete or not
+    at all.
 
     Args:
         path: the PNG file; folders above it are made.
@@ -128,10 +130,14 @@ def _draw_grid(
     margin = 2 * gap + 8
 
     at_left = [_text(label, font_size, max(cell_w // 2, 8 * font_size)) for label in row_labels]
-    above = [_text(label, font_size, cell_w) for label in column_labels]
+    column_w = max(cell_w, _longest_word(column_labels, font_size) + gap if column_labels else 0)
+    above = [_text(label, font_size, column_w) for label in column_labels]
     left = margin + max((text.width + 2 * gap for text in at_left), default=0)
-    width = left + columns * (cell_w + gap) - gap + margin
-    heading = _text(title, font_size + font_size // 3, width - 2 * margin)
+    title_size = font_size + font_size // 3
+    inside = left - margin + columns * (column_w + gap) - gap
+    inside = max(inside, _longest_word([title], title_size))
+    width = inside + 2 * margin
+    heading = _text(title, title_size, inside)
     label_bottom = margin + (heading.height + 2 * gap if title else 0)
     label_bottom += max((text.height for text in above), default=0)
     top = label_bottom + (gap if above else 0)
@@ -142,7 +148,7 @@ def _draw_grid(
     draw = ImageDraw.Draw(canvas)
     heading.draw(draw, margin, margin, "l")
     for column, text in enumerate(above):
-        center = left + column * (cell_w + gap) + cell_w / 2
+        center = left + column * (column_w + gap) + column_w / 2
         text.draw(draw, center, label_bottom - text.height, "m")
     y = top
     for index, row in enumerate(rows):
@@ -153,7 +159,7 @@ def _draw_grid(
         for column, picture in enumerate(row):
             if picture is not None:
                 image = _enlarged(picture, cell_h, cell_w)
-                x = left + column * (cell_w + gap) + (cell_w - image.width) // 2
+                x = left + column * (column_w + gap) + (column_w - image.width) // 2
                 canvas.paste(image, (x, y + (row_height - image.height) // 2))
         y += row_height + gap
     return canvas
@@ -169,7 +175,10 @@ def _enlarged(picture: Tensor, cell_h: int, cell_w: int) -> Image.Image:
 
 
 def _text(label: str, font_size: int, width: int) -> _Text:
-    """Break ``label`` at its line breaks, and at spaces where a line is wider than ``width``."""
+    """Break ``label`` at its line breaks, and where a line is wider than ``width``.
+
+    There at spaces, and within words that are wider themselves, such as long file names.
+    """
     font = ImageFont.load_default(size=font_size)
     lines: list[str] = []
     for paragraph in label.splitlines():
@@ -179,9 +188,23 @@ def _text(label: str, font_size: int, width: int) -> _Text:
             if line and font.getlength(longer) > width:
                 lines.append(line)
                 longer = word
+            while font.getlength(longer) > width and len(longer) > 1:
+                fitting = (
+                    n for n in range(len(longer), 1, -1) if font.getlength(longer[:n]) <= width
+                )
+                cut = next(fitting, 1)
+                lines.append(longer[:cut])
+                longer = longer[cut:]
             line = longer
         lines.append(line)
     return _Text(lines, font, round(font_size * _LINE_SPACING))
+
+
+def _longest_word(labels: Sequence[str], font_size: int) -> int:
+    """Width in pixels."""
+    font = ImageFont.load_default(size=font_size)
+    words = (font.getlength(word) for label in labels for word in label.split())
+    return math.ceil(max(words, default=0))
 
 
 @functools.lru_cache(maxsize=16)

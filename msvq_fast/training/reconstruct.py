@@ -80,7 +80,8 @@ def reconstruct_grid(
         row += [to_uint8(partial) for partial in itertools.accumulate(parts)]
         row += [code_map(grid, model.config.num_codes) for grid in grids]
         rows.append(row)
-    name = f"{type(model).__name__}, {model.num_scales} scales of {model.config.num_codes} codes"
+    scales = f"{model.num_scales} scale{'s' if model.num_scales > 1 else ''}"
+    name = f"{type(model).__name__}, {scales} of {model.config.num_codes} codes"
     columns = _column_labels(gains, model.num_scales)
     save_png(out_png, rows, row_labels=labels, column_labels=columns, title=name)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,7 @@ def test_a_falling_curve_falls():
         (2.0, 80.0, ["20", "40", "60", "80"]),  # with one power of ten in it
         (20.0, 30.0, ["20", "25", "30"]),
         (0.0204, 0.0206, ["0.0204", "0.0206"]),
+        (1e-15, 1e15, [f"{10.0**d:g}" for d in range(-15, 16, 3)]),  # not 31 on top of another
     ],
 )
 def test_logarithmic_axes_have_labels_within_a_decade_too(
@@ -58,10 +61,30 @@ def test_values_that_are_not_positive_are_left_out():
     full = curve_chart({"a": values, "b": x}, x=x, x_label="", y_label="")
     _, columns = where(full, COLOURS[0])
     assert len(columns)
+    values[9] = math.inf
+    assert where(curve_chart({"a": values}, x=x, x_label="", y_label=""), COLOURS[0])
     with pytest.raises(InputError, match="no positive value"):
         curve_chart({"a": -x}, x=x, x_label="", y_label="")
     with pytest.raises(InputError, match="curve 'a' has 3 values for 10 places"):
         curve_chart({"a": x[:3]}, x=x, x_label="", y_label="")
+
+
+def test_a_single_point_is_seen():
+    x = torch.arange(1, 11).double()
+    curves = {"line": x, "point": torch.where(x == 2, x, 0.0)}
+    picture = curve_chart(curves, x=x, x_label="", y_label="", size=(200, 300))
+    _, columns = where(picture, COLOURS[1])
+    assert (columns < 200).any()  # the legend is at the right
+
+
+def test_the_legend_of_an_even_use_is_above_its_bars(monkeypatch):
+    written = {}
+    monkeypatch.setattr(
+        charts._Frame, "_text", lambda self, x, y, text, anchor: written.setdefault(text, y)
+    )
+    picture = histogram(torch.ones(512, dtype=torch.int64), label="100 % used")
+    rows, _ = where(picture, COLOURS[1])
+    assert written["100 % used"] / 2 + 7 < rows.min()  # drawn twice as large, half a line of 13
 
 
 def test_histogram_sorts_and_fills():

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from msvq_fast.data import code_map, save_png, signed_to_uint8, to_float, to_uint8
 from msvq_fast.ops.checks import InputError
@@ -144,6 +144,25 @@ def test_text_longer_than_its_space_is_wrapped_inside_the_picture(tmp_path: Path
     save_png(tmp_path / "grid.png", [[picture]], row_labels=[words], column_labels=[words])
     pixels = pixels_of(tmp_path / "grid.png")
     assert pixels.shape[1] < 4 * 96
+    assert not dark(pixels[[0, -1]]).any() and not dark(pixels[:, [0, -1]]).any()
+
+
+def test_labels_above_narrow_pictures_do_not_touch(tmp_path: Path) -> None:
+    row = [colour(255, 0, 0, 32, 32), colour(0, 255, 0, 32, 32)]
+    save_png(tmp_path / "grid.png", [row], column_labels=["contribution 0", "contribution 1"])
+    pixels = pixels_of(tmp_path / "grid.png")
+    first, second = box_of(pixels, 255, 0, 0), box_of(pixels, 0, 255, 0)
+    assert first[2:] == second[2:] == (32, 32)
+    assert second[1] - first[1] > ImageFont.load_default(size=13).getlength("contribution")
+    middle = (first[1] + 32 + second[1]) // 2
+    assert not dark(pixels[:, middle - 1 : middle + 1]).any()
+
+
+def test_a_long_file_name_is_broken_beside_its_picture(tmp_path: Path) -> None:
+    row = [colour(255, 0, 0, 64, 64)]
+    save_png(tmp_path / "grid.png", [row], row_labels=["9f86d081" * 16], title="MSVQVAE")
+    pixels = pixels_of(tmp_path / "grid.png")
+    assert pixels.shape[1] < 4 * 64
     assert not dark(pixels[[0, -1]]).any() and not dark(pixels[:, [0, -1]]).any()
 
 
