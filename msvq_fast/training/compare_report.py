@@ -12,7 +12,7 @@ from rich.table import Table
 
 from msvq_fast.training.compare_config import BASELINE
 from msvq_fast.training.paper import PAPER_RESULTS, PaperRow
-from msvq_fast.training.results import table_console
+from msvq_fast.training.results import print_whole, table_console
 
 NAMES = {"vqvae2": "VQ-VAE 2", "msvqvae": "MS-VQVAE"}
 # figure: heading, factor, digits, whether more is better; None is a matter of taste
@@ -85,11 +85,12 @@ def print_comparison(summary: Mapping[str, Any], file: IO[str] | None = None) ->
     seeds = summary["models"]["msvqvae"]["seeds"]
     console.print(
         f"{summary['preset']}: latents {'-'.join(map(str, summary['latents']))}, "
-        f"{len(seeds)} seeds, {summary['images']} held-out tiles; ± is the standard deviation "
-        "over seeds",
+        f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {summary['images']} held-out tiles; "
+        "usage and perplexity per scale, their mean in brackets"
+        + ("; ± is the standard deviation over seeds" if len(seeds) > 1 else ""),
         soft_wrap=True,
     )
-    console.print(table)
+    print_whole(console, table)
 
 
 def headings(summary: Mapping[str, Any]) -> list[str]:

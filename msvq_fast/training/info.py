@@ -18,23 +18,23 @@ from msvq_fast import models, ops
 from msvq_fast.ops.backend import BACKENDS
 from msvq_fast.training.config import InfoConfig
 from msvq_fast.training.memory import batch_memory, step_memory
-from msvq_fast.training.results import table_console
+from msvq_fast.training.results import print_whole, table_console
 
 
 def run_info(config: InfoConfig) -> int:
     """Print presets, predicted memory, or versions and ops by backend; return exit code 0."""
     console = table_console()
     if config.memory:
-        console.print(memory_table(config))
+        print_whole(console, memory_table(config))
         console.print(
-            f"{config.preset}, {config.precision}, {config.batch} images a step, counted from "
+            f"{config.preset}, {config.precision}, batch {config.batch}, counted from "
             "sizes. Workspaces of the convolutions and what the allocator leaves unused come on "
             "top: 1 to 2 GB on a GPU is usual.",
             soft_wrap=True,
         )
         return 0
     if config.presets:
-        console.print(presets_table())
+        print_whole(console, presets_table())
         console.print(
             "The paper prints no FFHQ autoencoder: that is what Table 4 leaves after 13.32 M of "
             "transformers.",

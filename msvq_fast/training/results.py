@@ -17,12 +17,14 @@ from typing import IO, Any
 
 from rich.box import HEAVY_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from msvq_fast.data import write_whole
 
 RESULTS_FILE, PER_IMAGE_FILE = "results.json", "per_image.csv"
 _FILE_WIDTH = 160  # of a table in a file or a pipe
+_WIDEST = 1000  # more columns than any table takes
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,26 @@ def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> 
 
 
 def table_console(file: IO[str] | None = None) -> Console:
-    """A console that cuts no figure of a table off a terminal, whatever COLUMNS says."""
+    """A console for tables: off a terminal COLUMNS says nothing."""
     console = Console(file=file, highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     return console
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with no figure cut.
+
+    Rules are left out where they have no room; what is still too wide is for the terminal to wrap.
+    """
+
+    def width() -> int:
+        return Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+
+    if width() > console.width:
+        table.box = None
+    console.width = max(console.width, width())
+    console.print(table)
 
 
 def print_table(result: EvaluationResult, file: IO[str] | None = None) -> None:
@@ -223,7 +240,7 @@ def print_table(result: EvaluationResult, file: IO[str] | None = None) -> None:
         f"{result.seconds:.1f} s",
         soft_wrap=True,
     )
-    console.print(table)
+    print_whole(console, table)
     if result.reconstructed_set is not None:
         console.print(f"r{result.reconstructed_set.describe()}", soft_wrap=True)
 

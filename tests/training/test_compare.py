@@ -21,6 +21,7 @@ from msvq_fast.training.compare_report import describe, headings, print_comparis
 from msvq_fast.training.paper import PAPER_RESULTS
 from msvq_fast.training.progress import MetricsFile
 from msvq_fast.training.window import TrainingError
+from tests.training.test_evaluate import Terminal
 
 
 def config(pictures: Path, out: Path, /, **changes) -> CompareConfig:
@@ -333,6 +334,17 @@ def test_rows_are_means_and_spreads_beside_the_paper():
     file = io.StringIO()
     print_comparison(found, file)
     assert "2 seeds, 3 held-out tiles" in file.getvalue()
+    assert "± is the standard deviation" in file.getvalue()
+
+
+def test_no_figure_is_cut_off_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    found, file = summary([0.010, 0.012], [0.014, 0.016], kid=0.05), Terminal()
+    print_comparison(found, file)
+    assert "…" not in file.getvalue()
+    cells = [cell for _, row in rows(found) for cell in row]
+    assert all(cell in file.getvalue() for cell in cells)
 
 
 @pytest.mark.parametrize("suffix", ["", "-EffLite0"])
@@ -345,6 +357,7 @@ def test_the_papers_fid_stands_beside_a_fid_alone(suffix):
     paper = dict(zip(headings(found), dict(rows(found))["MS-VQVAE, paper"], strict=True))
     file = io.StringIO()
     print_comparison(found, file)
+    assert "1 seed, " in file.getvalue() and "±" not in file.getvalue()
     printed = f"{PAPER_RESULTS['imagenet256-s'].rfid:.2f}"
     if suffix:
         assert paper["rFD-EffLite0"] == "-" and "fd" not in found["directions"]

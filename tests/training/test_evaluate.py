@@ -12,6 +12,7 @@ import tarfile
 
 import pytest
 import torch
+from rich.text import Text
 
 from msvq_fast.data import evaluation_tiles, list_images, to_float
 from msvq_fast.metrics import mse, psnr_from_mse, ssim, to_unit_range
@@ -181,16 +182,28 @@ def test_table_off_a_terminal_is_plain_text(model, monkeypatch):
     assert ["mean", f"{result.usage:.1f}", f"{result.perplexity:.1f}"] in rows
 
 
-def test_table_on_a_terminal_has_rules(model):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
-    file = Terminal()
+
+@pytest.mark.parametrize(("columns", "ruled"), [(120, True), (80, False), (40, False)])
+def test_table_on_a_terminal_has_rules_where_they_fit_and_every_figure(
+    model, columns, ruled, monkeypatch
+):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
     result = evaluate(model, tiles(2))
+    judged = [dataclasses.replace(q, lpips=0.1234) for q in result.reconstructions]
+    result = dataclasses.replace(result, reconstructions=tuple(judged))
+    file = Terminal()
     print_table(result, file)
-    assert "━" in file.getvalue()
-    assert f"{result.final.psnr:.2f}" in file.getvalue()
+    text = file.getvalue()
+    assert ("━" in text) == ruled
+    assert "…" not in text
+    assert all(f"{q.psnr:.2f}" in text and f"{q.ssim:.4f}" in text for q in judged)
+    widest = max(len(Text.from_ansi(line).plain) for line in text.splitlines()[1:])
+    assert widest <= max(columns, 80)
 
 
 def test_bad_input_of_evaluate(model):
