@@ -76,7 +76,7 @@ class Viewer:
         sums: Shown = [(_picture(to_uint8(x[0])), "image")]
         for m, partial in enumerate(itertools.accumulate(parts)):
             error = mse(to_unit_range(partial), to_unit_range(x))
-            named = "reconstruction" if len(parts) == 1 else f"sum of 0..{m}"
+            named = f"sum of 0..{m}" if m else "sum of 0" if len(parts) > 1 else "reconstruction"
             caption = f"{named}, PSNR {float(psnr_from_mse(error)):.1f} dB"
             sums.append((_picture(to_uint8(partial[0])), caption))
         contributions: Shown = []
@@ -127,7 +127,7 @@ def build_page(viewer: Viewer) -> Any:
     with gradio.Blocks(title=name, analytics_enabled=False) as page:
         gradio.Markdown(
             f"## {name}: {config.num_scales} scales of {config.num_codes} codes\n"
-            f"The centre of the image is shrunk to {config.resolution} pixels."
+            f"The centre of the image is resized to {config.resolution} pixels."
         )
         with gradio.Row():
             image = gradio.Image(type="filepath", label="Image", sources=["upload"], height=280)
@@ -138,15 +138,15 @@ def build_page(viewer: Viewer) -> Any:
                     seed = gradio.Number(0, precision=0, label="Seed")
                     draw = gradio.Button("Redraw details", elem_id="draw")
         names = {"sums": "Partial sums", "contributions": "Contributions", "maps": "Token maps"}
+        # Not gradio's own WebP, which loses detail and colours.
+        frame: dict[str, Any] = {"columns": 5, "height": "auto", "format": "png"}
         galleries = [
-            gradio.Gallery(label=label, elem_id=key, columns=5, height="auto", object_fit="contain")
+            gradio.Gallery(label=label, elem_id=key, object_fit="contain", **frame)
             for key, label in names.items()
         ]
         show.click(lambda path: guarded(viewer.look, path), image, galleries)
         if viewer.prior is not None:
-            drawn = gradio.Gallery(
-                label="Details drawn anew", elem_id="drawn", columns=5, height="auto"
-            )
+            drawn = gradio.Gallery(label="Details drawn anew", elem_id="drawn", **frame)
             draw.click(
                 lambda path, *numbers: guarded(
                     viewer.redraw, path, *(None if n is None else int(n) for n in numbers)

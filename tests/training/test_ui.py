@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError
 from msvq_fast.priors import MaskGITPrior, PriorConfig
 from msvq_fast.training.reconstruct import common_gain
-from msvq_fast.training.ui import Viewer
+from msvq_fast.training.ui import Viewer, build_page
 
 SMALL = {"resolution": 32, "latents": (4, 8), "width": 16, "code_dim": 8, "num_codes": 16}
 GRIDS = ((4, 4), (8, 8))
@@ -60,7 +61,7 @@ def test_it_shows_sums_contributions_and_codes(viewer: Viewer, folder: Path) -> 
     sums, contributions, maps = viewer.look(folder / "picture.png")
     assert [caption.partition(",")[0] for _, caption in sums] == [
         "image",
-        "sum of 0..0",
+        "sum of 0",
         "sum of 0..1",
     ]
     assert len(contributions) == len(maps) == 2
@@ -127,6 +128,16 @@ def test_drawings_keep_the_coarse_codes(
         viewer.redraw(folder / "picture.png", 3, seed=None)
     with pytest.raises(InputError, match="drawing needs one"):
         Viewer(viewer.model, None, torch.device("cpu")).redraw(folder / "picture.png", 1, 0)
+
+
+def test_the_page_shows_pixels_as_they_are(viewer: Viewer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gradio's own format is a WebP that loses some."""
+    gradio = MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    build_page(viewer)
+    galleries = gradio.Gallery.call_args_list
+    assert len(galleries) >= 3
+    assert all(gallery.kwargs["format"] == "png" for gallery in galleries)
 
 
 def test_gradio_is_named_where_it_is_missing(
