@@ -21,6 +21,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from msvq_fast.data import write_whole
+from msvq_fast.ops.checks import InputError
 
 RESULTS_FILE, PER_IMAGE_FILE = "results.json", "per_image.csv"
 _FILE_WIDTH = 160  # of a table in a file or a pipe
@@ -248,8 +249,16 @@ def print_table(result: EvaluationResult, file: IO[str] | None = None) -> None:
 def check_writable(folder: Path) -> None:
     """Raise `InputError` now rather than after the work if the folder cannot take files."""
     probe = folder / f".{secrets.token_hex(6)}.tmp"
-    write_text(probe, "")
-    probe.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
+    except (FileExistsError, NotADirectoryError):  # what is there, or above it, is a file
+        raise InputError(f"cannot write into {str(folder)!r}: not a folder") from None
+    except OSError as error:
+        raise InputError(f"cannot write into {str(folder)!r}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from msvq_fast.training.interrupt import StopSignals
 from msvq_fast.training.optimizer import Betas, Schedule, is_unstable
 from msvq_fast.training.prior_config import TrainPriorConfig
 from msvq_fast.training.progress import Column, MetricsFile, open_display
-from msvq_fast.training.results import write_json
+from msvq_fast.training.results import check_writable, write_json
 from msvq_fast.training.window import TrainingError
 
 # Options that each process may have its own of: places on its machine, and how it computes.
@@ -74,6 +74,7 @@ class Run(ABC):
         """Open what the run writes, and say what it is and what has changed since ``state``."""
         self.metrics = None
         if self.world.leads:
+            check_writable(self.out)
             (self.out / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(self.out, step=self.step, tensorboard=tensorboard)
             write_json(self.out / "config.json", self.config.to_dict())

@@ -79,6 +79,16 @@ def test_deterministic_algorithms_last_as_long_as_the_run(
     assert seen == [True, False] and not torch.are_deterministic_algorithms_enabled()
 
 
+def test_a_run_into_a_file_is_refused(
+    tmp_path: Path, train_command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(train_command(out, "--steps=1")) == 2
+        message = f"msvq: error: cannot write into {str(out)!r}: not a folder\n"
+        assert capsys.readouterr().err == message
+
+
 @pytest.mark.parametrize("kind", [AutoregressivePrior, MaskGITPrior])
 def test_of_a_prior(
     tokens: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
