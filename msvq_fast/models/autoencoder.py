@@ -45,8 +45,8 @@ class MSVQVAEOutput:
         loss: ``()``, Eq. 6: reconstruction and commitment terms of all scales.
         reconstruction_loss: ``(M,)``, mean squared error of every partial sum against its target,
             no gradient. VQ-VAE 2 has one.
-        commitment_loss: ``(M,)``, β times the mean squared distance of latents to their codes, no
-            gradient.
+        commitment_loss: ``(M,)``, β times the mean squared distance of latents to their codes, with
+            gradient, for a loss of one's own on the partial sums.
         contributions: M images ``(B, 3, H, W)`` whose sum is the reconstruction. VQ-VAE 2 has one.
         codes: M grids ``(B, h_m, w_m)`` int64.
         code_counts: M histograms ``(K,)`` int64 of this batch's codes.

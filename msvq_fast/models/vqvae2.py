@@ -73,7 +73,7 @@ class VQVAE2(Autoencoder):
         return MSVQVAEOutput(
             loss=loss + commitment.sum(),
             reconstruction_loss=per_scale,
-            commitment_loss=commitment.detach(),
+            commitment_loss=commitment,
             contributions=[reconstruction],
             codes=[q.codes for q in quantized],
             code_counts=[q.code_counts for q in quantized],

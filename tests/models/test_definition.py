@@ -108,3 +108,17 @@ def test_values_and_gradients(name: str, options: dict[str, object]) -> None:
     grads = [torch.autograd.grad(of, list(parameters.values())) for of in (out.loss, loss)]
     for key, mine, theirs in zip(parameters, *grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("name", ("tiny", "vqvae2-tiny"))
+def test_a_loss_of_ones_own_of_the_parts_of_an_output(name: str) -> None:
+    torch.manual_seed(5)
+    model = models.from_preset(name).double().eval()
+    x, parameters = torch.rand(2, 3, 64, 64).double() * 2 - 1, list(model.parameters())
+    want = torch.autograd.grad(model(x).loss, parameters)
+    out = model(x)
+    targets = gaussian_pyramid(x, len(out.contributions))
+    errors = [(out.partial(m) - target).square().mean() for m, target in enumerate(targets)]
+    got = torch.autograd.grad(torch.stack(errors).sum() + out.commitment_loss.sum(), parameters)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
