@@ -135,6 +135,8 @@ class Op:
             return self.missing[backend]
         if is_transformed():
             return "torch.func and forward-mode differentiation see through the reference alone"
+        if torch.onnx.is_in_onnx_export():
+            return "ONNX has no kernels of ours; the reference becomes the graph"
         return self.kernels[backend].unsupported(*args, **kwargs)
 
     def pick(self, *args: Any, backend: str | None = None, **kwargs: Any) -> str:

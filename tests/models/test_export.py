@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from msvq_fast import models
-from msvq_fast.ops import nearest_code
+from msvq_fast.nn import LocalAttention, VectorQuantizer
+from msvq_fast.ops import gaussian_blur, multiscale_loss, nearest_code
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -45,6 +46,22 @@ class Search(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return nearest_code(z, self.codebook)
+
+
+class Ops(nn.Module):
+    """A network of one's own around the ops; on a CPU all of them have kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantizer = VectorQuantizer(16, 4)
+        self.quantizer.codebook.normal_()
+        self.attention = LocalAttention(4, 2, [5])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        quantized = self.quantizer(gaussian_blur(x, 5))
+        seen = self.attention([quantized.z_q.flatten(2).mT], [x.shape[2:]])
+        loss, _ = multiscale_loss([quantized.z_q], x)
+        return quantized.codes, seen, loss
 
 
 def session(module: nn.Module, x: Tensor, path: Path) -> onnxruntime.InferenceSession:
@@ -85,3 +102,15 @@ def test_codes_of_an_exported_search_are_exact(kind: str, tmp_path: Path) -> Non
     for rows in (z, z[:1]):
         want = nearest_code(rows, codebook, backend="reference")
         assert torch.equal(run(exported, rows)[0], want)
+
+
+def test_networks_of_the_ops_export(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Ops()
+    exported = session(network, torch.randn(2, 4, 6, 8), tmp_path / "ops.onnx")
+    for batch in (1, 3):
+        x = torch.randn(batch, 4, 6, 8)
+        with torch.no_grad():
+            want = network(x)
+        for got, value in zip(run(exported, x), want, strict=True):
+            torch.testing.assert_close(got, value)

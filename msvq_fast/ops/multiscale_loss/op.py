@@ -112,7 +112,7 @@ def multiscale_loss(
     blur = (*kernel, border, backend)
     if chosen == "reference":
         with without_autocast(x.device.type):
-            if backend == "reference" or is_transformed():
+            if backend == "reference" or is_transformed() or torch.onnx.is_in_onnx_export():
                 return _definition(contributions, x, blur, factors, reduction)
             return one_pass.multiscale_loss(contributions, x, blur, factors, reduction)
     # Without a gradient no autograd.Function: torch.compile miscounts the arguments of one with

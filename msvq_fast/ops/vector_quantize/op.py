@@ -63,7 +63,7 @@ def nearest_code(
     dim = check_latents(z, codebook, dim)
     chosen = OP.pick(z, codebook, dim, backend=backend)
     z, codebook = z.detach(), codebook.detach()
-    if chosen == "reference" or torch.onnx.is_in_onnx_export():
+    if chosen == "reference":
         return reference.nearest_code(z, codebook, dim)
     return OP.kernels[chosen].nearest_code(z, codebook, dim)
 
