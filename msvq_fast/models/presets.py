@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from msvq_fast.nn import GRADIENTS
-from msvq_fast.ops.checks import InputError, check_choice, check_not_negative
+from msvq_fast.ops.checks import (
+    InputError,
+    check_choice,
+    check_count,
+    check_decay,
+    check_not_negative,
+)
 from msvq_fast.ops.gaussian_blur.op import SIGMA_RULES
 
 _MOST_PIXELS = 2**16  # of a side, beyond any image that can be read
@@ -54,17 +61,16 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         """Check the values and turn lists read from JSON into tuples."""
+        if not isinstance(self.latents, Sequence) or isinstance(self.latents, str):
+            raise InputError(f"latents={self.latents!r}; expected the sizes of all scales")
         object.__setattr__(self, "latents", tuple(self.latents))
-        counts = ("resolution", "num_codes", "code_dim", "width", "num_residual_blocks")
-        for name in counts:
-            if not _is_count(getattr(self, name)):
-                raise InputError(f"{name}={getattr(self, name)!r}; expected an int of at least 1")
+        for name in ("resolution", "num_codes", "code_dim", "width", "num_residual_blocks"):
+            check_count(**{name: getattr(self, name)})
         if self.resolution > _MOST_PIXELS:
             raise InputError(f"resolution={self.resolution}; expected at most {_MOST_PIXELS}")
         if self.width < 2:
             raise InputError(f"width={self.width}; expected at least 2: residual blocks halve it")
-        if not 0 <= self.decay < 1:
-            raise InputError(f"decay={self.decay}; expected 0 <= decay < 1")
+        check_decay(self.decay)
         check_choice("codebook_init", self.codebook_init, ("uniform", "kmeans"))
         check_choice("gradient", self.gradient, GRADIENTS)
         check_not_negative(

@@ -11,6 +11,7 @@ from msvq_fast.nn.attention_cache import AttentionCache, ring_rows, write_ring
 from msvq_fast.nn.linear import Linear
 from msvq_fast.ops import InputError, local_attention, local_attention_at
 from msvq_fast.ops.checks import accumulation_dtype
+from msvq_fast.ops.local_attention.op import check_kernels, check_order
 
 ROTARY_BASE = 100.0
 
@@ -40,7 +41,7 @@ class LocalAttention(nn.Module):
             C++ kernel takes whole grids.
 
     Raises:
-        InputError: For widths or heads that do not divide.
+        InputError: For widths or heads that do not divide, or windows that do not exist.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class LocalAttention(nn.Module):
         head_width = width // heads
         if rotary and head_width % 4 != 0:
             raise InputError(f"rotary with heads of width {head_width}; expected a multiple of 4")
+        check_kernels(kernels)
+        check_order(order, border)
         self.heads = heads
         self.kv_heads = kv_heads
         self.kernels = tuple(kernels)

@@ -14,6 +14,8 @@ from msvq_fast.ops.checks import (
     InputError,
     accumulation_dtype,
     check_choice,
+    check_count,
+    check_decay,
     check_not_negative,
     may_read,
 )
@@ -86,10 +88,8 @@ class VectorQuantizer(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if num_codes < 1 or code_dim < 1:
-            raise InputError(f"num_codes={num_codes}, code_dim={code_dim}; both must be at least 1")
-        if not 0 <= decay < 1:
-            raise InputError(f"decay={decay}; expected 0 <= decay < 1")
+        check_count(num_codes=num_codes, code_dim=code_dim)
+        check_decay(decay)
         check_not_negative(
             commitment_weight=commitment_weight,
             laplace_eps=laplace_eps,
@@ -228,6 +228,11 @@ class VectorQuantizer(nn.Module):
 
     def _collect(self, counts: Tensor, sums: Tensor, z: Tensor) -> None:
         before = self._pending
+        if before is not None and before[0].shape != counts.shape:
+            raise InputError(
+                f"codebook has {len(counts)} codes, but statistics of {len(before[0])} wait; "
+                "expected update_codebook before another codebook"
+            )
         if before is not None:
             counts, sums = before[0] + counts, before[1] + sums
         elif self.defer_updates:  # what `forward` returns is the caller's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -66,15 +67,33 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 def check_at_least(least: int, **values: float) -> None:
     """Raise unless all keyword numbers are ``least`` or more."""
     for name, value in values.items():
-        if not value >= least:
-            raise InputError(f"{name}={value}; expected at least {least}")
+        if not (_is_number(value) and value >= least):
+            raise InputError(f"{name}={value!r}; expected at least {least}")
+
+
+def check_count(**values: int) -> None:
+    """Raise unless all keyword numbers are ints of 1 or more."""
+    for name, value in values.items():
+        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name}={value!r}; expected an int of at least 1")
 
 
 def check_not_negative(**values: float) -> None:
     """Raise unless all keyword numbers are finite and 0 or more."""
     for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"{name}={value}; expected a finite number >= 0")
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise InputError(f"{name}={value!r}; expected a finite number >= 0")
+
+
+def check_decay(decay: float) -> None:
+    """Raise unless ``decay`` is a share of what was that leaves some for what is new."""
+    if not (_is_number(decay) and 0 <= decay < 1):
+        raise InputError(f"decay={decay!r}; expected 0 <= decay < 1")
+
+
+def _is_number(value: object) -> bool:
+    """Not so None, nor the string that a YAML file has for 1e-3."""
+    return isinstance(value, (Real, Tensor, torch.SymInt, torch.SymFloat))
 
 
 def may_read(tensor: Tensor) -> bool:

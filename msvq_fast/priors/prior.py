@@ -186,5 +186,7 @@ class Prior(nn.Module, ABC):
 
 
 def _check_int64(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{name} is a {type(tensor).__name__}; expected an int64 tensor {shape}")
     if tensor.shape != shape or tensor.dtype != torch.int64:
         raise InputError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected int64 {shape}")

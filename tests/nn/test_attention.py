@@ -148,6 +148,10 @@ def test_fronts_are_few():
     [
         (lambda: LocalAttention(30, 4, [3]), "width=30 with heads=4;"),
         (lambda: LocalAttention(32, 4, [3], kv_heads=3), "kv_heads=3; expected a divisor"),
+        (lambda: LocalAttention(32, 4, 3), "kernels=3; expected a list of one per scale"),
+        (lambda: LocalAttention(32, 4, [3, 4]), "kernels[1]=4; expected an odd int"),
+        (lambda: LocalAttention(32, 4, [3], order="causal"), "order='causal'; expected one of"),
+        (lambda: LocalAttention(32, 4, [3, 3])(tokens(), [4, 8]), "grids[0]=4; expected ints (h"),
         (lambda: LocalAttention(8, 4, [3], rotary=True), "rotary with heads of width 2;"),
         (
             lambda: LocalAttention(32, 4, [3])(tokens(), GRIDS),

@@ -293,7 +293,9 @@ def test_the_default_dtype_rounds_no_codebook(dtype: torch.dtype) -> None:
     ("arguments", "message"),
     [
         ({"num_codes": 0, "code_dim": 4}, "num_codes=0"),
+        ({"num_codes": 4.5, "code_dim": 4}, "num_codes=4.5; expected an int of at least 1"),
         ({"num_codes": 4, "code_dim": 4, "decay": 1.0}, "decay=1.0"),
+        ({"num_codes": 4, "code_dim": 4, "decay": None}, "decay=None"),
         ({"num_codes": 4, "code_dim": 4, "restart_below": float("nan")}, "restart_below=nan"),
         ({"num_codes": 4, "code_dim": 4, "laplace_eps": -1.0}, "laplace_eps=-1.0"),
         ({"num_codes": 4, "code_dim": 4, "commitment_weight": -1.0}, "commitment_weight=-1.0"),
@@ -307,3 +309,14 @@ def test_bad_settings(arguments: dict[str, float], message: str) -> None:
 def test_bad_latents() -> None:
     with pytest.raises(InputError, match="z"):
         VectorQuantizer(8, 4)(torch.randn(2, 5, 3, 3))
+
+
+def test_another_codebook_before_the_update_of_the_old() -> None:
+    quantizer = VectorQuantizer(8, 4)
+    quantizer.defer_updates = True
+    z = torch.randn(2, 4, 3, 3)
+    quantizer(z)
+    for name, buffer in list(quantizer.named_buffers()):
+        setattr(quantizer, name, torch.cat([buffer, buffer]))
+    with pytest.raises(InputError, match="16 codes, but statistics of 8 wait; expected"):
+        quantizer(z)

@@ -174,6 +174,7 @@ def test_compiles_whole(dtype: torch.dtype, scales: int, trained: bool) -> None:
         ({"x": torch.zeros(1, 3, 8, 9)}, r"contributions\[0\] has shape \(1, 3, 8, 8\)"),
         ({"x": torch.zeros(1, 3, 8, 8, requires_grad=True)}, "x requires a gradient"),
         ({"x": torch.zeros(1, 3, 8, 8, device="meta")}, "is on"),
+        ({"weights": 1.0}, "weights=1.0; expected one number per scale"),
         ({"weights": [1.0]}, "weights has 1 values for 2 scales"),
         ({"weights": torch.ones(2, requires_grad=True)}, "weights require a gradient"),
         ({"reduction": "none"}, "reduction='none'"),

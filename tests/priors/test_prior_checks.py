@@ -47,6 +47,7 @@ def test_bad_calls() -> None:
     [
         ({"labels": torch.zeros(2).long(), "classes": 0}, "num_classes=0"),
         ({"labels": torch.tensor([1])}, r"labels is torch.int64 \(1,\); expected int64 \(2,\)"),
+        ({"labels": [1, 2]}, r"labels is a list; expected an int64 tensor \(2,\)"),
         ({"labels": torch.tensor([1.0, 2.0])}, "labels is torch.float32"),
         ({"labels": torch.tensor([1, 4])}, r"labels span \[1, 4\]; expected 0 to 3"),
         ({"fixed": [torch.zeros(2, 16, 1).long(), None]}, "fixed is torch.int64"),

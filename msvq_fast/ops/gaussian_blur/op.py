@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast.ops.backend import Op
-from msvq_fast.ops.checks import InputError, check_at_least, check_choice, check_image
+from msvq_fast.ops.checks import InputError, check_choice, check_count, check_image
 from msvq_fast.ops.gaussian_blur import reference
 
 BORDERS = ("reflect", "symmetric", "replicate", "circular", "constant")
@@ -112,7 +112,7 @@ def gaussian_pyramid(
         last bits then differ from those of single blurs.
     """
     check_image("x", x, allow_uint8=True)
-    check_at_least(1, num_scales=num_scales)
+    check_count(num_scales=num_scales)
     kernel_size, sigma = pyramid_kernel(x, kernel_size, sigma, sigma_rule)
     taps, _ = blur_taps(kernel_size, sigma)
     check_choice("border", border, BORDERS)
@@ -170,7 +170,7 @@ def _check_sizes(kernel_size: int | Sequence[int]) -> tuple[int, int]:
     pair = _pair(kernel_size)
     if len(pair) != 2 or any(not isinstance(k, Integral) or k < 1 or k % 2 == 0 for k in pair):
         raise InputError(
-            f"kernel_size={kernel_size}; expected an odd positive int or a pair of them (y, x)"
+            f"kernel_size={kernel_size!r}; expected an odd positive int or a pair of them (y, x)"
         )
     return int(pair[0]), int(pair[1])
 
@@ -180,7 +180,7 @@ def _check_sigmas(sigma: float | Sequence[float]) -> tuple[float, float]:
     if len(pair) != 2 or any(
         not isinstance(s, Real) or not (float(s) > 0 and math.isfinite(s)) for s in pair
     ):
-        raise InputError(f"sigma={sigma}; expected a positive finite number or a pair (y, x)")
+        raise InputError(f"sigma={sigma!r}; expected a positive finite number or a pair (y, x)")
     return float(pair[0]), float(pair[1])
 
 

@@ -111,29 +111,15 @@ def check_windows(
     scales = len(grids)
     if scales == 0:
         raise InputError("grids is empty; expected one (h, w) per scale, coarse to fine")
+    check_kernels(kernels)
     for name, items in (("keys", keys), ("values", values), ("kernels", kernels)):
         if len(items) != scales:
             raise InputError(f"{name} has {len(items)} entries; expected {scales}, one per grid")
-    check_choice("order", order, ORDERS)
-    check_choice("border", border, BORDERS)
-    if order == "raster" and border == "shift":
-        raise InputError("border='shift' with order='raster'; expected 'clip', or bidirectional")
+    check_order(order, border)
     for n, grid in enumerate(grids):
-        whole = all(isinstance(side, (int, torch.SymInt)) for side in grid)
-        if len(grid) != 2 or not whole or grid[0] < 1 or grid[1] < 1:
+        pair = isinstance(grid, Sequence) and len(grid) == 2
+        if not pair or any(not isinstance(s, (int, torch.SymInt)) or s < 1 for s in grid):
             raise InputError(f"grids[{n}]={grid}; expected ints (h, w), both at least 1")
-    for n, kernel in enumerate(kernels):
-        if kernel != "full" and (
-            not isinstance(kernel, int)
-            or isinstance(kernel, bool)
-            or not 0 <= kernel < 2**31
-            or (kernel != 0 and kernel % 2 == 0)
-        ):
-            raise InputError(
-                f"kernels[{n}]={kernel!r}; expected an odd int below 2**31, 0 or 'full'"
-            )
-    if all(kernel == 0 for kernel in kernels):
-        raise InputError("kernels are all 0; expected at least one scale in use")
     check_float("q", q)
     if q.dim() != 4:
         raise InputError(f"q has shape {tuple(q.shape)}; expected 4 dimensions (B, heads, N_m, d)")
@@ -182,6 +168,32 @@ def check_windows(
         include_self=include_self,
         shift=border == "shift",
     )
+
+
+def check_kernels(kernels: Sequence[Kernel]) -> None:
+    """Raise unless ``kernels`` are windows, at least one of them in use."""
+    if not isinstance(kernels, Sequence) or isinstance(kernels, str):
+        raise InputError(f"kernels={kernels!r}; expected a list of one per scale")
+    for n, kernel in enumerate(kernels):
+        if kernel != "full" and (
+            not isinstance(kernel, int)
+            or isinstance(kernel, bool)
+            or not 0 <= kernel < 2**31
+            or (kernel != 0 and kernel % 2 == 0)
+        ):
+            raise InputError(
+                f"kernels[{n}]={kernel!r}; expected an odd int below 2**31, 0 or 'full'"
+            )
+    if all(kernel == 0 for kernel in kernels):
+        raise InputError("kernels are all 0; expected at least one scale in use")
+
+
+def check_order(order: str, border: str) -> None:
+    """Raise for an unknown order or border, or two that exclude each other."""
+    check_choice("order", order, ORDERS)
+    check_choice("border", border, BORDERS)
+    if order == "raster" and border == "shift":
+        raise InputError("border='shift' with order='raster'; expected 'clip', or bidirectional")
 
 
 def _ring_rows(name: str, item: Tensor, grid: tuple[int, int], kernel: Kernel) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,8 @@ def multiscale_loss(
         raise InputError("x requires a gradient; the loss differentiates contributions only")
     if weights is None:
         weights = [1.0] * len(contributions)
+    if not isinstance(weights, Iterable):
+        raise InputError(f"weights={weights!r}; expected one number per scale")
     if any(isinstance(weight, Tensor) and weight.requires_grad for weight in weights):
         raise InputError(
             "weights require a gradient; expected numbers: it reaches contributions only"

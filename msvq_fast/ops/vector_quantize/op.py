@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from msvq_fast.ops.backend import Op
 from msvq_fast.ops.checks import (
     InputError,
+    check_decay,
     check_float,
     check_not_negative,
     check_same_device,
@@ -176,8 +177,7 @@ def ema_update_(
     _check_shape("code_sums_ema", code_sums_ema, tuple(codebook.shape))
     _check_shape("counts", counts, tuple(codebook.shape[:1]))
     _check_shape("sums", sums, tuple(codebook.shape))
-    if not 0 <= decay < 1:
-        raise InputError(f"decay={decay}; expected a number in [0, 1)")
+    check_decay(decay)
     check_not_negative(laplace_eps=laplace_eps, restart_below=restart_below)
     missing = restart_below > 0 and restart_vectors is None
     if missing or (restart_vectors is not None and not restart_below > 0):
