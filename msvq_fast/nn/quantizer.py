@@ -224,7 +224,10 @@ class VectorQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and settings, as the constructor takes them."""
         num_codes, code_dim = self.codebook.shape
-        return f"{num_codes}, {code_dim}, dim={self.dim}, decay={self.decay}"
+        settings = ("dim", "commitment_weight", "decay", "laplace_eps", "restart_below")
+        names = (*settings, "gradient", "backend")
+        shown = [f"{name}={getattr(self, name)!r}" for name in names]
+        return ", ".join((str(num_codes), str(code_dim), *shown))
 
     def _collect(self, counts: Tensor, sums: Tensor, z: Tensor) -> None:
         before = self._pending

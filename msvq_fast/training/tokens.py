@@ -87,7 +87,7 @@ class Tokens:
         return [c.view(torch.int16)[rows].view(torch.uint16).long() for c in self.codes]
 
     def names(self) -> list[str]:
-        """Names of the images, in the order of the codes."""
+        """Names of the crops in the order of the codes: a file's below the data, ``:``, which."""
         found: list[str] = []
         for shard in self.index["shards"]:
             with safe_open(self.folder / shard["file"], framework="pt") as file:

@@ -320,3 +320,9 @@ def test_another_codebook_before_the_update_of_the_old() -> None:
         setattr(quantizer, name, torch.cat([buffer, buffer]))
     with pytest.raises(InputError, match="16 codes, but statistics of 8 wait; expected"):
         quantizer(z)
+
+
+def test_printed_it_is_the_call_that_makes_it() -> None:
+    quantizer = VectorQuantizer(8, 4, dim=-1, restart_below=0.5, gradient="rotation")
+    again = eval(repr(quantizer), {"VectorQuantizer": VectorQuantizer})
+    assert repr(again) == repr(quantizer) and "restart_below=0.5" in repr(again)
