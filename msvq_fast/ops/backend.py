@@ -135,8 +135,6 @@ class Op:
             return self.missing[backend]
         if is_transformed():
             return "torch.func and forward-mode differentiation see through the reference alone"
-        if torch.onnx.is_in_onnx_export():
-            return "ONNX has no kernels of ours; the reference becomes the graph"
         return self.kernels[backend].unsupported(*args, **kwargs)
 
     def pick(self, *args: Any, backend: str | None = None, **kwargs: Any) -> str:
@@ -153,9 +151,11 @@ class Op:
         Raises:
             InputError: If ``backend`` is unknown or cannot run this call; the reason is said.
         """
+        if backend is not None and backend not in BACKENDS:
+            raise InputError(f"backend={backend!r}; expected None or one of {BACKENDS}")
+        if torch.onnx.is_in_onnx_export():  # nothing runs: the definition becomes the graph
+            return "reference"
         if backend is not None:
-            if backend not in BACKENDS:
-                raise InputError(f"backend={backend!r}; expected None or one of {BACKENDS}")
             reason = self.why_not(backend, *args, **kwargs)
             if reason is not None:
                 raise InputError(f"backend={backend!r} cannot run {self.name}: {reason}")
