@@ -90,10 +90,11 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> s
 
     try:
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        # The hub makes a name without an owner one's own; only the whole name can be uploaded to.
+        whole = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=whole, folder_path=folder))
     except Exception as error:  # the hub client raises a type per cause
-        raise InputError(f"repo_id={repo_id!r}: the hub says: {_first_line(error)}") from None
+        raise InputError(f"repo_id={repo_id!r}: the hub says: {_one_line(error)}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def local_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except Exception as error:  # the hub client raises a type per cause
-        said = _first_line(error)
+        said = _one_line(error)
         raise InputError(f"{source} is no local folder and the hub says: {said}") from None
 
 
@@ -163,5 +164,6 @@ def _measured(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    # The client's first line is often the status alone; what went wrong and why comes below it.
+    return " ".join(str(error).split()) or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -25,9 +26,10 @@ class Hub:
         self.calls.append(("token", token))
         return self
 
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> SimpleNamespace:
         assert exist_ok
         self.calls.append(("create", repo_id, private))
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
     def upload_folder(self, *, repo_id: str, folder_path: Path) -> str:
         target = self.root / repo_id
@@ -38,7 +40,7 @@ class Hub:
 
     def snapshot_download(self, repo_id: str, *, allow_patterns: list[str]) -> str:
         if not (self.root / repo_id).is_dir():
-            raise OSError("404: no such repository\nwith more lines")
+            raise OSError("404 Client Error.\n\nRepository Not Found for url: http://hub.")
         assert set(allow_patterns) == {"config.json", "model.safetensors"}
         return str(self.root / repo_id)
 
@@ -145,10 +147,15 @@ def test_a_run_without_its_evaluation_goes_without_a_table(
     assert "cannot be read" in capsys.readouterr().err and not (hub.root / "me/b").exists()
 
 
-def test_what_the_hub_says_is_one_line(
+def test_a_name_without_an_owner_is_ones_own(saved: Path, hub: Hub) -> None:
+    assert from_pretrained(saved).push_to_hub("model") == "hub://me/model/commit/1"
+
+
+def test_what_the_hub_says_is_one_line_with_the_reason(
     saved: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(InputError, match=r"no local folder and the hub says: 404: no such rep.*y$"):
+    said = "404 Client Error. Repository Not Found for url: http://hub."
+    with pytest.raises(InputError, match=f"no local folder and the hub says: {said}$"):
         from_pretrained("me/nothing")
 
     for folder in ("./nothing", "/nothing"):  # no names of repositories
@@ -156,8 +163,9 @@ def test_what_the_hub_says_is_one_line(
             from_pretrained(folder)
 
     def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("401: log in\nwith more lines")
+        raise RuntimeError("\n\n403 Forbidden: no rights.\nCannot access content.")
 
     monkeypatch.setattr(hub, "create_repo", refuse)
     assert main(["push", f"--checkpoint={saved}", "--repo=me/model"]) == 2
-    assert capsys.readouterr().err == "msvq: error: repo_id='me/model': the hub says: 401: log in\n"
+    expected = "repo_id='me/model': the hub says: 403 Forbidden: no rights. Cannot access content."
+    assert capsys.readouterr().err == f"msvq: error: {expected}\n"
