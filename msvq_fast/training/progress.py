@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from msvq_fast.ops.checks import InputError
-from msvq_fast.training.results import writing
+from msvq_fast.training.results import without_infinities, writing
 
 METRICS = "metrics.jsonl"
 _SIGPIPE = 13  # also where the signal is not known
@@ -218,6 +218,7 @@ def _redraws(stream: IO[str] | None) -> bool:
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per log line and validation, each step once.
 
+    Numbers that are not finite, which JSON does not know, are null there and kept by TensorBoard.
     While it is open it is locked, so that a second run cannot go into the same folder.
 
     Args:
@@ -249,7 +250,7 @@ class MetricsFile:
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; `OSError` naming the file if it cannot be written."""
         with writing(self._path):
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(without_infinities(record)) + "\n")
             self._file.flush()
         if self._events is None:
             return

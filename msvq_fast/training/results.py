@@ -169,7 +169,7 @@ class EvaluationResult:
         """Plain values for JSON, without ``per_image``; an infinite PSNR becomes None."""
         values = dataclasses.asdict(dataclasses.replace(self, per_image=()))
         del values["per_image"]
-        return _without_infinities(values)
+        return without_infinities(values)
 
 
 def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> None:
@@ -280,11 +280,12 @@ def write_json(path: Path, values: Any, *, indent: int = 1) -> None:
     write_text(path, json.dumps(values, indent=indent) + "\n")
 
 
-def _without_infinities(value: Any) -> Any:
+def without_infinities(value: Any) -> Any:
+    """Plain values with None for each number that JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _without_infinities(item) for key, item in value.items()}
+        return {key: without_infinities(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_infinities(item) for item in value]
+        return [without_infinities(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

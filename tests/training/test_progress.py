@@ -55,6 +55,14 @@ def test_every_number_is_a_scalar_of_its_kind_scale_and_step(
     ]
 
 
+def test_every_line_is_json_whatever_is_measured(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path, step=0, tensorboard=False)
+    metrics.write({"kind": "validation", "step": 1, "mse": [float("nan"), 0.0], "psnr": [1, 1e999]})
+    metrics.close()
+    expected = '{"kind": "validation", "step": 1, "mse": [null, 0.0], "psnr": [1, null]}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == expected
+
+
 def test_a_long_file_is_taken_over_line_by_line(tmp_path: Path) -> None:
     """Ten million steps leave half a gigabyte."""
     lines = [json.dumps({"step": step, "loss": "x" * 400}) + "\n" for step in range(1, 3001)]
