@@ -134,6 +134,20 @@ def test_saved_graphs_need_torch_alone(model: MSVQVAE | VQVAE2, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_a_file_names_no_folder_of_the_machine_that_wrote_it(tmp_path: Path, kind: str) -> None:
+    if kind == "onnx":
+        need_onnx()
+    small_model("tiny").save_pretrained(tmp_path / "model")
+    assert command(tmp_path, f"--format={kind}") == 0
+    written = list((tmp_path / "out").iterdir())
+    assert len(written) == 3
+    for path in written:
+        content = path.read_bytes()  # archives of torch are not compressed
+        for source in (export.__file__, torch.__file__):
+            assert str(Path(source).parent).encode() not in content, path.name
+
+
 def test_wrong_tokens_are_told_from_rounding() -> None:
     model, x = small_model("tiny"), images(2)
     with torch.no_grad():
