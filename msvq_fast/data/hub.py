@@ -100,7 +100,10 @@ def _load(name: str) -> dict[str, Any]:
         else:
             loaded = datasets.load_dataset(source, config or None)
     except Exception as error:  # of any kind: network, names, formats
-        reason = " ".join(str(error).split())
+        told: list[BaseException] = [error]
+        if type(error) is datasets.exceptions.DatasetGenerationError and error.__cause__:
+            told.append(error.__cause__)  # it says no more itself than that there is one
+        reason = " ".join(": ".join(map(str, told)).split())
         hint = f"; choose one by hf:{name}@CONFIG" if "Config name is missing" in reason else ""
         raise InputError(f"data 'hf:{name}' cannot be loaded: {reason}{hint}") from error
     if isinstance(loaded, datasets.Dataset):

@@ -141,6 +141,13 @@ def test_one_of_several_configurations(hf: Any, tmp_path: Path) -> None:
     assert [row.read() for row in list_images(uri, split="all")] == [photo(3)]
 
 
+def test_what_stops_the_library_while_it_reads_is_named(hf: Any, tmp_path: Path) -> None:
+    data = save(hf, tmp_path / "set", train=[photo(0)]) / "data"
+    (data / "train-00001-of-00001.parquet").write_bytes(b"half a file")
+    with pytest.raises(InputError, match=r"cannot be loaded: An error occurred .*: Parquet magic"):
+        list_images(f"hf:{tmp_path / 'set'}", split="all")
+
+
 def test_a_folder_of_image_files_is_read_from_them(hf: Any, tmp_path: Path) -> None:
     (tmp_path / "set/train").mkdir(parents=True)
     (tmp_path / "set/train/a.jpg").write_bytes(photo(3))
