@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,5 +166,11 @@ def _measured(results: dict[str, Any]) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    # The client's first line is often the status alone; what went wrong and why comes below it.
-    return " ".join(str(error).split()) or type(error).__name__
+    # The client's first line is often the status alone; what went wrong and why comes below it,
+    # and of an upload, for which it raises a type that is not its own, in the cause.
+    told: list[BaseException] = [error]
+    if type(error) is RuntimeError and error.__cause__:
+        told.append(error.__cause__)
+    text = " ".join(" ".join(map(str, told)).split())
+    # What follows an address may be a signature that opens a private file for a while.
+    return re.sub(r"(https?://[^\s?]+)\?[^\s']*", r"\1", text) or type(error).__name__

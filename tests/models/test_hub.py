@@ -163,9 +163,12 @@ def test_what_the_hub_says_is_one_line_with_the_reason(
             from_pretrained(folder)
 
     def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("\n\n403 Forbidden: no rights.\nCannot access content.")
+        signed = "https://hub/file?Signature=secret"
+        cause = OSError(f"\n\n403 Forbidden: no rights.\nCannot access '{signed}' now.")
+        raise RuntimeError("Error while uploading.") from cause
 
     monkeypatch.setattr(hub, "create_repo", refuse)
     assert main(["push", f"--checkpoint={saved}", "--repo=me/model"]) == 2
-    expected = "repo_id='me/model': the hub says: 403 Forbidden: no rights. Cannot access content."
+    said = "Error while uploading. 403 Forbidden: no rights. Cannot access 'https://hub/file' now."
+    expected = f"repo_id='me/model': the hub says: {said}"
     assert capsys.readouterr().err == f"msvq: error: {expected}\n"
