@@ -90,10 +90,11 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> s
     from huggingface_hub import HfApi
 
     try:
-        api = HfApi(token=token)
+        # Read from a file it ends with a new line, which no request can send.
+        api = HfApi(token=None if token is None else token.strip())
         # The hub makes a name without an owner one's own; only the whole name can be uploaded to.
         whole = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=whole, folder_path=folder))
+        return str(api.upload_folder(repo_id=whole, folder_path=folder).commit_url)
     except Exception as error:  # the hub client raises a type per cause
         raise InputError(f"repo_id={repo_id!r}: the hub says: {_one_line(error)}") from None
 
@@ -173,4 +174,6 @@ def _one_line(error: Exception) -> str:
         told.append(error.__cause__)
     text = " ".join(" ".join(map(str, told)).split())
     # What follows an address may be a signature that opens a private file for a while.
-    return re.sub(r"(https?://[^\s?]+)\?[^\s']*", r"\1", text) or type(error).__name__
+    text = re.sub(r"(https?://[^\s?]+)\?[^\s']*", r"\1", text)
+    text = re.sub(r"Bearer [^']*", "Bearer ...", text)  # a header with a token that cannot be sent
+    return text or type(error).__name__

@@ -31,12 +31,12 @@ class Hub:
         self.calls.append(("create", repo_id, private))
         return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path) -> str:
+    def upload_folder(self, *, repo_id: str, folder_path: Path) -> SimpleNamespace:
         target = self.root / repo_id
         target.mkdir(parents=True)
         for path in folder_path.iterdir():
             (target / path.name).write_bytes(path.read_bytes())
-        return f"hub://{repo_id}/commit/1"
+        return SimpleNamespace(commit_url=f"hub://{repo_id}/commit/1")
 
     def snapshot_download(self, repo_id: str, *, allow_patterns: list[str]) -> str:
         if not (self.root / repo_id).is_dir():
@@ -127,7 +127,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(
     files = {path.name for path in (hub.root / "me/model").iterdir()}
     assert files == {"README.md", "config.json", "model.safetensors"}
     assert "| 1 | 0." in (hub.root / "me/model" / "README.md").read_text()
-    from_pretrained(saved).push_to_hub("me/other", token="secret")
+    from_pretrained(saved).push_to_hub("me/other", token="secret\n")
     assert hub.calls[2:] == [("token", "secret"), ("create", "me/other", False)]
     x = torch.zeros(1, 3, 64, 64)
     expected = from_pretrained(saved).encode(x)
@@ -149,6 +149,15 @@ def test_a_run_without_its_evaluation_goes_without_a_table(
 
 def test_a_name_without_an_owner_is_ones_own(saved: Path, hub: Hub) -> None:
     assert from_pretrained(saved).push_to_hub("model") == "hub://me/model/commit/1"
+
+
+def test_no_error_shows_a_token(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody
+    for token in ("hf_zebra\n", "hf_\0zebra", "hf_\nzebra"):
+        with pytest.raises(InputError, match="the hub says") as raised:
+            from_pretrained(saved).push_to_hub("me/model", token=token)
+        assert "zebra" not in str(raised.value)
 
 
 def test_what_the_hub_says_is_one_line_with_the_reason(
