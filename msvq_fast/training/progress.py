@@ -15,6 +15,7 @@ from msvq_fast.ops.checks import InputError
 from msvq_fast.training.results import without_infinities, writing
 
 METRICS = "metrics.jsonl"
+_EVENTS = "tensorboard"  # the folder of its files
 _SIGPIPE = 13  # also where the signal is not known
 
 
@@ -248,25 +249,28 @@ class MetricsFile:
                 temporary.unlink(missing_ok=True)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record; `OSError` naming the file if it cannot be written."""
+        """Append a record; `OSError` naming the file or folder that cannot be written."""
         with writing(self._path):
             self._file.write(json.dumps(without_infinities(record)) + "\n")
             self._file.flush()
         if self._events is None:
             return
-        for name, value in record.items():
-            values = value if isinstance(value, list) else [value]
-            for m, number in enumerate(values):
-                if isinstance(number, (int, float)) and name != "step":
-                    tag = f"{record['kind']}/{name}" + (f"/{m}" if isinstance(value, list) else "")
-                    self._events.add_scalar(tag, number, record["step"])
+        with writing(self._path.with_name(_EVENTS)):
+            for name, value in record.items():
+                values = value if isinstance(value, list) else [value]
+                for m, number in enumerate(values):
+                    if isinstance(number, (int, float)) and name != "step":
+                        suffix = f"/{m}" if isinstance(value, list) else ""
+                        tag = f"{record['kind']}/{name}{suffix}"
+                        self._events.add_scalar(tag, number, record["step"])
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; `OSError` if the last of TensorBoard's events cannot be written."""
         with contextlib.suppress(OSError):  # of a line that `write` has failed to write
             self._file.close()
         if self._events is not None:
-            self._events.close()
+            with writing(self._path.with_name(_EVENTS)):
+                self._events.close()
 
 
 def is_running(folder: Path) -> bool:
@@ -335,7 +339,7 @@ def _open_events(folder: Path, step: int) -> Any:
         raise InputError(
             "tensorboard=True, but TensorBoard is not installed; pip install tensorboard"
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter(str(folder / _EVENTS), purge_step=step + 1)
 
 
 def _line(record: dict[str, Any]) -> str:

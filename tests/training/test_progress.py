@@ -55,6 +55,28 @@ def test_every_number_is_a_scalar_of_its_kind_scale_and_step(
     ]
 
 
+def test_events_that_cannot_be_written_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            pass
+
+        def fail(self, *_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        add_scalar = close = fail
+
+    module = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    metrics = MetricsFile(tmp_path, step=0, tensorboard=True)
+    expected = f"cannot write {tmp_path / 'tensorboard'}: No space left on device"
+    with pytest.raises(OSError, match=expected):
+        metrics.write({"kind": "train", "step": 1, "loss": 0.5})
+    with pytest.raises(OSError, match=expected):
+        metrics.close()
+
+
 def test_every_line_is_json_whatever_is_measured(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, step=0, tensorboard=False)
     metrics.write({"kind": "validation", "step": 1, "mse": [float("nan"), 0.0], "psnr": [1, 1e999]})
