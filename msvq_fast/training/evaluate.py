@@ -51,6 +51,11 @@ from msvq_fast.training.resume import describe_images, name_images
 from msvq_fast.training.samples_evaluation import run_evaluate_samples
 
 _NO_JUDGES = Judges()
+# Options that each process may have its own of: how it computes, and places on its machine.
+_OWN = frozenset({"out", "batch_size", "workers", "device"})
+_PLACES = frozenset(
+    {"checkpoint", "data", "samples", "lpips_weights", "inception_weights", "efflite0_weights"}
+)
 _NONE = torch.zeros(0, 0, dtype=torch.float64)
 
 
@@ -165,7 +170,13 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationResult | None:
     if (config.checkpoint is None) == (config.samples is None):
         given = "neither" if config.checkpoint is None else "both"
         raise InputError(f"evaluate needs --checkpoint or --samples, one of them; {given} given")
+    options = {
+        name: "given" if name in _PLACES and value is not None else value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in _OWN
+    }
     with join(config.device) as world:
+        require_same(options, world)
         if config.checkpoint is None:
             run_evaluate_samples(config, world)
             return None

@@ -100,14 +100,18 @@ class _Run(Run):
         self.unseen: dict[str, str] = {}  # validation images that cannot be read, and why
         self.validates = config.validate_every > 0
         if self.validates:  # now, so that an error does not come after an epoch
-            held_out = list(list_named_images(config.data, split="val").values())
+            held_out = list_named_images(config.data, split="val")
             cut: dict[str, Any] = {"size": size, "resize": config.resize, "crop": config.crop}
             limit = config.validation_tiles
-            self.tiles = load_held_out(held_out, limit=limit, skipped=self.unseen, **cut)
+            paths = list(held_out.values())
+            self.tiles = load_held_out(paths, limit=limit, skipped=self.unseen, **cut)
         # A disk may be one machine's own, and may fail for one process alone.
         seen = {"data": resume.name_images(self.images)}
         if self.validates:
-            seen["validation"] = f"{len(self.tiles)} tiles ({len(self.unseen)} images unreadable)"
+            of_images = resume.name_images(resume.describe_images(held_out))
+            seen["validation"] = (
+                f"{len(self.tiles)} tiles of {of_images}, {len(self.unseen)} unreadable"
+            )
         distributed.require_same(seen, self.world)
 
     def _plan(self) -> None:

@@ -106,10 +106,8 @@ class _Run(Run):
         self.tokens = load_tokens(config.tokens)
         self.held_out = self._load_held_out()
         self.validates = config.validate_every > 0 and self.held_out is not None
-        seen = {"tokens": _name(self.tokens)}
-        if self.held_out is not None:
-            seen["validation"] = _name(self.held_out)
-        distributed.require_same(seen, world)
+        held_out = None if self.held_out is None else _name(self.held_out)
+        distributed.require_same({"tokens": _name(self.tokens), "validation": held_out}, world)
         self._plan()
         start, state = self._choose_start()
         torch.manual_seed(config.seed)

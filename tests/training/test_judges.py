@@ -24,6 +24,7 @@ from msvq_fast.training.config import EvaluateConfig
 from msvq_fast.training.distributed import World
 from msvq_fast.training.evaluate import evaluate, run_evaluate
 from msvq_fast.training.judges import FeatureSet, Judges, compare_sets, load_judges
+from tests.training.two_processes import run_two
 
 SMALL = {"width": 8, "code_dim": 8, "num_residual_blocks": 1, "num_codes": 32}
 ROOT = Path(__file__).parents[2]
@@ -254,6 +255,22 @@ def test_inception_weights_alone_choose_the_inception(tmp_path):
     config = EvaluateConfig("model", inception_weights=str(tmp_path / "none.pth"))
     with pytest.raises(InputError, match=r"pt_inception-2015-12-05-6726825d\.pth"):
         load_judges(config, torch.device("cpu"))
+
+
+def test_processes_of_other_options_end(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    data = folder_of_images(tmp_path / "images", 5)
+    lpips = weights(tmp_path)[0]
+    options = ["evaluate", f"--checkpoint={tmp_path / 'model'}", f"--data={data}", "--split=all"]
+    options += ["--size=32", "--device=cpu", f"--out={tmp_path / 'out'}"]
+    program = "import os, sys\nfrom msvq_fast.cli import main\nif os.environ['RANK'] == '1': "
+    for theirs, message in (
+        ("--limit=2", "limit is None in process 0 and 2 in process 1"),
+        (f"--lpips-weights={lpips}", "lpips_weights is None in process 0 and given in process 1"),
+    ):
+        for done in run_two(tmp_path, options, f"{program}sys.argv.append({theirs!r})"):
+            assert done == (2, f"msvq: error: {message}; expected the same in all\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -108,6 +108,20 @@ def test_a_process_that_dies_ends_the_other(
     assert "processes is 2 there and 1 here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_validation_of_one_process_alone_ends_both(
+    tokens: list[str], tmp_path: Path, rank: int
+) -> None:
+    theirs = f"if os.environ['RANK'] == '{rank}': sys.argv.append('--validation=null')\n"
+    run = command(tokens, tmp_path / "two", "--steps=1", "--batch_size=2")
+    found = [r"7 images \(codes \w+\)"] * 2
+    found[rank] = "None"
+    said = f"msvq: error: validation is {found[0]} in process 0 and {found[1]} in process 1; .*\n"
+    for code, printed in run_two(tmp_path, run, WORKER + theirs):
+        assert code == 2
+        assert re.fullmatch(said, printed)
+
+
 def test_masks_of_a_validation_are_the_same_for_any_number_of_processes(
     tokens: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
