@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,8 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {name: False}
+    # In channels_last kernels of 1 x 1 and their gradients name the same places by other strides.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     wrapped = DistributedDataParallel(model, device_ids=ids, **options)
     _settle_buckets(wrapped)
     return wrapped

@@ -226,6 +226,14 @@ def test_a_process_that_cannot_start_ends_the_other(
     assert not list_checkpoints(tmp_path / "two")
 
 
+def test_channels_last_warns_of_nothing(tmp_path: Path, train_command: TrainCommand) -> None:
+    options = ("--steps=1", "--batch_size=2", "--channels_last=on")
+    first, second = run_two(tmp_path, train_command(tmp_path / "two", *options), WORKER)
+    assert first[0] == second[0] == 0
+    assert "Warning" not in first[1]
+    assert second[1] == ""
+
+
 @pytest.mark.parametrize("missing", [True, False])
 def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch, missing: bool) -> None:
     with socket.socket() as taken:
@@ -290,16 +298,22 @@ def test_the_first_step_is_summed_as_all_others(tmp_path: Path) -> None:
         ("sys.argv += ['--steps=6']", "steps is 5 in process 0 and 6 in process 1"),
         (
             "from msvq_fast.data import dataset\n" + BLIND,
-            r"validation is 2 tiles .* and 1 tiles \(",
+            "validation is 2 tiles .* 0 unreadable in process 0 and 1 tiles .* 1 unreadable",
+        ),
+        (
+            "sys.argv += [f'--data={sys.argv[1][:-1]}renamed']",
+            r"validation is 2 tiles of 2 images \(.* and 2 tiles of 2 images \(",
         ),
     ],
-    ids=["data", "options", "disk"],
+    ids=["data", "options", "disk", "validation"],
 )
 def test_processes_that_differ_end_all(
     tmp_path: Path, pictures: Path, train_command: TrainCommand, theirs: str, message: str
 ) -> None:
     shutil.copytree(pictures, tmp_path / "other")
     (tmp_path / "other" / "train" / "3.png").unlink()
+    shutil.copytree(pictures, tmp_path / "renamed")
+    (tmp_path / "renamed" / "val" / "11.png").rename(tmp_path / "renamed" / "val" / "12.png")
     command = train_command(tmp_path / "two", "--steps=5", "--batch_size=2")
     program = WORKER + f"if os.environ['RANK'] == '1':\n{textwrap.indent(theirs, ' ')}\n"
     first, second = run_two(tmp_path, command, program)
