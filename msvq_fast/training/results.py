@@ -192,7 +192,7 @@ def write_results(result: EvaluationResult, out_dir: str | os.PathLike[str]) -> 
 def table_console(file: IO[str] | None = None) -> Console:
     """A console for tables: off a terminal COLUMNS says nothing."""
     console = Console(file=file, highlight=False)
-    if not console.is_terminal:
+    if not console.file.isatty():  # what rich calls a terminal is a pipe too under FORCE_COLOR
         console.width = _FILE_WIDTH
     return console
 

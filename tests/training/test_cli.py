@@ -235,10 +235,12 @@ def test_info_names_every_op_and_backend(capsys: pytest.CaptureFixture[str]) -> 
     assert "fails" not in printed
 
 
+@pytest.mark.parametrize("colour", ["", "1"])
 def test_info_presets_shows_the_parameters_beside_the_papers(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, colour: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")  # nobody's screen: it is a pipe
+    monkeypatch.setenv("FORCE_COLOR", colour)
     assert main(["info", "--presets"]) == 0
     *table, note = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in table}
