@@ -187,7 +187,7 @@ def test_info_prints_every_mode(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert main(["info", "--memory", *options]) == 0
     printed = capsys.readouterr().out
-    assert "vqvae2-tiny, fp32, 2 images a step" in printed
+    assert "vqvae2-tiny, fp32, batch 2" in printed
     rows = {line.split()[0]: line.split() for line in printed.splitlines()}
     config = models.preset_config("vqvae2-tiny")
     for mode in models.MEMORY_MODES:
