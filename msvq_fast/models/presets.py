@@ -11,7 +11,6 @@ from msvq_fast.nn import GRADIENTS
 from msvq_fast.ops.checks import (
     InputError,
     check_choice,
-    check_count,
     check_decay,
     check_not_negative,
 )
@@ -65,7 +64,8 @@ class AutoencoderConfig:
             raise InputError(f"latents={self.latents!r}; expected the sizes of all scales")
         object.__setattr__(self, "latents", tuple(self.latents))
         for name in ("resolution", "num_codes", "code_dim", "width", "num_residual_blocks"):
-            check_count(**{name: getattr(self, name)})
+            if not _is_count(getattr(self, name)):  # nor NumPy's: JSON has none
+                raise InputError(f"{name}={getattr(self, name)!r}; expected an int of at least 1")
         if self.resolution > _MOST_PIXELS:
             raise InputError(f"resolution={self.resolution}; expected at most {_MOST_PIXELS}")
         if self.width < 2:

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from msvq_fast.ops.checks import InputError, is_transformed
+from msvq_fast.ops.checks import InputError, is_in_onnx_export, is_transformed
 
 Backend = Literal["reference", "native", "triton"]
 BACKENDS: tuple[Backend, ...] = ("reference", "native", "triton")
@@ -153,7 +153,7 @@ class Op:
         """
         if backend is not None and backend not in BACKENDS:
             raise InputError(f"backend={backend!r}; expected None or one of {BACKENDS}")
-        if torch.onnx.is_in_onnx_export():  # nothing runs: the definition becomes the graph
+        if is_in_onnx_export():  # nothing runs: the definition becomes the graph
             return "reference"
         if backend is not None:
             reason = self.why_not(backend, *args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -72,9 +72,10 @@ def check_at_least(least: int, **values: float) -> None:
 
 
 def check_count(**values: int) -> None:
-    """Raise unless all keyword numbers are ints of 1 or more."""
+    """Raise unless all keyword numbers are ints of 1 or more, NumPy's included."""
     for name, value in values.items():
-        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < 1:
+        whole = isinstance(value, (int, Integral, torch.SymInt)) and not isinstance(value, bool)
+        if not whole or value < 1:
             raise InputError(f"{name}={value!r}; expected an int of at least 1")
 
 
@@ -93,7 +94,8 @@ def check_decay(decay: float) -> None:
 
 def _is_number(value: object) -> bool:
     """Not so None, nor the string that a YAML file has for 1e-3."""
-    return isinstance(value, (Real, Tensor, torch.SymInt, torch.SymFloat))
+    # The first two are those of most calls, and found at once.
+    return isinstance(value, (float, int, Real, Tensor, torch.SymInt, torch.SymFloat))
 
 
 def may_read(tensor: Tensor) -> bool:
@@ -124,6 +126,15 @@ def is_watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
     )
+
+
+def is_in_onnx_export() -> bool:
+    """Whether `torch.onnx.export` traces the call.
+
+    PyTorch's own answer loads its exporter, and then takes a tenth of the time of an op's call, so
+    it is asked only where something traces at all.
+    """
+    return is_watched() and torch.onnx.is_in_onnx_export()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,13 +9,23 @@ import sys
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from msvq_fast.ops import InputError, backend
+from msvq_fast.nn import VectorQuantizer
+from msvq_fast.ops import (
+    InputError,
+    backend,
+    gaussian_blur,
+    gaussian_pyramid,
+    multiscale_loss,
+    nearest_code,
+    vector_quantize,
+)
 from msvq_fast.ops.backend import Op, kernel_op
 from msvq_fast.ops.checks import is_watched
 
@@ -158,3 +168,21 @@ def test_who_watches_operations() -> None:
     assert seen == [False, True, True]
     compiled = torch.compile(lambda x: x + is_watched(), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), x + 1)
+
+
+def test_an_op_does_not_ask_for_an_export_where_nothing_traces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The question loads PyTorch's exporter and takes a tenth of a small call's time."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: pytest.fail("asked"))
+    x, codebook = torch.rand(1, 4, 8, 8), torch.rand(8, 4)
+    multiscale_loss([x], gaussian_blur(x, 3), backend="reference")
+    vector_quantize(x, codebook, dim=1)
+    nearest_code(x, codebook, dim=1, backend="reference")
+
+
+def test_counts_may_be_those_of_numpy() -> None:
+    """Sizes read from an array or a file are often so."""
+    pyramid = gaussian_pyramid(torch.rand(1, 3, 8, 8), np.int64(2))
+    assert len(pyramid) == 2
+    assert VectorQuantizer(np.int32(8), np.int64(4)).codebook.shape == (8, 4)

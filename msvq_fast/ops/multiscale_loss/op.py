@@ -17,6 +17,7 @@ from msvq_fast.ops.checks import (
     check_image,
     check_same_device,
     check_same_dtype,
+    is_in_onnx_export,
     is_transformed,
     without_autocast,
 )
@@ -114,7 +115,7 @@ def multiscale_loss(
     blur = (*kernel, border, backend)
     if chosen == "reference":
         with without_autocast(x.device.type):
-            if backend == "reference" or is_transformed() or torch.onnx.is_in_onnx_export():
+            if backend == "reference" or is_transformed() or is_in_onnx_export():
                 return _definition(contributions, x, blur, factors, reduction)
             return one_pass.multiscale_loss(contributions, x, blur, factors, reduction)
     # Without a gradient no autograd.Function: torch.compile miscounts the arguments of one with

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast.ops.backend import kernel_op
-from msvq_fast.ops.checks import accumulation_dtype
+from msvq_fast.ops.checks import accumulation_dtype, is_in_onnx_export
 
 _CHUNK_DISTANCES = 2**17  # float64 distances held at once: 1 MiB, never N x K
 
@@ -26,7 +26,7 @@ def nearest_code(z: Tensor, codebook: Tensor, dim: int) -> Tensor:
     """
     rows = z.movedim(dim, -1)
     flat = rows.reshape(-1, codebook.shape[1])
-    if torch.onnx.is_in_onnx_export():  # there the definition becomes the graph, D times unrolled
+    if is_in_onnx_export():  # there the definition becomes the graph, D times unrolled
         return _nearest_of(flat, *_columns(codebook)).view(rows.shape[:-1])
     return _nearest_rows(flat, codebook).view(rows.shape[:-1])
 
@@ -90,7 +90,7 @@ def codebook_copy(codebook: Tensor) -> Tensor:
     Forward and backward must both take the copy: only then does torch.compile keep it, and not
     copy the codebook again in the backward, after `ema_update_` has changed it in place.
     """
-    if torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling() and not is_in_onnx_export():
         return _opaque_copy(codebook)
     return codebook.clone(memory_format=torch.contiguous_format)
 
