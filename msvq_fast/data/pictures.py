@@ -189,10 +189,9 @@ def _text(label: str, font_size: int, width: int) -> _Text:
                 lines.append(line)
                 longer = word
             while font.getlength(longer) > width and len(longer) > 1:
-                fitting = (
-                    n for n in range(len(longer), 1, -1) if font.getlength(longer[:n]) <= width
-                )
-                cut = next(fitting, 1)
+                # From the front: from the back a long word takes the cube of its length.
+                lengths = range(2, len(longer) + 1)
+                cut = next(n for n in lengths if font.getlength(longer[:n]) > width) - 1
                 lines.append(longer[:cut])
                 longer = longer[cut:]
             line = longer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from msvq_fast.data import code_map, save_png, signed_to_uint8, to_float, to_uint8
+from msvq_fast.data import code_map, pictures, save_png, signed_to_uint8, to_float, to_uint8
 from msvq_fast.ops.checks import InputError
 
 
@@ -224,3 +224,13 @@ def test_a_failed_write_keeps_the_old_picture(
         save_png(path, [[colour(9, 9, 9)]])
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_a_very_long_word_is_broken_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    font, measured = ImageFont.load_default(size=13), []
+    length = font.getlength
+    monkeypatch.setattr(font, "getlength", lambda text: measured.append(text) or length(text))
+    monkeypatch.setattr(ImageFont, "load_default", lambda size: font)
+    text = pictures._text("x" * 1000, 13, 104)
+    assert "".join(text.lines) == "x" * 1000
+    assert len(measured) < 3000
