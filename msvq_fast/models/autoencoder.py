@@ -324,7 +324,7 @@ class Autoencoder(nn.Module, ABC):
         repo_id: str,
         *,
         private: bool = False,
-        token: str | None = None,
+        token: str | bool | None = None,
         results: str | Path | None = None,
     ) -> str:
         """Upload what `save_pretrained` writes to the hub; return the address of the commit.
@@ -332,7 +332,7 @@ class Autoencoder(nn.Module, ABC):
         Args:
             repo_id: ``owner/name``, made if missing.
             private: Of a repository that is made.
-            token: None takes the one of ``hf auth login``.
+            token: None and True take the one of ``hf auth login``, False takes none.
             results: As in `save_pretrained`.
 
         Raises:

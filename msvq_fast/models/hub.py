@@ -81,7 +81,7 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
+def upload(folder: Path, repo_id: str, *, private: bool, token: str | bool | None) -> str:
     """Send a folder to the hub's repository, made if missing; return the commit's address.
 
     Raises:
@@ -91,7 +91,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> s
 
     try:
         # Read from a file it ends with a new line, which no request can send.
-        api = HfApi(token=None if token is None else token.strip())
+        api = HfApi(token=token.strip() if isinstance(token, str) else token)
         # The hub makes a name without an owner one's own; only the whole name can be uploaded to.
         whole = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(api.upload_folder(repo_id=whole, folder_path=folder).commit_url)

@@ -152,6 +152,11 @@ def test_a_name_without_an_owner_is_ones_own(saved: Path, hub: Hub) -> None:
     assert from_pretrained(saved).push_to_hub("model") == "hub://me/model/commit/1"
 
 
+def test_the_clients_own_way_to_ask_for_the_stored_token_is_taken(saved: Path, hub: Hub) -> None:
+    from_pretrained(saved).push_to_hub("me/model", token=True)
+    assert hub.calls[0] == ("token", True)
+
+
 def test_no_error_shows_a_token(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("no_proxy", "*")
