@@ -1,7 +1,8 @@
 """One way to time, and one format of result files.
 
-``pytest benchmarks/ --benchmark-only`` prints a table per group; ``--save-results DIR`` also writes
-one JSON file per suite, which README's tables are made from.
+``pytest benchmarks/ --benchmark-only`` prints a table per group; ``--save-results=DIR`` also writes
+one JSON file per suite, which README's tables are made from. With a space in place of ``=`` pytest
+would take a folder that exists for a place of tests, and another configuration with it.
 """
 
 from __future__ import annotations
