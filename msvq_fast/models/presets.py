@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msvq_fast.nn import GRADIENTS
-from msvq_fast.ops.checks import (
-    InputError,
-    check_choice,
-    check_decay,
-    check_not_negative,
-)
+from msvq_fast.ops.checks import InputError, check_choice, check_decay, check_not_negative
 from msvq_fast.ops.gaussian_blur.op import SIGMA_RULES
 
 _MOST_PIXELS = 2**16  # of a side, beyond any image that can be read
