@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.func import functional_call
 
 from msvq_fast.nn.strips import Rows, check_layers, flat_layers, output_height, run_rows, strips_of
 from msvq_fast.ops.checks import is_transformed
+
+# `functional_call` lends parameters to the module itself, which other threads may be using.
+_LENDING = threading.RLock()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -37,7 +41,8 @@ def replay(module: nn.Module, x: Tensor, *, strips: int = 1) -> Tensor:
         To ``x`` and to the parameters, once: a second derivative raises. The second run is under
         the autocast of the first.
     """
-    parameters = list(module.parameters())
+    with _LENDING:
+        parameters = list(module.parameters())
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     if strips > 1:
         check_layers(flat_layers(module))
@@ -122,7 +127,7 @@ def _gradients(
     module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor], grad: Tensor, wants_x: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Gradients of ``x``, if wanted, and of those ``parameters`` that require one."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _LENDING:
         x = x.detach().requires_grad_(wants_x)
         out = functional_call(module, dict(parameters), (x,))
     inputs = [*([x] if wants_x else []), *_trained(parameters)]
@@ -146,7 +151,7 @@ def _gradients_in_strips(
     total = [torch.zeros_like(p) for p in trained]
     for chain in strips_of(layers, height, strips):
         rows, out_rows = slice(*chain[0]), slice(*chain[-1])
-        with torch.enable_grad():
+        with torch.enable_grad(), _LENDING:
             piece = x[:, :, rows].detach().requires_grad_(wants_x)
             out = functional_call(rows_of, lent, (piece, height, chain))
         inputs = [*([piece] if wants_x else []), *trained]
