@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ class Viewer:
         self.model, self.prior, self.device = model.to(device), prior, device
         if prior is not None:
             prior.to(device).eval()
+        # The page calls from several threads: one could end the mode that another one runs in.
+        self._alone = threading.Lock()
 
     def read(self, path: str | Path) -> Tensor:
         """The centre of an image as the model takes it: ``(1, 3, S, S)`` in [-1, 1]."""
@@ -70,7 +73,7 @@ class Viewer:
     def look(self, path: str | Path) -> tuple[Shown, Shown, Shown]:
         """Partial sums, contributions and token maps of an image, coarse to fine."""
         x = self.read(path)
-        with inference_mode(self.model):
+        with self._alone, inference_mode(self.model):
             codes = self.model.encode(x)
             parts = [part.float() for part in self.model.contributions(codes)]
         sums: Shown = [(_picture(to_uint8(x[0])), "image")]
@@ -99,7 +102,7 @@ class Viewer:
             raise InputError(f"count={count}; expected 1 to {MOST_DRAWINGS}")
         if seed is None:
             raise InputError("seed=None; expected a whole number")
-        with inference_mode(self.model):
+        with self._alone, inference_mode(self.model):
             coarse = self.model.encode(self.read(path))[0].expand(count, -1, -1)
             codes = priors.sample(self.prior, count, seed=seed, coarser=[coarse])
             images = self.model.decode(codes).float()

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -78,6 +79,30 @@ def test_it_shows_sums_contributions_and_codes(viewer: Viewer, folder: Path) -> 
     shown = contributions[1][0][4::8, 4::8].transpose(2, 0, 1)  # every pixel is 8 x 8
     assert np.abs(shown.astype(int) - signed_to_uint8(part[0], gain).numpy()).max() <= 1
     assert f"codes 1, 8x8, {len(codes[1].unique())} different" == maps[1][1]
+
+
+def test_clicks_of_two_people_wait_for_each_other(
+    viewer: Viewer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path, modes = viewer.model, folder / "picture.png", []
+    encode = model.encode
+
+    def slow(x: torch.Tensor) -> list[torch.Tensor]:
+        time.sleep(0.05)
+        modes.append((model.training, torch.backends.cudnn.allow_tf32))
+        return encode(x)
+
+    monkeypatch.setattr(model, "encode", slow)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model.train()
+    shown = [viewer.look(path)[0][-1][0], viewer.redraw(path, 1, 0)[0][0]]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            look, redraw = pool.submit(viewer.look, path), pool.submit(viewer.redraw, path, 1, 0)
+            assert np.array_equal(look.result()[0][-1][0], shown[0])
+            assert np.array_equal(redraw.result()[0][0], shown[1])
+            assert model.training and torch.backends.cudnn.allow_tf32, "left as they were"
+    assert modes == [(False, False)] * 8
 
 
 def test_a_prior_of_images_of_another_size_is_refused(viewer: Viewer) -> None:
