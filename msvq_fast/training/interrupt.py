@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -23,7 +24,8 @@ _SAME_REQUEST = 1.0
 class StopSignals:
     """While entered, the first such signal sets `received`, and one a second later kills.
 
-    A torchrun that is killed leaves its processes behind: that counts as SIGHUP.
+    A torchrun that is killed leaves its processes behind: that counts as SIGHUP. Entered outside of
+    the main thread, which alone may choose what signals do, it leaves them as they are.
     """
 
     def __init__(self) -> None:
@@ -40,6 +42,8 @@ class StopSignals:
         return self._received
 
     def __enter__(self) -> StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in _SIGNALS:
             if number == _HANGUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # started by nohup

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ def test_a_second_signal_is_not_held_back() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_in_a_thread_of_a_server_leaves_signals_alone(tmp_path: Path, train: Train) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, tmp_path, "--steps=2").result() == 0
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [read_state(p)["step"] for p in list_checkpoints(tmp_path)] == [2]
 
 
 def test_a_hangup_that_nohup_ignores_stops_nothing() -> None:
