@@ -27,6 +27,8 @@ from msvq_fast.data.images import (
 )
 from msvq_fast.ops.checks import InputError, check_at_least, check_choice
 
+_LOCK = threading.Lock()  # one for all: a dataset that holds its own cannot be pickled
+
 
 class ImageDataset:
     """Square 8-bit crops of images.
@@ -87,7 +89,10 @@ class ImageDataset:
         self._corrupt: set[str] = set()
         self._cache: dict[int, NDArray[np.uint8]] = {}
         self._cached_bytes = 0
-        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        """For a copy, as in another process: the decoded images stay here."""
+        return {**self.__dict__, "_cache": {}, "_cached_bytes": 0}
 
     def __len__(self) -> int:
         return len(self.paths) * self.repeat
@@ -134,7 +139,7 @@ class ImageDataset:
                         self._corrupt.add(path)
         finally:
             if failed:
-                with self._lock:  # a new dict: the caller may be iterating over the old one
+                with _LOCK:  # a new dict: the caller may be iterating over the old one
                     self.skipped = {**self.skipped, **failed}
         raise InputError(
             f"none of the {count} images can be read; {self.skipped[str(self.paths[first])]}"
@@ -145,7 +150,7 @@ class ImageDataset:
         if cached is not None:
             return cached
         image = _load(self.paths[position], self.size, self.resize, reduced=True)
-        with self._lock:
+        with _LOCK:
             # Filled until full, never evicted: in a random order every image is equally likely
             # next, and an eviction would only trade one hit for another.
             fits = self._cached_bytes + image.nbytes <= self.cache_bytes
