@@ -7,7 +7,6 @@ columns agree with each other. Models work in [-1, 1]: pass their images through
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from msvq_fast.ops import InputError
@@ -120,7 +119,11 @@ def _window_mean(x: Tensor) -> Tensor:
     # No kernel of ours computes in float64. In place a tap costs one pass, not two as in the blur's
     # reference; that and one padding for both directions take a third of its time.
     taps, _ = blur_taps(SSIM_WINDOW, SSIM_SIGMA)
-    x = F.pad(x, [SSIM_WINDOW // 2] * 4, mode="reflect")
+    edge = SSIM_WINDOW // 2
+    for dim in (-1, -2):  # not F.pad, whose gradient no GPU repeats bit for bit
+        last = x.shape[dim] - 1
+        before, after = x.narrow(dim, 1, edge), x.narrow(dim, last - edge, edge)
+        x = torch.cat([before.flip(dim), x, after.flip(dim)], dim)
     for dim in (-1, -2):
         size = x.shape[dim] - SSIM_WINDOW + 1
         mean = x.narrow(dim, 0, size) * taps[0]
