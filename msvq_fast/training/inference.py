@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,28 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.no_grad(), _without_tf32():
             yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Not by `cudnn.flags`: it raises where `fp32_precision` chose TF32, and resets all the rest."""
+    cudnn: Any = torch.backends.cudnn
+    kinds = [cudnn.conv, cudnn.rnn] if hasattr(cudnn, "conv") else []  # from torch 2.9 on
+    before = [kind.fp32_precision for kind in kinds]
+    allowed = before == ["tf32", "tf32"] if kinds else cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    for kind in kinds:
+        kind.fp32_precision = "ieee"  # of its own: one for all of PyTorch may say TF32
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = allowed
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 def fitting_size(size: int | None, model: MSVQVAE | VQVAE2) -> int:
