@@ -40,7 +40,7 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Not by `cudnn.flags`: it raises where `fp32_precision` chose TF32, and resets all the rest."""
+    """Not by `cudnn.flags`: it raises where `fp32_precision` chose TF32, and resets the rest."""
     cudnn: Any = torch.backends.cudnn
     kinds = [cudnn.conv, cudnn.rnn] if hasattr(cudnn, "conv") else []  # from torch 2.9 on
     before = [kind.fp32_precision for kind in kinds]
