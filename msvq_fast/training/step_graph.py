@@ -33,8 +33,9 @@ class StepGraph(Generic[T]):
 
     def __init__(self, step: Callable[[Tensor], T], parameters: Iterable[nn.Parameter]) -> None:
         self.step, self.parameters = step, list(parameters)
-        # One stream for all: autograd adds a gradient on the stream of the first use.
-        self.stream = torch.cuda.Stream()
+        # One stream for all: autograd adds a gradient on the stream of the first use. Theirs may be
+        # another device than the current one.
+        self.stream = torch.cuda.Stream(next((p.device for p in self.parameters), None))
         self.graph = torch.cuda.CUDAGraph()
         self.calls = 0
         self.like: tuple[tuple[int, ...], torch.dtype] | None = None
@@ -62,7 +63,8 @@ class StepGraph(Generic[T]):
         if self.calls <= WARM_UPS:
             return self._run(x)
         if self.grads is None:
-            self.grads = self._record(x)
+            with torch.cuda.device(self.stream.device):
+                self.grads = self._record(x)
         self.x.copy_(x.detach())
         self.graph.replay()
         for parameter, grad in self.grads:
@@ -70,7 +72,7 @@ class StepGraph(Generic[T]):
         return self.out
 
     def _run(self, x: Tensor) -> T:
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             self._forget_gradients()

@@ -132,3 +132,20 @@ def test_joined_layers_train_as_layers_one_by_one(
     torch.testing.assert_close(decoded(False, True), exact, rtol=1e-4, atol=1e-4)
     error = [float((decoded(True, t) - exact).square().mean()) for t in (True, False)]
     assert error[0] <= 1.2 * error[1] < 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_another_device_than_the_current_one() -> None:
+    weight = nn.Parameter(torch.ones(3, device="cuda:1"))
+
+    def step(x: Tensor) -> Tensor:
+        loss = (x * weight).sum()
+        loss.backward()
+        return loss.detach()
+
+    graph = StepGraph(step, [weight])
+    for number in range(WARM_UPS + 3):
+        x = torch.full((2, 3), float(number), device="cuda:1")
+        assert graph(x).item() == 6 * number
+        assert torch.equal(weight.grad, x.sum(0))
+        assert torch.cuda.current_device() == 0

@@ -54,7 +54,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     recorder = mock.Mock(side_effect=lambda *_, **__: contextlib.nullcontext())
     for name in ("Stream", "CUDAGraph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, mock.Mock())
-    monkeypatch.setattr(torch.cuda, "stream", mock.MagicMock())
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "graph", recorder)
     return recorder
 
@@ -81,6 +82,21 @@ def test_gradients_are_those_of_the_last_call(recorder: mock.Mock) -> None:
             InputError, match=r"expected the first call's \(\(2, 3\), torch\.float32"
         ):
             graph(x)
+
+
+def test_runs_on_the_device_of_the_parameters(recorder: mock.Mock) -> None:
+    """Which need not be the current one: a stream of that one would record nothing."""
+    graph = StepGraph(lambda x: x, [nn.Parameter(torch.ones(3, device="meta"))])
+    torch.cuda.Stream.assert_called_once_with(torch.device("meta"))
+    for _ in range(WARM_UPS):
+        graph(torch.ones(2))
+        torch.cuda.current_stream.assert_called_with(graph.stream.device)
+    torch.cuda.device.assert_not_called()
+    recorder.side_effect = lambda *_, **__: contextlib.nullcontext(
+        torch.cuda.device.assert_called_once_with(graph.stream.device)
+    )
+    graph(torch.ones(2))
+    recorder.assert_called_once()
 
 
 def test_what_cannot_be_recorded_is_not_replayed(recorder: mock.Mock) -> None:
