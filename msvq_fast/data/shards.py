@@ -17,7 +17,8 @@ from msvq_fast.ops.checks import InputError
 
 _BLOCK = tarfile.BLOCKSIZE
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-PART_NAMES = {"train": "train", "val": "val", "validation": "val"}  # of folders too; first wins
+# Of folders too. The first of one part wins, and ``test`` is held out only where no other is.
+PART_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "val"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,8 @@ def list_members(pattern: str, split: str) -> tuple[dict[str, StoredImage], bool
     """The images of the shards of ``wds:pattern``, sorted by name.
 
     Shards that call themselves ``train`` and others that call themselves ``val`` or
-    ``validation``, as a word of their path, are the splits; other shards are in ``"all"`` only.
+    ``validation``, or ``test`` where none does, as a word of their path, are the splits; other
+    shards are in ``"all"`` only.
 
     Returns:
         ``{name: image}``, names as if each shard were a folder of its members below the part of
@@ -73,7 +75,9 @@ def list_members(pattern: str, split: str) -> tuple[dict[str, StoredImage], bool
     """
     root, shards = _find_shards(pattern)
     names = {shard: shard.relative_to(root).as_posix() for shard in shards}
-    parts = {shard: _own_part(name) for shard, name in names.items()}
+    parts = {shard: _own_part(name, test=False) for shard, name in names.items()}
+    if "val" not in parts.values():
+        parts = {shard: _own_part(name, test=True) for shard, name in names.items()}
     settled = split != "all" and {"train", "val"} <= set(parts.values())
     if settled:
         shards = [shard for shard in shards if parts[shard] == split]
@@ -139,9 +143,14 @@ def _expand(pattern: str) -> list[str]:
     return [head + tail for head in heads for tail in tails]
 
 
-def _own_part(name: str) -> str | None:
-    """``train`` or ``val`` if a shard's name has that word and not the other's, else None."""
-    words = re.split(r"[^a-z]+", name.lower())
+def _own_part(name: str, *, test: bool) -> str | None:
+    """``train`` or ``val`` if a shard's name has that word and not the other's, else None.
+
+    Args:
+        name: below the part of the pattern that is no pattern.
+        test: whether ``test`` stands for ``val``, else it is no such word.
+    """
+    words = set(re.split(r"[^a-z]+", name.lower())) - (set() if test else {"test"})
     found = {PART_NAMES[word] for word in words if word in PART_NAMES}
     return found.pop() if len(found) == 1 else None
 

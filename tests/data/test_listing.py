@@ -77,6 +77,15 @@ def test_validation_is_val_where_there_is_no_val(tmp_path: Path) -> None:
     assert names_of(tmp_path, "val") == ["val/4.png"]
 
 
+def test_test_is_val_where_there_is_no_other_and_never_trained_on(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        touch(tmp_path / part, *(f"{i}.png" for i in range(5)))
+    assert names_of(tmp_path, "train") == [f"train/{i}.png" for i in range(5)]
+    assert names_of(tmp_path, "val") == [f"test/{i}.png" for i in range(5)]
+    touch(tmp_path, "validation/4.png")
+    assert names_of(tmp_path, "val") == ["validation/4.png"]
+
+
 def test_a_folder_named_train_alone_is_split_by_file(tmp_path: Path) -> None:
     touch(tmp_path, "train/1.png", "train/2.png", "train/3.png")
     train, val = names_of(tmp_path, "train"), names_of(tmp_path, "val")

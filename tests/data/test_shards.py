@@ -195,10 +195,11 @@ def test_globs_and_relative_patterns(
         ("train/0.tar", "val/0.tar", "*/*.tar"),
         ("imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar", "imagenet1k-*.tar"),
         ("x_Train_0.tar", "x_val0.tar", "{x_Train_0,x_val0,test-0}.tar"),
+        ("x_train_0.tar", "test-0.tar", "{x_train_0,test-0,more-0}.tar"),
     ],
 )
 def test_shards_that_name_their_split(tmp_path: Path, train: str, val: str, pattern: str) -> None:
-    for name in (train, val, "test/0.tar", "test-0.tar", "imagenet1k-test-0.tar"):
+    for name in (train, val, "test/0.tar", "test-0.tar", "imagenet1k-test-0.tar", "more-0.tar"):
         write(tmp_path / name, {f"{i}.png": b"" for i in range(30)})
     uri = f"wds:{tmp_path}/{pattern}"
     assert paths(uri, "train") == sorted(f"{tmp_path}/{train}/{i}.png" for i in range(30))
