@@ -15,6 +15,8 @@ def check_images(x: Tensor, weight: Tensor, stride: int) -> None:
 
     ``weight`` has the device of the model and, where autocast is off, the dtype that it takes.
     """
+    if not isinstance(x, Tensor):
+        raise InputError(f"x is a {type(x).__name__}; expected a tensor (B, 3, H, W)")
     if x.dtype == torch.uint8:
         raise InputError("x has dtype torch.uint8; expected float in [-1, 1]: x / 127.5 - 1")
     check_image("x", x)
@@ -42,6 +44,10 @@ def check_hierarchy(codes: Sequence[Tensor], num_scales: int, *, whole: bool) ->
         expected = f"{num_scales}" if whole else f"1 to {num_scales}"
         raise InputError(f"codes has {len(codes)} grids; expected {expected}")
     for m, grid in enumerate(codes):
+        if not isinstance(grid, Tensor):
+            raise InputError(
+                f"codes[{m}] is a {type(grid).__name__}; expected an int64 tensor (B, h, w)"
+            )
         shape = (*codes[0].shape[:1], *(side << m for side in codes[0].shape[1:]))
         if grid.dim() != 3 or grid.shape != shape:
             raise InputError(

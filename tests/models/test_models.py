@@ -266,6 +266,7 @@ def test_loading_says_what_is_wrong(tmp_path) -> None:
         (torch.full((1, 3, 64, 64), torch.nan), r"expected values in \[-1, 1\]"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "x has dtype torch.float64; expected the"),
         (torch.zeros(1, 3, 64, 64, device="meta"), "the model is on cpu"),
+        (torch.zeros(1, 3, 64, 64).numpy(), r"x is a ndarray; expected a tensor \(B, 3, H, W\)"),
     ],
 )
 def test_bad_images(x: torch.Tensor, message: str) -> None:
@@ -286,6 +287,8 @@ def test_bad_codes() -> None:
         model.decode([good[0][0, 0, 0]])
     with pytest.raises(InputError, match="expected int64"):
         model.decode([g.int() for g in good])
+    with pytest.raises(InputError, match=r"codes\[1\] is a ndarray; expected an int64 tensor"):
+        model.decode([good[0], good[1].numpy()])
     with pytest.raises(InputError, match="codes span"):
         model.decode([good[0] + 128, good[1]])
     with pytest.raises(InputError, match="upto=2"):
