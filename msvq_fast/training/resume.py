@@ -57,7 +57,10 @@ def choose_checkpoint(
         raise InputError(f"resume={config.resume} does not exist; give a run, a checkpoint or auto")
     candidates = list(checkpoints_to_resume(source))
     if not candidates:
-        raise InputError(f"resume={config.resume} holds no checkpoint")
+        raise InputError(
+            f"resume={config.resume} holds no checkpoint; expected a run or one of its "
+            "checkpoints, since a saved model has no state of a run to go on from"
+        )
     newest = candidates[0]
     if own and own[-1].resolve() != newest.resolve():
         raise InputError(
@@ -174,13 +177,14 @@ def check_same_run(
         fixed = {"accumulate"} if config.gan else set()
         check_unchanged(path, before, now, ignored | set(_SHARES) - fixed)
         return
-    try:
-        check_unchanged(path, before, now, ignored)
-    except InputError as error:
-        raise InputError(
-            f"{error}; a step had {there} images there and has {here} here, so all that follows "
-            f"would differ: choose {' x '.join(_SHARES)} = {there}"
-        ) from None
+    check_unchanged(
+        path,
+        before,
+        now,
+        ignored,
+        remedy=f"a step had {there} images there and has {here} here, so all that follows would "
+        f"differ: choose {' x '.join(_SHARES)} = {there}",
+    )
 
 
 def describe_changes(
@@ -286,9 +290,22 @@ def _shares(config: dict[str, Any], processes: int) -> dict[str, int]:
 
 
 def check_unchanged(
-    path: Path, before: dict[str, Any], now: dict[str, Any], ignored: frozenset[str]
+    path: Path,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    ignored: frozenset[str],
+    *,
+    remedy: str = "give what is there, or start a new run: another out, no resume",
 ) -> None:
-    """Raise InputError naming every entry that differs and is not ``ignored``."""
+    """Raise InputError naming every entry that differs and is not ``ignored``.
+
+    Args:
+        path: The checkpoint, for the message.
+        before: Its settings.
+        now: Those asked for.
+        ignored: Names of settings that may differ.
+        remedy: What to do, unless all that differs may where the checkpoint is named.
+    """
     missing = "not set"
     changed = [
         f"{name} is {before.get(name, missing)} there and {now.get(name, missing)} here"
@@ -297,10 +314,9 @@ def check_unchanged(
     ]
     if changed:
         only_rates = {text.partition(" ")[0] for text in changed} <= RATES
-        hint = f"; to change that on the way name the checkpoint, resume={path}"
-        raise InputError(
-            f"{path / STATE} is of another run: {'; '.join(changed)}{hint if only_rates else ''}"
-        )
+        if only_rates:
+            remedy = f"to change that on the way name the checkpoint, resume={path}"
+        raise InputError(f"{path / STATE} is of another run: {'; '.join(changed)}; {remedy}")
 
 
 def describe_model(config: MSVQVAEConfig | VQVAE2Config) -> dict[str, Any]:

@@ -155,7 +155,10 @@ def _start(
         if before.get(name) != settings.get(name)
     ]
     if changed:
-        raise InputError(f"{out / INDEX} is of other tokens: {'; '.join(changed)}")
+        raise InputError(
+            f"{out / INDEX} is of other tokens: {'; '.join(changed)}; give what is there, or "
+            "choose another out"
+        )
     for shard in found["shards"]:
         read_shard(out, shard)
     if found["files_done"]:

@@ -51,6 +51,15 @@ def test_a_run_in_another_folder_finds_a_best_of_its_own(
     assert find_model(second) == checkpoint_path(second, 20)
 
 
+def test_a_saved_model_is_no_run_to_go_on_from(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_preset("tiny").save_pretrained(tmp_path / "saved")
+    assert train(tmp_path / "run", "--steps=2", f"--resume={tmp_path / 'saved'}") == 2
+    assert "saved holds no checkpoint; expected a run or one of its" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("preset", "schedule"), [("tiny", "cosine"), ("vqvae2-tiny", "constant")])
 def test_the_default_by_its_name_is_no_change(
     tmp_path: Path,

@@ -337,6 +337,7 @@ def test_other_tokens_are_not_overwritten(
         assert f"{tmp_path / 'tokens.json'} is of other tokens: " in error
         name = option[2:].partition("=")[0]
         assert f"{name} is {json.loads(before['tokens.json'])['settings'][name]}" in error
+        assert error.endswith("; give what is there, or choose another out\n")
     for option in ("--repeat=2", "--flip"):
         assert main(arguments(saved, pictures, tmp_path, "--crop=random", option)) == 2
         assert f"; {option[2:].partition('=')[0]} is " in capsys.readouterr().err
