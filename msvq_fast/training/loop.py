@@ -70,7 +70,7 @@ class _Run(Run):
         self._plan()
         start, state = self._choose_start()
         if start is not None:
-            resume.check_same_run(start, state, config, model_config, self.images, world.size)
+            resume.check_same_run(start, state, config, model_config, self.images, world)
         self._go_on_from(start, state)
         self._build(start)
         self._open_files(

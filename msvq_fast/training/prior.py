@@ -128,7 +128,9 @@ class _Run(Run):
                 start,
                 {**defaults, **state["config"], **state["model_config"]},
                 {**config.to_dict(), **self.description},
-                PRIOR_FREE_ON_RESUME | resume.free_rates(config),
+                PRIOR_FREE_ON_RESUME
+                | resume.free_rates(config)
+                | resume.same_precision(state, config, device.type),
             )
             self.prior = priors.from_pretrained(start, backend=config.backend)
         self._go_on_from(start, state)

@@ -23,6 +23,7 @@ from msvq_fast.training.checkpoint import (
     verify,
 )
 from msvq_fast.training.config import FREE_ON_RESUME, TrainConfig, how_computed
+from msvq_fast.training.distributed import World
 from msvq_fast.training.optimizer import RATES, default_schedule, optimizer_settings
 from msvq_fast.training.prior_config import TrainPriorConfig
 
@@ -146,7 +147,7 @@ def check_same_run(
     config: TrainConfig,
     model_config: MSVQVAEConfig | VQVAE2Config,
     images: dict[str, Any],
-    processes: int,
+    world: World,
 ) -> None:
     """Raise InputError naming every setting that may not change and does.
 
@@ -159,16 +160,17 @@ def check_same_run(
         config: What is asked for now.
         model_config: The model asked for now.
         images: `describe_images` of the data now.
-        processes: How many there are now.
+        world: The processes now.
     """
     # A checkpoint of an earlier version lacks later options, which it ran with as they default.
     state = {**state, "config": {**TrainConfig().to_dict(), **state["config"]}}
     shares = _shares(state["config"], state.get("world_size", 1))
-    now_shares = _shares(config.to_dict(), processes)
+    now_shares = _shares(config.to_dict(), world.size)
     before = {**_with_rates(state["config"]), **state["model_config"], **shares}
     now = {**_with_rates(config.to_dict()), **describe_model(model_config), **now_shares}
     # The model's own fields say more than the changes to its preset.
     ignored = FREE_ON_RESUME | {"model"} | free_rates(config)
+    ignored |= same_precision(state, config, world.device.type)
     if state.get("images_sha256") == images["images_sha256"]:
         ignored |= {"data"}
     there, here = math.prod(shares.values()), math.prod(now_shares.values())
@@ -232,6 +234,23 @@ def free_rates(config: TrainConfig | TrainPriorConfig) -> frozenset[str]:
     A script that calls ``resume=auto`` again and again should not change them unawares.
     """
     return frozenset() if config.resume == "auto" else RATES
+
+
+def same_precision(
+    state: dict[str, Any], config: TrainConfig | TrainPriorConfig, device: str
+) -> frozenset[str]:
+    """``precision`` if one is auto and the other names what that stands for.
+
+    So a run that auto began in fp32 on a CPU can keep it on a GPU, by its name.
+
+    Args:
+        state: ``state.json`` of the checkpoint.
+        config: What is asked for now.
+        device: Type of the device now.
+    """
+    there = how_computed({**config.to_dict(), **state["config"]}, state.get("device", device))
+    here = how_computed(config.to_dict(), device)
+    return frozenset({"precision"} if there["precision"] == here["precision"] else ())
 
 
 def describe_rates(state: dict[str, Any], config: TrainConfig | TrainPriorConfig) -> list[str]:

@@ -113,6 +113,24 @@ def test_another_way_to_compute_is_a_warning(
     assert "warning: memory strips (8) -> strips (2): what" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("there", "device"), [("auto", "cpu"), ("bf16", "cuda"), ("auto", "cuda")])
+def test_auto_and_what_it_stands_for_are_one_precision(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str], there: str, device: str
+) -> None:
+    """Also where the device is another: what auto meant there can be kept by its name."""
+    named, other = ("fp32", "bf16") if device == "cpu" else ("bf16", "fp32")
+    assert train(tmp_path, "--steps=2", "--validate_every=0") == 0
+    file = list_checkpoints(tmp_path)[-1] / "state.json"
+    state = json.loads(file.read_text())
+    state["device"], state["config"]["precision"] = device, there
+    file.write_text(json.dumps(state))
+    on = ("--steps=3", "--validate_every=0", "--resume=auto")
+    assert train(tmp_path, f"--precision={other}", *on) == 2
+    assert f"precision is {there} there and {other} here" in capsys.readouterr().err
+    assert train(tmp_path, f"--precision={named}", *on) == 0
+    assert "precision" not in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_an_earlier_version_warns_of_what_it_tells(
     tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
