@@ -42,7 +42,7 @@ def list_images(uri: str | os.PathLike[str], *, split: str) -> list[ImagePath]:
 
     Raises:
         InputError: unknown URI, missing or empty folder, a shard or dataset that cannot be read,
-            or a single image to be split.
+            a single image to be split, or a folder to train on with images in ``val/`` alone.
     """
     return list(list_named_images(uri, split=split).values())
 
@@ -120,6 +120,8 @@ def _list_files(uri: str, split: str) -> dict[str, ImagePath]:
     root = parts.get(split, root)
     names = _walk(root)
     if split != "all" and not parts:
+        if split == "train":
+            _check_not_held_out(uri, names)
         names = _hash_split(uri, names, split)
     return {name: root / name for name in names}
 
@@ -131,6 +133,16 @@ def _part_folders(root: Path) -> dict[str, Path]:
         if (root / name).is_dir():
             found.setdefault(part, root / name)
     return found if len(found) == 2 else {}
+
+
+def _check_not_held_out(uri: str, names: list[str]) -> None:
+    """Raise where all images are held out, as when ``train/`` was moved or is not mounted."""
+    folders = {name.partition("/")[0] for name in names}
+    if len(folders) == 1 and PART_NAMES.get(part := folders.pop()) == "val":
+        raise InputError(
+            f"data {uri!r} has images in {part}/ alone, which is held out; expected train/ beside "
+            f"it, or give {os.path.join(uri, part)!r} to train on most of that"
+        )
 
 
 def _walk(root: Path) -> list[str]:

@@ -92,6 +92,19 @@ def test_a_folder_named_train_alone_is_split_by_file(tmp_path: Path) -> None:
     assert train and val and len(train + val) == 3
 
 
+@pytest.mark.parametrize("part", ["val", "validation", "test"])
+def test_what_is_held_out_is_not_trained_on_where_train_is_missing(
+    tmp_path: Path, part: str
+) -> None:
+    touch(tmp_path, f"{part}/cat/1.png", f"{part}/2.png", f"{part}/3.png")
+    with pytest.raises(InputError, match=rf"has images in {part}/ alone, which is held out"):
+        list_images(tmp_path, split="train")
+    assert names_of(tmp_path, "val") and len(names_of(tmp_path, "all")) == 3
+    assert names_of(tmp_path / part, "train")
+    touch(tmp_path, "plane/1.png")  # then it may be a class
+    assert names_of(tmp_path, "train")
+
+
 @pytest.mark.parametrize("count", [2, 3, 10, 400])
 def test_hash_split_partitions_files(tmp_path: Path, count: int) -> None:
     touch(tmp_path, *(f"{i // 50}/{i}.png" for i in range(count)))
