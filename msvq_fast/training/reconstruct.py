@@ -29,7 +29,7 @@ from msvq_fast.training.checkpoint import find_model
 from msvq_fast.training.config import ReconstructConfig
 from msvq_fast.training.distributed import choose_device
 from msvq_fast.training.inference import inference_mode, load_model
-from msvq_fast.training.results import check_writable
+from msvq_fast.training.results import check_picture, check_writable
 
 _LEAST_SIDE = 256  # pixels; smaller pictures are hard to see
 _GAINS = (1, 2, 4, 8, 16)
@@ -103,15 +103,14 @@ def run_reconstruct(config: ReconstructConfig) -> Path:
     size = config.size or max(model.config.resolution, _LEAST_SIDE)
     if size < model.stride:
         raise InputError(f"size={size}; this model takes at least {model.stride} pixels")
-    if Path(config.data).is_file():
+    single = Path(config.data).is_file()
+    out = check_picture(config.out, config.data if single else None)
+    if single:
         paths: list[ImagePath] = [Path(config.data)]
     else:
         paths = list_images(config.data, split=config.split)
         count = min(config.limit, len(paths))
         paths = [paths[i * len(paths) // count] for i in range(count)]
-    out = Path(config.out)
-    if out.is_dir():
-        raise InputError(f"out={config.out!r} is a folder; give the name of a PNG file")
     check_writable(out.parent)
     images, skipped = [], []
     for path in paths:

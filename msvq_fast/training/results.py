@@ -261,6 +261,26 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"cannot write into {str(folder)!r}: {error.strerror or error}") from None
 
 
+def check_picture(out: str, source: str | None) -> Path:
+    """The path ``out`` if it can be that of a PNG file; nothing is made.
+
+    Args:
+        out: The option of that name.
+        source: Image file that is read, which a picture must not replace; None for no such file.
+
+    Raises:
+        InputError: If it is a folder or ``source``, or has another ending.
+    """
+    path = Path(out)
+    if path.is_dir():
+        raise InputError(f"out={out!r} is a folder; give the name of a PNG file")
+    if path.suffix.lower() != ".png":  # a photograph's, or that of the settings beside it
+        raise InputError(f"out={out!r}; expected a name that ends with .png, which is written")
+    if source is not None and os.path.exists(source) and path.exists() and path.samefile(source):
+        raise InputError(f"out={out!r} is the image that is read; choose another name")
+    return path
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Name the file ``path`` in an `OSError` of what writes it, such as a full disk's."""

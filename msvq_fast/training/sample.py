@@ -30,7 +30,7 @@ from msvq_fast.training.distributed import choose_device, require_one_process
 from msvq_fast.training.inference import inference_mode, load_model
 from msvq_fast.training.prior_config import SampleConfig
 from msvq_fast.training.progress import counting
-from msvq_fast.training.results import check_writable, write_json
+from msvq_fast.training.results import check_picture, check_writable, write_json
 from msvq_fast.training.sample_folder import SampleFolder, open_folder
 
 _GROUPS = 4  # parts of a coarse grid that are predicted from the others
@@ -86,10 +86,7 @@ def run_sample(config: SampleConfig) -> Path:
     check_match(prior, prior_folder, model, model_folder)
     settings = _sampling_settings(config, prior)
     labels = _labels(config, prior, prior_folder).to(device) if config.labels else None
-    out = Path(config.out)
-    if out.is_dir() or out.suffix == ".json":  # where the settings are written
-        what = "a folder" if out.is_dir() else "a JSON file"
-        raise InputError(f"out={config.out!r} is {what}; give the name of a PNG file")
+    out = check_picture(config.out, config.inpaint)
     if config.folder is not None and Path(config.folder).resolve() in out.resolve().parents:
         raise InputError(
             f"out={config.out!r} lies in folder={config.folder!r}; the grid is no image of the set"

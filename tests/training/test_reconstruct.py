@@ -208,6 +208,19 @@ def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch, capsys):
     assert "large.png': Image size (90000 pixels) exceeds limit" in capsys.readouterr().err
 
 
+def test_the_picture_replaces_no_photograph(tmp_path, capsys):
+    from_preset("tiny", **SMALL).save_pretrained(tmp_path)
+    path = photo(tmp_path / "image.png", 32, 32)
+    jpeg = tmp_path / "image.jpg"
+    jpeg.write_bytes(before := path.read_bytes())
+    for out, message in ((path, "is the image that is read"), (jpeg, "expected a name that ends")):
+        options = [f"--checkpoint={tmp_path}", f"--data={path}", f"--out={out}", "--device=cpu"]
+        assert main(["reconstruct", *options]) == 2
+        error = capsys.readouterr().err
+        assert f"out='{out}'" in error and message in error and error.count("\n") == 1
+        assert out.read_bytes() == before
+
+
 def test_no_image_is_named(tmp_path):
     with pytest.raises(InputError, match="images is empty"):
         reconstruct_grid(from_preset("tiny", **SMALL), [], tmp_path / "grid.png")

@@ -228,6 +228,7 @@ def test_inpainting_keeps_the_codes_outside(
     monkeypatch.setattr(sample, "_decode", spy)
     path = pictures / "train" / "3.png"
     options = (f"--inpaint={path}", "--region=[0,0.5,1,1]", "--images=4", "--temperature=5")
+    assert run(folders, path, "maskgit", *options) == 2  # would replace it
     assert run(folders, tmp_path / "grid.png", kind, *options) == 0
     model, _ = load(folders, kind)
     image = resize_short_side(read_image(path), 16)
@@ -253,7 +254,7 @@ def test_inpainting_keeps_the_codes_outside(
         ("maskgit", ["--inpaint=nowhere.png"], "cannot read image 'nowhere.png'"),
         ("maskgit", ["--temperature=-1"], "temperature=-1.0; expected at least 0"),
         ("maskgit", ["--steps=0"], "steps=0; expected at least 1"),
-        ("maskgit", ["--out=grid.json"], "out='grid.json' is a JSON file; give the name of a PNG"),
+        ("maskgit", ["--out=grid.json"], "out='grid.json'; expected a name that ends with .png"),
         ("autoregressive", ["--steps=3"], "steps=3 is of maskgit"),
         ("autoregressive", ["--top_p=2"], "top_p=2.0; expected 0 < top_p <= 1"),
         ("other", [], "draws grids ((2, 2), (6, 6)) of 6 codes"),
