@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from msvq_fast.ops.upsample_image import upsample_image
 LEAST_VALUES = 2**22
 """Of an input or output: fewer cost a GPU less in passes than the host in joining them, by an
 estimate."""
+
+_NUMBERS = itertools.count()
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -119,6 +123,18 @@ class Chain(nn.Sequential):
         for layer in self:
             x = layer(x)
         return x
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As ``nn.Module.compile``, for this chain alone.
+
+        torch.compile keeps eight variants of one code, and what differs between its calls is no
+        constant there. The chains of a model differ in all their sizes: each has code of its own.
+        """
+        forward = type(self).forward
+        code = forward.__code__.replace(co_name=f"forward_{next(_NUMBERS)}")  # known by its name
+        own = FunctionType(code, forward.__globals__, "forward")
+        self.forward = MethodType(own, self)  # type: ignore[method-assign]
+        super().compile(*args, **kwargs)
 
 
 def run_joined(layers: Sequence[nn.Module], x: Tensor) -> Tensor:

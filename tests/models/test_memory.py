@@ -259,25 +259,30 @@ def test_weights_changed_before_the_backward_are_noticed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_compiled_parts() -> None:
-    plain = small("tiny")
+    plain = small("celebahq1024-s")  # eight chains, with and without a graph
     other = copy.deepcopy(plain)
     other.set_memory("sequential")
-    graphs = []
+    graphs, numbers = [], []
 
-    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
         graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        numbers.extend(x for x in inputs if not isinstance(x, Tensor))
         return graph.forward
 
     other.compile_parts(backend=backend)
     x = images(plain, dtype=torch.float32)
     want, want_grads = step(plain, x)
-    got, got_grads = step(other, x)
-    torch.testing.assert_close(got.loss, want.loss)
-    for name, grad in want_grads.items():
-        torch.testing.assert_close(got_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    copied = copy.deepcopy(other)
+    for compiled in (other, copied):
+        got, got_grads = step(compiled, x)
+        torch.testing.assert_close(got.loss, want.loss)
+        for name, grad in want_grads.items():
+            torch.testing.assert_close(got_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
     layers = sum(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in plain.modules())
     assert sum(graphs) > layers  # decoders count twice: without and with a graph
+    assert not numbers, "sizes of one chain are constants, whatever another's are"
 
 
 @pytest.mark.parametrize("strips", [1, 2, 3, 7, 100])
