@@ -120,9 +120,16 @@ def _list_files(uri: str, split: str) -> dict[str, ImagePath]:
     root = parts.get(split, root)
     names = _walk(root)
     if split != "all" and not parts:
-        if split == "train":
-            _check_not_held_out(uri, names)
-        names = _hash_split(uri, names, split)
+        held_out = _common_folder(names)
+        if PART_NAMES.get(held_out) != "val":
+            names = _hash_split(uri, names, split)
+        elif split == "val":
+            root, names = root / held_out, [name.partition("/")[2] for name in names]
+        else:  # train/ was moved or is not mounted
+            raise InputError(
+                f"data {uri!r} has images in {held_out}/ alone, which is held out; expected train/ "
+                f"beside it, or {str(root / held_out)!r} as data, a tenth of which is val then"
+            )
     return {name: root / name for name in names}
 
 
@@ -130,23 +137,27 @@ def _part_folders(root: Path) -> dict[str, Path]:
     """The folders of the splits ``train`` and ``val``, where ``root`` has both."""
     found: dict[str, Path] = {}
     for name, part in PART_NAMES.items():
-        if (root / name).is_dir():
-            found.setdefault(part, root / name)
+        folder = root / name
+        if part in found or not folder.is_dir():
+            continue
+        # Many a set has no images in its test/, or only their list.
+        if name != "test" or _walk(folder, needed=False):
+            found[part] = folder
     return found if len(found) == 2 else {}
 
 
-def _check_not_held_out(uri: str, names: list[str]) -> None:
-    """Raise where all images are held out, as when ``train/`` was moved or is not mounted."""
-    folders = {name.partition("/")[0] for name in names}
-    if len(folders) == 1 and PART_NAMES.get(part := folders.pop()) == "val":
-        raise InputError(
-            f"data {uri!r} has images in {part}/ alone, which is held out; expected train/ beside "
-            f"it, or give {os.path.join(uri, part)!r} to train on most of that"
-        )
+def _common_folder(names: list[str]) -> str:
+    """The folder that all of ``names`` begin with, empty if there is none."""
+    folders = {name.rpartition("/")[0].partition("/")[0] for name in names}
+    return folders.pop() if len(folders) == 1 else ""
 
 
-def _walk(root: Path) -> list[str]:
-    """Names of the image files below ``root``, relative to it, with ``/``, sorted."""
+def _walk(root: Path, *, needed: bool = True) -> list[str]:
+    """Names of the image files below ``root``, relative to it, with ``/``, sorted.
+
+    Raises:
+        InputError: If the folder cannot be read, or has no image although one is ``needed``.
+    """
 
     def fail(error: OSError) -> None:
         raise InputError(f"cannot list folder {str(error.filename)!r}: {error.strerror}") from error
@@ -167,7 +178,7 @@ def _walk(root: Path) -> list[str]:
             for name in files
             if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
         ]
-    if not names:
+    if needed and not names:
         raise InputError(f"folder {str(root)!r} has no image; looked for {' '.join(EXTENSIONS)}")
     return sorted(names)
 

@@ -150,7 +150,9 @@ def _start(
         }
     before = found["settings"]
     changed = [
-        f"{name} is {before.get(name)} there and {settings.get(name)} here"
+        "data has other images now"
+        if name == "files_sha256"
+        else f"{name} is {before.get(name)} there and {settings.get(name)} here"
         for name in before | settings
         if before.get(name) != settings.get(name)
     ]

@@ -86,6 +86,14 @@ def test_test_is_val_where_there_is_no_other_and_never_trained_on(tmp_path: Path
     assert names_of(tmp_path, "val") == ["validation/4.png"]
 
 
+def test_a_test_folder_without_images_is_no_part(tmp_path: Path) -> None:
+    touch(tmp_path, "test/list.txt", *(f"train/{i}.png" for i in range(5)))
+    assert len(names_of(tmp_path, "train")) + len(names_of(tmp_path, "val")) == 5
+    touch(tmp_path, "val/list.txt")
+    with pytest.raises(InputError, match=r"val' has no image"):
+        list_images(tmp_path, split="val")
+
+
 def test_a_folder_named_train_alone_is_split_by_file(tmp_path: Path) -> None:
     touch(tmp_path, "train/1.png", "train/2.png", "train/3.png")
     train, val = names_of(tmp_path, "train"), names_of(tmp_path, "val")
@@ -99,7 +107,9 @@ def test_what_is_held_out_is_not_trained_on_where_train_is_missing(
     touch(tmp_path, f"{part}/cat/1.png", f"{part}/2.png", f"{part}/3.png")
     with pytest.raises(InputError, match=rf"has images in {part}/ alone, which is held out"):
         list_images(tmp_path, split="train")
-    assert names_of(tmp_path, "val") and len(names_of(tmp_path, "all")) == 3
+    assert names_of(tmp_path, "val") == names_of(tmp_path, "all")
+    assert len(names_of(tmp_path, "val")) == 3
+    assert "cat/1.png" in listing.list_named_images(tmp_path, split="val")  # as beside train/
     assert names_of(tmp_path / part, "train")
     touch(tmp_path, "plane/1.png")  # then it may be a class
     assert names_of(tmp_path, "train")
