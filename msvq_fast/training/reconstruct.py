@@ -103,14 +103,13 @@ def run_reconstruct(config: ReconstructConfig) -> Path:
     size = config.size or max(model.config.resolution, _LEAST_SIDE)
     if size < model.stride:
         raise InputError(f"size={size}; this model takes at least {model.stride} pixels")
-    single = Path(config.data).is_file()
-    out = check_picture(config.out, config.data if single else None)
-    if single:
+    if Path(config.data).is_file():
         paths: list[ImagePath] = [Path(config.data)]
     else:
         paths = list_images(config.data, split=config.split)
-        count = min(config.limit, len(paths))
-        paths = [paths[i * len(paths) // count] for i in range(count)]
+    out = check_picture(config.out, paths)
+    count = min(config.limit, len(paths))
+    paths = [paths[i * len(paths) // count] for i in range(count)]
     check_writable(out.parent)
     images, skipped = [], []
     for path in paths:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from msvq_fast.data import write_whole
+from msvq_fast.data import ImagePath, write_whole
 from msvq_fast.ops.checks import InputError
 
 RESULTS_FILE, PER_IMAGE_FILE = "results.json", "per_image.csv"
@@ -261,23 +261,25 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"cannot write into {str(folder)!r}: {error.strerror or error}") from None
 
 
-def check_picture(out: str, source: str | None) -> Path:
+def check_picture(out: str, sources: Iterable[ImagePath]) -> Path:
     """The path ``out`` if it can be that of a PNG file; nothing is made.
 
     Args:
         out: The option of that name.
-        source: Image file that is read, which a picture must not replace; None for no such file.
+        sources: Images that are read, or others beside them, which a picture must not replace.
 
     Raises:
-        InputError: If it is a folder or ``source``, or has another ending.
+        InputError: If it is a folder or one of ``sources``, or has another ending.
     """
     path = Path(out)
     if path.is_dir():
         raise InputError(f"out={out!r} is a folder; give the name of a PNG file")
     if path.suffix.lower() != ".png":  # a photograph's, or that of the settings beside it
         raise InputError(f"out={out!r}; expected a name that ends with .png, which is written")
-    if source is not None and os.path.exists(source) and path.exists() and path.samefile(source):
-        raise InputError(f"out={out!r} is the image that is read; choose another name")
+    if path.exists():
+        files = (source for source in sources if isinstance(source, Path) and source.exists())
+        if any(path.samefile(file) for file in files):
+            raise InputError(f"out={out!r} is an image that is read; choose another name")
     return path
 
 

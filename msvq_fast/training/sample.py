@@ -86,7 +86,7 @@ def run_sample(config: SampleConfig) -> Path:
     check_match(prior, prior_folder, model, model_folder)
     settings = _sampling_settings(config, prior)
     labels = _labels(config, prior, prior_folder).to(device) if config.labels else None
-    out = check_picture(config.out, config.inpaint)
+    out = check_picture(config.out, [Path(config.inpaint)] if config.inpaint else [])
     if config.folder is not None and Path(config.folder).resolve() in out.resolve().parents:
         raise InputError(
             f"out={config.out!r} lies in folder={config.folder!r}; the grid is no image of the set"

@@ -212,13 +212,23 @@ def test_the_picture_replaces_no_photograph(tmp_path, capsys):
     from_preset("tiny", **SMALL).save_pretrained(tmp_path)
     path = photo(tmp_path / "image.png", 32, 32)
     jpeg = tmp_path / "image.jpg"
-    jpeg.write_bytes(before := path.read_bytes())
-    for out, message in ((path, "is the image that is read"), (jpeg, "expected a name that ends")):
-        options = [f"--checkpoint={tmp_path}", f"--data={path}", f"--out={out}", "--device=cpu"]
-        assert main(["reconstruct", *options]) == 2
+    jpeg.write_bytes(path.read_bytes())
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    others = [photo(folder / f"{i}.PNG", 32, 32) for i in range(4)]
+    for data, out, message in (
+        (path, path, "is an image that is read"),
+        (path, jpeg, "expected a name that ends"),
+        (folder, others[1], "is an image that is read"),
+    ):
+        before = out.read_bytes()
+        options = [f"--checkpoint={tmp_path}", f"--data={data}", f"--out={out}", "--device=cpu"]
+        assert main(["reconstruct", *options, "--split=all", "--limit=1"]) == 2
         error = capsys.readouterr().err
         assert f"out='{out}'" in error and message in error and error.count("\n") == 1
         assert out.read_bytes() == before
+    options = [f"--checkpoint={tmp_path}", f"--data={folder}", f"--out={folder / 'grid.PNG'}"]
+    assert main(["reconstruct", *options, "--split=all", "--device=cpu"]) == 0
 
 
 def test_no_image_is_named(tmp_path):
