@@ -20,8 +20,6 @@ LEAST_VALUES = 2**22
 """Of an input or output: fewer cost a GPU less in passes than the host in joining them, by an
 estimate."""
 
-_NUMBERS = itertools.count()
-
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """Convolution that keeps the size, or halves it with ``stride=2``.
@@ -128,13 +126,17 @@ class Chain(nn.Sequential):
         """As ``nn.Module.compile``, for this chain alone.
 
         torch.compile keeps eight variants of one code, and what differs between its calls is no
-        constant there. The chains of a model differ in all their sizes: each has code of its own.
+        constant there. The chains of a model differ in all their sizes: each has code of its own,
+        unless somebody gave it another ``forward``.
         """
-        forward = type(self).forward
-        code = forward.__code__.replace(co_name=f"forward_{next(_NUMBERS)}")  # known by its name
-        own = FunctionType(code, forward.__globals__, "forward")
-        self.forward = MethodType(own, self)  # type: ignore[method-assign]
+        if getattr(self.forward, "__func__", None) is _FORWARD:
+            code = _FORWARD.__code__.replace(co_name=f"forward_{next(_NUMBERS)}")  # known by it
+            own = FunctionType(code, _FORWARD.__globals__, "forward")
+            self.forward = MethodType(own, self)  # type: ignore[method-assign]
         super().compile(*args, **kwargs)
+
+
+_FORWARD, _NUMBERS = Chain.forward, itertools.count()
 
 
 def run_joined(layers: Sequence[nn.Module], x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msvq_fast import models
 from msvq_fast.nn import blocks
-from msvq_fast.nn.blocks import conv, upsample
+from msvq_fast.nn.blocks import Chain, conv, upsample
 from msvq_fast.ops.conv_bias_relu import conv_bias_relu
 from msvq_fast.ops.conv_bias_relu.op import OP
 from msvq_fast.ops.upsample_image import upsample_image
@@ -291,3 +291,17 @@ def test_layers_can_be_traced() -> None:
     want = chain(x)
     for traced in (torch.fx.symbolic_trace(chain), torch.jit.trace(chain, x)):
         assert torch.equal(traced(x), want)
+
+
+def test_a_compiled_chain_keeps_a_forward_of_its_own() -> None:
+    class Doubled(Chain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    x, calls = torch.ones(1, 1, 2, 2), []
+    chain = Chain(nn.ReLU())
+    chain.forward = lambda x: calls.append(x) or x
+    for module, want in ((Doubled(nn.ReLU()), 2 * x), (chain, x)):
+        module.compile(backend="eager")
+        assert torch.equal(module(x), want)
+    assert calls
