@@ -41,12 +41,13 @@ def replay(module: nn.Module, x: Tensor, *, strips: int = 1) -> Tensor:
         To ``x`` and to the parameters, once: a second derivative raises. The second run is under
         the autocast of the first.
     """
-    with _LENDING:
-        parameters = list(module.parameters())
-    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     if strips > 1:
         check_layers(flat_layers(module))
-    if not needed or is_transformed():
+    if not torch.is_grad_enabled() or is_transformed():
+        return _run(module, x, strips)  # without waiting for what another thread runs again
+    with _LENDING:
+        parameters = list(module.parameters())
+    if not any(t.requires_grad for t in (x, *parameters)):
         return _run(module, x, strips)
     return _Replay.apply(module, strips, x, *parameters)
 

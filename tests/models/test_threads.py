@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msvq_fast import models
+from msvq_fast.nn import replay
 
 
 @pytest.fixture
@@ -35,3 +36,15 @@ def test_gradients_are_those_of_one_thread(model: models.MSVQVAE, memory: str) -
     for got, want in zip(together, alone, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("memory", models.MEMORY_MODES)
+def test_decoding_waits_for_no_other_model(model: models.MSVQVAE, memory: str) -> None:
+    model.set_memory(memory, strips=2)
+
+    @torch.no_grad()
+    def look() -> None:
+        model.reconstruct(images(0))
+
+    with ThreadPoolExecutor(1) as pool, replay._LENDING:  # as while that one's backward runs
+        pool.submit(look).result(timeout=60)
