@@ -41,19 +41,25 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
     """Not by `cudnn.flags`: it raises where `fp32_precision` chose TF32, and resets the rest."""
-    cudnn: Any = torch.backends.cudnn
+    backends: Any = torch.backends
+    cudnn = backends.cudnn
     kinds = [cudnn.conv, cudnn.rnn] if hasattr(cudnn, "conv") else []  # from torch 2.9 on
+    # What a kind has of its own and what it takes from all of PyTorch look alike: it is its own
+    # afterwards.
     before = [kind.fp32_precision for kind in kinds]
     allowed = before == ["tf32", "tf32"] if kinds else cudnn.allow_tf32
-    cudnn.allow_tf32 = False
-    for kind in kinds:
-        kind.fp32_precision = "ieee"  # of its own: one for all of PyTorch may say TF32
+
+    def choose(allow: bool, precisions: list[str]) -> None:
+        with backends.__allow_nonbracketed_mutation():  # as in `cudnn.flags`
+            cudnn.allow_tf32 = allow
+            for kind, precision in zip(kinds, precisions, strict=True):
+                kind.fp32_precision = precision
+
     try:
+        choose(False, ["ieee"] * len(kinds))  # of their own: that of all of PyTorch may be TF32
         yield
     finally:
-        cudnn.allow_tf32 = allowed
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
+        choose(allowed, before)
 
 
 def fitting_size(size: int | None, model: MSVQVAE | VQVAE2) -> int:

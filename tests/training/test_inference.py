@@ -36,6 +36,15 @@ def test_no_tf32_however_it_was_chosen(kinds: list[Any], everywhere: str, conv: 
     assert [kind.fp32_precision for kind in kinds] == before
 
 
+def test_flags_that_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `torch.backends.disable_global_flags` does for good."""
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)
+    before = CUDNN.allow_tf32
+    with inference_mode(nn.Identity()):
+        assert not CUDNN.allow_tf32
+    assert CUDNN.allow_tf32 is before
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_other_choices_stay(monkeypatch: pytest.MonkeyPatch, allowed: bool) -> None:
     monkeypatch.setattr(CUDNN, "enabled", False)

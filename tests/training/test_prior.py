@@ -102,6 +102,16 @@ def test_the_best_is_that_of_the_same_validation(
         assert find_model(tmp_path) == checkpoint_path(tmp_path, best)
 
 
+def test_auto_and_what_it_stands_for_are_one_precision(
+    tokens: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So what began on a CPU keeps its precision on a GPU."""
+    assert train(tokens, tmp_path, "--steps=1") == 0
+    assert train(tokens, tmp_path, "--steps=2", "--resume=auto", "--precision=bf16") == 2
+    assert "precision is auto there and bf16 here" in capsys.readouterr().err
+    assert train(tokens, tmp_path, "--steps=2", "--resume=auto", "--precision=fp32") == 0
+
+
 def test_a_run_in_another_folder_finds_a_best_of_its_own(
     tokens: list[str],
     tmp_path: Path,
