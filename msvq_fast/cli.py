@@ -56,7 +56,7 @@ COMMANDS = {
         "Train MS-VQVAE and VQ-VAE 2 over seeds and print the paper's table.",
     ),
     "reconstruct": Command(
-        configs.ReconstructConfig,
+        share_config.ReconstructConfig,
         "msvq_fast.training.reconstruct",
         "run_reconstruct",
         "Draw images, their contributions and partial sums as a PNG grid.",

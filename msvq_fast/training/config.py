@@ -116,7 +116,9 @@ class TrainConfig:
         flip: Mirror half of the training crops.
         repeat: Crops per image and epoch; None is enough for 1024 crops an epoch.
         workers: Threads that decode images ahead; 0 decodes between steps.
-        seed: Seed of the weights, the data order and the crops.
+        weights: A run (its best checkpoint), a checkpoint, or a folder of a saved model, whose
+            weights and codebooks the run starts from; null makes new ones.
+        seed: Seed of new weights, the data order and the crops.
         device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
         backend: Backend of all ops, an error where one lacks it: the loss has no triton, vector
             quantization native on CPUs and Hopper GPUs; reference is plain PyTorch, None picks per
@@ -162,6 +164,7 @@ class TrainConfig:
     flip: bool = True
     repeat: int | None = None
     workers: int = 2
+    weights: str | None = None
     seed: int = 0
     device: str = "auto"
     backend: Literal["reference", "native", "triton"] | None = None
@@ -244,31 +247,6 @@ class EvaluateConfig:
     efflite0_weights: str | None = None
     force_fd: bool = False
     workers: int = 2
-    device: str = "auto"
-
-
-@dataclass
-class ReconstructConfig:
-    """What ``msvq reconstruct`` draws.
-
-    Attributes:
-        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
-        data: An image file, a folder of images, ``builtin:photos``, ``wds:SHARDS`` or
-            ``hf:NAME[:SPLIT]``.
-        split: Part of the data; a single file has no parts.
-        out: The PNG file.
-        size: Shorter side of the images in pixels, which are never enlarged; None is the model's
-            resolution, but at least 256.
-        limit: Most images, evenly spread over the split.
-        device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
-    """
-
-    checkpoint: str
-    data: str = "builtin:photos"
-    split: Literal["train", "val", "all"] = "val"
-    out: str = "runs/reconstruct.png"
-    size: int | None = None
-    limit: int = 3
     device: str = "auto"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -71,6 +72,8 @@ class _Run(Run):
         start, state = self._choose_start()
         if start is not None:
             resume.check_same_run(start, state, config, model_config, self.images, world)
+            # They may be left out now: the run stays one that started from them.
+            self.config = dataclasses.replace(config, weights=state["config"].get("weights"))
         self._go_on_from(start, state)
         self._build(start)
         self._open_files(
@@ -146,10 +149,13 @@ class _Run(Run):
         last = how["channels_last"] == "on"
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         torch.manual_seed(config.seed)
-        if start is None:
-            self.model = models.build(self.model_config, backend=config.backend)
-        else:
+        self.trained: Path | None = None  # whose weights a new run starts from
+        if start is not None:
             self.model = models.from_pretrained(start, backend=config.backend)
+        else:
+            self.model = models.build(self.model_config, backend=config.backend)
+            if config.weights is not None:
+                self.trained = resume.load_weights(self.model, config.weights)
         self.model.to(device=world.device)
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.model.train()
@@ -165,7 +171,7 @@ class _Run(Run):
             load_moments(self.optimizer, saved["optimizer"], betas=self.betas)
             self.window.load_state_dict(saved["window"])
             self.losses.load_state_dict(saved.get("image_losses", {}))
-        elif model_config.codebook_init == "kmeans":
+        elif self.trained is None and model_config.codebook_init == "kmeans":
             with contextlib.closing(self._batches()) as stream:
                 self.model.initialise_codebooks(self._to_device(next(stream)))
         self.wrapped = distributed.wrap(self.model, world)
@@ -187,6 +193,8 @@ class _Run(Run):
             f" {self.total_steps} in all; into {self.out}",
             *(f"skipped validation image: {reason}" for reason in self.unseen.values()),
         ]
+        if self.trained is not None:
+            notes.append(f"starts from the weights of {self.trained}")
         if is_unstable(self.betas):
             notes.append(f"warning: betas={self.betas} {WHY_UNSTABLE}")
         return notes

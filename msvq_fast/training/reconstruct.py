@@ -26,10 +26,10 @@ from msvq_fast.metrics import mse, psnr_from_mse, to_unit_range
 from msvq_fast.models import MSVQVAE, VQVAE2, sum_contributions
 from msvq_fast.ops.checks import InputError, check_at_least
 from msvq_fast.training.checkpoint import find_model
-from msvq_fast.training.config import ReconstructConfig
 from msvq_fast.training.distributed import choose_device
 from msvq_fast.training.inference import inference_mode, load_model
 from msvq_fast.training.results import check_picture, check_writable
+from msvq_fast.training.share_config import ReconstructConfig
 
 _LEAST_SIDE = 256  # pixels; smaller pictures are hard to see
 _GAINS = (1, 2, 4, 8, 16)

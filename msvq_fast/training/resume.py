@@ -1,4 +1,4 @@
-"""Where a run starts: from nothing, or from a checkpoint that fits its configuration."""
+"""Where a run starts: anew, from trained weights, or from a checkpoint; both have to fit it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from msvq_fast.data import ImagePath, StoredImage
-from msvq_fast.models import MSVQVAEConfig, VQVAE2Config
+from msvq_fast.models import MSVQVAE, VQVAE2, MSVQVAEConfig, VQVAE2Config, from_pretrained
 from msvq_fast.ops.checks import InputError
 from msvq_fast.training.checkpoint import (
     CHECKPOINTS,
     STATE,
     CorruptCheckpointError,
     checkpoints_to_resume,
+    find_model,
     list_checkpoints,
     read_state,
     verify,
@@ -151,8 +152,8 @@ def check_same_run(
 ) -> None:
     """Raise InputError naming every setting that may not change and does.
 
-    ``data`` may be another place with images of the same names, and the optimiser's settings
-    others where ``resume`` names the checkpoint.
+    ``data`` may be another place with images of the same names, ``weights`` left out, and the
+    optimiser's settings others where ``resume`` names the checkpoint.
 
     Args:
         path: The checkpoint, for the message.
@@ -173,6 +174,8 @@ def check_same_run(
     ignored |= same_precision(state, config, world.device.type)
     if state.get("images_sha256") == images["images_sha256"]:
         ignored |= {"data"}
+    if config.weights is None:
+        ignored |= {"weights"}
     there, here = math.prod(shares.values()), math.prod(now_shares.values())
     if there == here:
         # The discriminator's adaptive weight is that of a micro-batch.
@@ -325,17 +328,63 @@ def check_unchanged(
         ignored: Names of settings that may differ.
         remedy: What to do, unless all that differs may where the checkpoint is named.
     """
-    missing = "not set"
-    changed = [
-        f"{name} is {before.get(name, missing)} there and {now.get(name, missing)} here"
-        for name in sorted(before.keys() | now.keys())
-        if name not in ignored and before.get(name, missing) != now.get(name, missing)
-    ]
+    changed = _differences(before, now, ignored)
     if changed:
         only_rates = {text.partition(" ")[0] for text in changed} <= RATES
         if only_rates:
             remedy = f"to change that on the way name the checkpoint, resume={path}"
         raise InputError(f"{path / STATE} is of another run: {'; '.join(changed)}; {remedy}")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], ignored: frozenset[str]) -> list[str]:
+    missing = "not set"
+    return [
+        f"{name} is {before.get(name, missing)} there and {now.get(name, missing)} here"
+        for name in sorted(before.keys() | now.keys())
+        if name not in ignored and before.get(name, missing) != now.get(name, missing)
+    ]
+
+
+# Fields of a model's configuration that change no tensor's shape.
+_SHAPELESS = frozenset(
+    {
+        "commitment_weight",
+        "decay",
+        "codebook_init",
+        "restart_below",
+        "gradient",
+        "kernel_size",
+        "sigma_rule",
+    }
+)
+
+
+def load_weights(model: MSVQVAE | VQVAE2, weights: str) -> Path:
+    """Load trained weights and codebooks into ``model``; return the folder they were found in.
+
+    Args:
+        model: Of the same class, with tensors of the same shapes; all else may differ.
+        weights: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+
+    Raises:
+        InputError: If there is no model, or another one.
+    """
+    folder = find_model(weights)
+    trained = from_pretrained(folder)
+    state = trained.state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
+        ignored = _SHAPELESS
+        if trained.config.halvings == model.config.halvings:  # what the sides decide of the shapes
+            ignored |= {"resolution", "latents"}
+        there, here = describe_model(trained.config), describe_model(model.config)
+        changed = _differences(there, here, ignored)
+        raise InputError(
+            f"weights={weights!r} are of another model: {'; '.join(changed)}; give that preset and "
+            "--model.* settings"
+        )
+    model.load_state_dict(state)
+    return folder
 
 
 def describe_model(config: MSVQVAEConfig | VQVAE2Config) -> dict[str, Any]:

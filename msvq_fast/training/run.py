@@ -23,7 +23,17 @@ from msvq_fast.training.window import TrainingError
 
 # Options that each process may have its own of: places on its machine, and how it computes.
 _OWN = frozenset(
-    {"data", "tokens", "validation", "resume", "lpips_weights", "workers", "device", "backend"}
+    {
+        "data",
+        "tokens",
+        "validation",
+        "weights",
+        "resume",
+        "lpips_weights",
+        "workers",
+        "device",
+        "backend",
+    }
 )
 
 

@@ -1,9 +1,34 @@
-"""What hands a trained model to others is told. Free of torch, as training/config.py."""
+"""What shows a trained model or hands it to others is told. Free of torch, as config.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+
+@dataclass
+class ReconstructConfig:
+    """What ``msvq reconstruct`` draws.
+
+    Attributes:
+        checkpoint: A run (its best checkpoint), a checkpoint, or a folder of a saved model.
+        data: An image file, a folder of images, ``builtin:photos``, ``wds:SHARDS`` or
+            ``hf:NAME[:SPLIT]``.
+        split: Part of the data; a single file has no parts.
+        out: The PNG file.
+        size: Shorter side of the images in pixels, which are never enlarged; None is the model's
+            resolution, but at least 256.
+        limit: Most images, evenly spread over the split.
+        device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
+    """
+
+    checkpoint: str
+    data: str = "builtin:photos"
+    split: Literal["train", "val", "all"] = "val"
+    out: str = "runs/reconstruct.png"
+    size: int | None = None
+    limit: int = 3
+    device: str = "auto"
 
 
 @dataclass

@@ -12,13 +12,13 @@ from msvq_fast.data import code_map, read_image, signed_to_uint8, to_float, to_u
 from msvq_fast.models import from_preset
 from msvq_fast.ops import InputError
 from msvq_fast.training import reconstruct
-from msvq_fast.training.config import ReconstructConfig
 from msvq_fast.training.reconstruct import (
     _fitted,
     common_gain,
     reconstruct_grid,
     run_reconstruct,
 )
+from msvq_fast.training.share_config import ReconstructConfig
 
 SMALL = {"width": 8, "code_dim": 8, "num_residual_blocks": 1, "num_codes": 32}
 
