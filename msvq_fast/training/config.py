@@ -117,7 +117,7 @@ class TrainConfig:
         repeat: Crops per image and epoch; None is enough for 1024 crops an epoch.
         workers: Threads that decode images ahead; 0 decodes between steps.
         weights: A run (its best checkpoint), a checkpoint, or a folder of a saved model, whose
-            weights and codebooks the run starts from; null makes new ones.
+            weights and codebooks the run starts from; None makes new ones.
         seed: Seed of new weights, the data order and the crops.
         device: auto, cpu, cuda or cuda:N; auto is CUDA where there is a device.
         backend: Backend of all ops, an error where one lacks it: the loss has no triton, vector
