@@ -83,7 +83,12 @@ def test_a_run_with_a_graph_equals_one_without(device: str, tmp_path: Path) -> N
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-def test_another_shape_is_an_error(device: str) -> None:
+@pytest.mark.parametrize("number_of_device", [0, 1])
+def test_simple_step_and_another_shape(number_of_device: int) -> None:
+    """Where the parameters are, though that is not the current device."""
+    if number_of_device >= torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
+    device = f"cuda:{number_of_device}"
     weight = nn.Parameter(torch.ones(3, device=device))
 
     def step(x: Tensor) -> Tensor:
@@ -96,6 +101,7 @@ def test_another_shape_is_an_error(device: str) -> None:
         x = torch.full((2, 3), float(number), device=device)
         assert graph(x) == 6 * number
         assert torch.equal(weight.grad, torch.full_like(weight, 2.0 * number))
+        assert torch.cuda.current_device() == 0
     for x in (torch.ones(4, 3, device=device), torch.ones(2, 3, device=device).half()):
         with pytest.raises(
             InputError, match=r"expected the first call's \(\(2, 3\), torch\.float32"
@@ -132,20 +138,3 @@ def test_joined_layers_train_as_layers_one_by_one(
     torch.testing.assert_close(decoded(False, True), exact, rtol=1e-4, atol=1e-4)
     error = [float((decoded(True, t) - exact).square().mean()) for t in (True, False)]
     assert error[0] <= 1.2 * error[1] < 1e-2
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_runs_on_another_device_than_the_current_one() -> None:
-    weight = nn.Parameter(torch.ones(3, device="cuda:1"))
-
-    def step(x: Tensor) -> Tensor:
-        loss = (x * weight).sum()
-        loss.backward()
-        return loss.detach()
-
-    graph = StepGraph(step, [weight])
-    for number in range(WARM_UPS + 3):
-        x = torch.full((2, 3), float(number), device="cuda:1")
-        assert graph(x).item() == 6 * number
-        assert torch.equal(weight.grad, x.sum(0))
-        assert torch.cuda.current_device() == 0
