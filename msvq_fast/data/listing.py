@@ -50,18 +50,17 @@ def list_images(uri: str | os.PathLike[str], *, split: str) -> list[ImagePath]:
 def list_labelled_images(uri: str | os.PathLike[str], *, split: str) -> list[tuple[ImagePath, str]]:
     """The images of `list_images`, each with its class.
 
-    The class of a file is the first folder on its way from ``uri``, the second where ``uri`` is
-    split by ``train/`` and ``val/``; of a member of a shard the text of the member ``.cls`` beside
-    it, else the first folder of its name; of a row of a dataset the name in its one column of type
-    ClassLabel.
+    The class of a file is the first folder on its way from ``uri``, the second where the first are
+    ``train/`` and ``val/``, or one of such names is all there is; of a member of a shard the text
+    of the member ``.cls`` beside it, else the first folder of its name; of a row of a dataset the
+    name in its one column of type ClassLabel.
 
     Raises:
         InputError: as `list_images`, and for an image without a class.
     """
     images = list_named_images(uri, split=split)
-    # Names of one split are those below its folder.
-    in_folder = split == "all" and not any(isinstance(i, StoredImage) for i in images.values())
-    depth = 1 if in_folder and _part_folders(_resolve_folder(os.fspath(uri))) else 0
+    files = not any(isinstance(image, StoredImage) for image in images.values())
+    depth = _part_depth(os.fspath(uri), split, list(images)) if files else 0
     found = []
     for name, image in images.items():
         folders = name.split("/")[depth:-1]
@@ -120,15 +119,18 @@ def _list_files(uri: str, split: str) -> dict[str, ImagePath]:
     root = parts.get(split, root)
     names = _walk(root)
     if split != "all" and not parts:
-        held_out = _common_folder(names)
-        if PART_NAMES.get(held_out) != "val":
+        folders = _first_folders(names)
+        held_out = [name for name, part in PART_NAMES.items() if part == "val" and name in folders]
+        if len(held_out) < len(folders):
             names = _hash_split(uri, names, split)
         elif split == "val":
-            root, names = root / held_out, [name.partition("/")[2] for name in names]
+            root = root / held_out[0]
+            names = _walk(root)
         else:  # train/ was moved or is not mounted
             raise InputError(
-                f"data {uri!r} has images in {held_out}/ alone, which is held out; expected train/ "
-                f"beside it, or {str(root / held_out)!r} as data, a tenth of which is val then"
+                f"data {uri!r} has images in {'/ and '.join(held_out)}/ alone, held out; expected "
+                f"train/ beside, or {str(root / held_out[0])!r} as data, a tenth of which is val "
+                "then"
             )
     return {name: root / name for name in names}
 
@@ -146,10 +148,18 @@ def _part_folders(root: Path) -> dict[str, Path]:
     return found if len(found) == 2 else {}
 
 
-def _common_folder(names: list[str]) -> str:
-    """The folder that all of ``names`` begin with, empty if there is none."""
-    folders = {name.rpartition("/")[0].partition("/")[0] for name in names}
-    return folders.pop() if len(folders) == 1 else ""
+def _first_folders(names: list[str]) -> set[str]:
+    """The first folders of all ``names``, empty for a name without one."""
+    return {name.rpartition("/")[0].partition("/")[0] for name in names}
+
+
+def _part_depth(uri: str, split: str, names: list[str]) -> int:
+    """How many of the first folders in ``names``, those of ``split``, are not of a class."""
+    root = _resolve_folder(uri)
+    if _part_folders(root):  # names of one split are those below its folder
+        return int(split == "all")
+    parts = {PART_NAMES.get(f) for f in _first_folders(names if split == "all" else _walk(root))}
+    return int(None not in parts and not (split == "val" and parts == {"val"}))
 
 
 def _walk(root: Path, *, needed: bool = True) -> list[str]:

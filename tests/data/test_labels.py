@@ -62,6 +62,26 @@ def test_a_split_is_no_class(tmp_path: Path, val: str) -> None:
         list_labelled_images(root, split="all")
 
 
+@pytest.mark.parametrize("only", ["train", "val", "test"])
+def test_a_split_is_no_class_where_it_is_all_there_is(tmp_path: Path, only: str) -> None:
+    root = write(tmp_path, *(f"{only}/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)))
+    if only == "train":
+        (root / "test").mkdir()  # of no image, as it often is
+    assert labels(root) == ["cat"] * 3 + ["dog"] * 3
+    if only == "train":
+        assert sorted(labels(root, "train") + labels(root, "val")) == labels(root)
+
+
+@pytest.mark.parametrize("only", ["val", "test"])
+def test_classes_of_what_is_held_out_alone(tmp_path: Path, only: str) -> None:
+    root = write(tmp_path, f"{only}/cat/1.png", f"{only}/train/2.png", f"{only}/train/3.png")
+    assert labels(root, "val") == labels(root) == ["cat", "train", "train"]
+    write(root, "validation/cat/4.png")
+    assert len(labels(root)) == 4 and "train" in labels(root) and only not in labels(root)
+    only_one = write(tmp_path / "one", f"{only}/val/1.png", f"{only}/val/2.png")
+    assert labels(only_one, "val") == labels(only_one) == ["val", "val"]
+
+
 def test_a_class_may_be_called_as_a_split(tmp_path: Path) -> None:
     assert labels(write(tmp_path, "plane/1.png", "train/2.png")) == ["plane", "train"]
 

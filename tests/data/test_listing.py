@@ -86,6 +86,13 @@ def test_test_is_val_where_there_is_no_other_and_never_trained_on(tmp_path: Path
     assert names_of(tmp_path, "val") == ["validation/4.png"]
 
 
+def test_more_than_one_held_out_part_alone(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{part}/{i}.png" for part in ("test", "validation") for i in range(5)))
+    assert names_of(tmp_path, "val") == [f"validation/{i}.png" for i in range(5)]
+    with pytest.raises(InputError, match=r"has images in validation/ and test/ alone, held out"):
+        list_images(tmp_path, split="train")
+
+
 def test_a_test_folder_without_images_is_no_part(tmp_path: Path) -> None:
     touch(tmp_path, "test/list.txt", *(f"train/{i}.png" for i in range(5)))
     assert len(names_of(tmp_path, "train")) + len(names_of(tmp_path, "val")) == 5
@@ -105,7 +112,7 @@ def test_what_is_held_out_is_not_trained_on_where_train_is_missing(
     tmp_path: Path, part: str
 ) -> None:
     touch(tmp_path, f"{part}/cat/1.png", f"{part}/2.png", f"{part}/3.png")
-    with pytest.raises(InputError, match=rf"has images in {part}/ alone, which is held out"):
+    with pytest.raises(InputError, match=rf"has images in {part}/ alone, held out; expected"):
         list_images(tmp_path, split="train")
     assert names_of(tmp_path, "val") == names_of(tmp_path, "all")
     assert len(names_of(tmp_path, "val")) == 3
