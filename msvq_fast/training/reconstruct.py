@@ -107,7 +107,11 @@ def run_reconstruct(config: ReconstructConfig) -> Path:
         paths: list[ImagePath] = [Path(config.data)]
     else:
         paths = list_images(config.data, split=config.split)
-    out = check_picture(config.out, paths)
+    out = Path(config.out)
+    beside = paths
+    if out.exists() and not Path(config.data).is_file():
+        beside = list_images(config.data, split="all")
+    check_picture(config.out, beside)
     count = min(config.limit, len(paths))
     paths = [paths[i * len(paths) // count] for i in range(count)]
     check_writable(out.parent)

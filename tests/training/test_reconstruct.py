@@ -219,11 +219,11 @@ def test_the_picture_replaces_no_photograph(tmp_path, capsys):
     for data, out, message in (
         (path, path, "is an image that is read"),
         (path, jpeg, "expected a name that ends"),
-        (folder, others[1], "is an image that is read"),
+        *((folder, other, "is an image that is read") for other in others),
     ):
         before = out.read_bytes()
         options = [f"--checkpoint={tmp_path}", f"--data={data}", f"--out={out}", "--device=cpu"]
-        assert main(["reconstruct", *options, "--split=all", "--limit=1"]) == 2
+        assert main(["reconstruct", *options, "--limit=1"]) == 2
         error = capsys.readouterr().err
         assert f"out='{out}'" in error and message in error and error.count("\n") == 1
         assert out.read_bytes() == before
