@@ -46,6 +46,11 @@ def choose_checkpoint(
     """
     out = Path(config.out)
     own = list_checkpoints(out)
+    if not own and (out / "model.safetensors").is_file():
+        raise InputError(
+            f"out={config.out} holds a saved model, whose config.json a run would replace; "
+            "choose another out"
+        )
     if config.resume is None:
         if own:
             raise InputError(
@@ -174,7 +179,9 @@ def check_same_run(
     ignored |= same_precision(state, config, world.device.type)
     if state.get("images_sha256") == images["images_sha256"]:
         ignored |= {"data"}
-    if config.weights is None:
+    weights = state["config"]["weights"]
+    same = weights and config.weights and Path(weights) == Path(config.weights)
+    if same or config.weights is None or not world.leads:  # the others may have places of their own
         ignored |= {"weights"}
     there, here = math.prod(shares.values()), math.prod(now_shares.values())
     if there == here:
@@ -346,17 +353,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any], ignored: frozenset
 
 
 # Fields of a model's configuration that change no tensor's shape.
-_SHAPELESS = frozenset(
-    {
-        "commitment_weight",
-        "decay",
-        "codebook_init",
-        "restart_below",
-        "gradient",
-        "kernel_size",
-        "sigma_rule",
-    }
-)
+_SHAPELESS = frozenset((
+    "commitment_weight", "decay", "codebook_init", "restart_below", "gradient", "kernel_size",
+    "sigma_rule",
+))  # fmt: skip
 
 
 def load_weights(model: MSVQVAE | VQVAE2, weights: str) -> Path:
@@ -369,8 +369,11 @@ def load_weights(model: MSVQVAE | VQVAE2, weights: str) -> Path:
     Raises:
         InputError: If there is no model, or another one.
     """
-    folder = find_model(weights)
-    trained = from_pretrained(folder)
+    try:
+        folder = find_model(weights)
+        trained = from_pretrained(folder)
+    except InputError as error:
+        raise InputError(f"weights={weights!r}: {error}") from None
     state = trained.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}
     if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:

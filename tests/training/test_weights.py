@@ -165,7 +165,7 @@ def test_weights_that_are_not_there_are_one_line(
     out, missing = tmp_path / "out", tmp_path / "missing"
     assert train(out, f"--weights={missing}", "--steps=1") == 2
     told = "does not exist; give a run, a checkpoint or a saved model"
-    assert capsys.readouterr().err.endswith(f"{missing} {told}\n")
+    assert f"weights='{missing}': {missing} {told}\n" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -208,7 +208,7 @@ def test_a_run_that_goes_on_keeps_what_it_started_from(
     assert train(out, given, "--steps=2", *auto) == 0
     assert train(out, "--steps=3", *auto) == 0
     assert read_state(checkpoint_path(out, 3))["config"]["weights"] == str(trained)
-    assert train(out, given, "--steps=4", *auto) == 0  # also after one without
+    assert train(out, f"{given}/", "--steps=4", *auto) == 0  # also after one without
     capsys.readouterr()
     other = find_model(trained)
     assert train(out, f"--weights={other}", "--steps=5", *auto) == 2
@@ -261,3 +261,15 @@ def test_two_processes_start_from_the_weights_of_the_first(
     assert_equal(first[1], expected)
     assert_equal(second[0], weights(find_model(tmp_path / "1")))
     assert_equal(second[1], expected)  # codebooks too
+    done = run_two(tmp_path, [*command, "--steps=2", "--resume=auto"], OWN_PLACES)
+    assert [code for code, _ in done] == [0, 0], done
+
+
+def test_a_run_replaces_no_saved_model(
+    tmp_path: Path, train: Train, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_pretrained(find_model(trained)).save_pretrained(tmp_path)
+    for given in ((), ("--resume=auto",), (f"--resume={trained}",)):
+        assert train(tmp_path, f"--weights={tmp_path}", "--steps=1", *given) == 2
+        assert f"out={tmp_path} holds a saved model" in capsys.readouterr().err
+    from_pretrained(tmp_path)
