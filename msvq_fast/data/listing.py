@@ -30,11 +30,12 @@ def list_images(uri: str | os.PathLike[str], *, split: str) -> list[ImagePath]:
             of its configurations, where it has several.
         split: ``"train"``, ``"val"`` or ``"all"``. A folder with ``train/`` and ``val/`` (or
             ``validation/``, or ``test/``) inside is split by them, shards by such words of their
-            paths, a dataset into its ``train`` and ``validation`` (or ``val``, or ``test``). All
-            else is split image by image: about a tenth, at least one, is ``val``, chosen by a
-            hash of the name: the path relative to the folder, shards being folders of their
-            members, or SPLIT and number of the row. An image keeps its split when the folder moves
-            and, but for very few images, when others are added.
+            paths, a dataset into its ``train`` and ``validation`` (or ``val``, or ``test``). Of a
+            folder with images in such folders but ``train/`` alone, the first is ``val``. All else
+            is split image by image: about a tenth, at least one, is ``val``, chosen by a hash of
+            the name: the path relative to the folder, shards being folders of their members, or
+            SPLIT and number of the row. An image keeps its split when the folder moves and, but for
+            very few images, when others are added.
 
     Returns:
         Paths, or stored images, which every function here takes as well; sorted by name, rows of

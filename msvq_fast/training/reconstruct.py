@@ -103,15 +103,13 @@ def run_reconstruct(config: ReconstructConfig) -> Path:
     size = config.size or max(model.config.resolution, _LEAST_SIDE)
     if size < model.stride:
         raise InputError(f"size={size}; this model takes at least {model.stride} pixels")
-    if Path(config.data).is_file():
-        paths: list[ImagePath] = [Path(config.data)]
-    else:
-        paths = list_images(config.data, split=config.split)
-    out = Path(config.out)
-    beside = paths
-    if out.exists() and not Path(config.data).is_file():
-        beside = list_images(config.data, split="all")
-    check_picture(config.out, beside)
+    single = Path(config.data).is_file()
+    paths: list[ImagePath] = (
+        [Path(config.data)] if single else list_images(config.data, split=config.split)
+    )
+    # What is there may be an image of another split: then the data is listed again, whole.
+    again = not single and Path(config.out).exists()
+    out = check_picture(config.out, list_images(config.data, split="all") if again else paths)
     count = min(config.limit, len(paths))
     paths = [paths[i * len(paths) // count] for i in range(count)]
     check_writable(out.parent)

@@ -42,7 +42,7 @@ def choose_checkpoint(
         say: Takes warnings, one line each.
 
     Raises:
-        InputError: If ``out`` holds another run, or no checkpoint can be used.
+        InputError: If ``out`` holds another run or a saved model, or no checkpoint can be used.
     """
     out = Path(config.out)
     own = list_checkpoints(out)

@@ -25,7 +25,8 @@ class StepGraph(Generic[T]):
 
     Args:
         step: Works on images of one shape, calls ``backward`` and never waits for the device.
-        parameters: Those that get gradients. Every call gives them new ones.
+        parameters: Those that get gradients. Every call gives them new ones. They lie on one
+            device, where all runs whichever is the current one.
 
     Memory:
         What a step allocates is held from one to the next, besides what runs between steps.
